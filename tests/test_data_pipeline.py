@@ -1,0 +1,300 @@
+"""Batches: a function of (seed, step) alone, and an evaluation that sees each example once."""
+
+import dataclasses
+import io
+import itertools
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tosa_jax.data.builders import prepare_own
+from tosa_jax.data.builders.digits import load_digits_split
+from tosa_jax.data.pipeline import (
+    DataConfig,
+    DatasetFacts,
+    eval_batches,
+    open_dataset,
+    train_batches,
+)
+from tosa_jax.data.transforms import AUGMENTATIONS, decode_image, shift_image, warp_image
+from tosa_jax.errors import ConfigError, DataError
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tfds")
+    prepare_own("digits", folder)
+    return DataConfig(
+        name="digits",
+        data_dir=str(folder),
+        image_size=8,
+        channels=1,
+        augment="shift_rotate",
+        in_memory=True,
+    )
+
+
+def take(config, count, **kwargs):
+    stream = train_batches(config, **({"batch_size": 32, "seed": 3} | kwargs))
+    batches = list(itertools.islice(stream, count))
+    stream.close()
+    return batches
+
+
+def assert_same(got, wanted):
+    assert len(got) == len(wanted)
+    for a, b in zip(got, wanted, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert a[key].dtype == b[key].dtype
+            np.testing.assert_array_equal(a[key], b[key])
+
+
+def test_facts(config):
+    names = tuple(str(i) for i in range(10))
+    assert open_dataset(config) == DatasetFacts(1437, 360, 10, names)
+    part = dataclasses.replace(config, train_split="train[:100]", eval_split="train[100:]")
+    assert open_dataset(part) == DatasetFacts(100, 1337, 10, names)
+
+
+def test_train_batches_have_the_declared_form(config):
+    (batch,) = take(config, 1)
+    assert batch["image"].shape == (32, 8, 8, 1) and batch["image"].dtype == np.uint8
+    assert batch["label"].shape == (32,) and batch["label"].dtype == np.int32
+
+
+def test_start_step_gives_the_tail(config):
+    # 47 steps: past the end of the first epoch (44.9 batches).
+    assert_same(take(config, 4, start_step=43), take(config, 47)[43:])
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_hold_contiguous_rows_of_the_same_batches(config, count):
+    whole = take(config, 3, start_step=44)
+    parts = [
+        take(config, 3, start_step=44, process_index=i, process_count=count) for i in range(count)
+    ]
+    joined = [
+        {k: np.concatenate([p[k] for p in step]) for k in step[0]}
+        for step in zip(*parts, strict=True)
+    ]
+    assert_same(joined, whole)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_threads": 0},
+        {"num_threads": 5, "prefetch_batches": 6},
+        {"prefetch_batches": 0},
+        {"in_memory": False},
+        {"num_workers": 1, "in_memory": False},
+    ],
+    ids=str,
+)
+def test_batches_do_not_depend_on_how_they_are_read(config, change):
+    assert_same(take(dataclasses.replace(config, **change), 4), take(config, 4))
+
+
+def test_seeds_and_steps_differ_and_augmentation_keeps_the_order(config):
+    first, second = take(config, 2)
+    (other,) = take(config, 1, seed=4)
+    (plain,) = take(dataclasses.replace(config, augment="none"), 1)
+    assert (first["label"] != second["label"]).any() and (first["label"] != other["label"]).any()
+    np.testing.assert_array_equal(first["label"], plain["label"])
+    assert (first["image"] != plain["image"]).any()
+
+
+def test_epochs_reshuffle_cover_everything_and_draw_anew(config):
+    small = dataclasses.replace(config, train_split="train[:60]", augment="none")
+    epochs = [
+        np.concatenate([b["image"] for b in take(small, 3, batch_size=20, start_step=3 * e)])
+        for e in range(2)
+    ]
+    rows = [[image.tobytes() for image in epoch] for epoch in epochs]
+    assert rows[0] != rows[1]
+    assert sorted(rows[0]) == sorted(rows[1]) and len(set(rows[0])) == 60
+    drawn = take(dataclasses.replace(config, train_split="train[:1]"), 8, batch_size=1)
+    assert len({b["image"].tobytes() for b in drawn}) > 4
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize(
+    ("batch_size", "count"), [(360, 1), (100, 1), (100, 2), (7, 1), (512, 4), (720, 2), (64, 4)]
+)
+def test_each_eval_example_comes_once(config, batch_size, count, in_memory):
+    config = dataclasses.replace(config, in_memory=in_memory)
+    found, padding, numbers = [], 0, set()
+    sizes = {"batch_size": batch_size, "process_count": count}
+    for i in range(count):
+        batches = list(eval_batches(config, process_index=i, **sizes))
+        numbers.add(len(batches))
+        for batch in batches:
+            assert batch["image"].shape == (batch_size // count, 8, 8, 1)
+            assert batch["mask"].dtype == np.float32 and batch["label"].dtype == np.int32
+            real = batch["mask"] == 1
+            assert (batch["mask"][~real] == 0).all() and not batch["image"][~real].any()
+            padding += (~real).sum()
+            found += zip(
+                map(np.ndarray.tobytes, batch["image"][real]), batch["label"][real], strict=True
+            )
+    assert numbers == {-(-360 // batch_size)}
+    assert padding == -360 % batch_size
+    images, labels = load_digits_split("test")
+    assert sorted(found) == sorted(zip(map(np.ndarray.tobytes, images), labels, strict=True))
+
+
+def test_eval_reads_the_split_it_is_told(config):
+    batches = list(eval_batches(config, batch_size=50, split="train[:70]"))
+    assert sum(b["mask"].sum() for b in batches) == 70
+
+
+def test_closing_ends_the_threads(config):
+    before = set(threading.enumerate())
+    next(stream := train_batches(config, batch_size=8, seed=0))
+    started = set(threading.enumerate()) - before
+    assert started
+    stream.close()
+    for thread in started:
+        thread.join(timeout=5)
+        assert not thread.is_alive()
+    with pytest.raises(ValueError, match="closed"):
+        next(stream)
+
+
+def test_the_cache_cannot_be_written(config):
+    plain = dataclasses.replace(config, augment="none", train_split="train[:1]")
+    for size in (1, 2):  # Grain makes a batch of one as a view, of more as a copy
+        (batch,) = take(plain, 1, batch_size=size)
+        if batch["image"].flags.writeable:
+            batch["image"][:] = 0
+        (again,) = take(plain, 1, batch_size=size)
+        assert again["image"].any()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"augment": "shift_rotat"}, "did you mean 'shift_rotate'"),
+        ({"augment": "cutmix"}, "known are none, shift"),
+        ({"channels": 2}, "must be 1 or 3"),
+        ({"image_size": 0}, "image_size=0 must be at least 1"),
+        ({"num_workers": -1}, "num_workers=-1"),
+        ({"train_split": "trian"}, "train_split='trian': digits/1.0.0.*did you mean 'train'"),
+        ({"eval_split": "test+val"}, "no split 'val'"),
+        ({"train_split": "train[:0]"}, "holds no examples"),
+        ({"train_split": "train[:x]"}, "no TFDS split"),
+    ],
+)
+def test_bad_configs(config, change, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        open_dataset(dataclasses.replace(config, **change))
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_arguments(config):
+    with pytest.raises(ConfigError, match="batch_size=30 .* 4 processes, for example 28"):
+        train_batches(config, batch_size=30, seed=0, process_count=4)
+    with pytest.raises(ConfigError, match="batch_size=0"):
+        eval_batches(config, batch_size=0)
+    with pytest.raises(ConfigError, match="process_index=2"):
+        eval_batches(config, batch_size=4, process_index=2, process_count=2)
+    with pytest.raises(ConfigError, match="start_step=-1"):
+        train_batches(config, batch_size=4, seed=0, start_step=-1)
+    with pytest.raises(ConfigError, match="split='tset'.*did you mean 'test'"):
+        eval_batches(config, batch_size=4, split="tset")
+
+
+def test_a_set_that_is_not_prepared(tmp_path):
+    config = DataConfig(name="imagenet2012", data_dir=str(tmp_path), image_size=8, channels=3)
+    with pytest.raises(DataError, match=r"python -m tosa_jax.prepare --config="):
+        open_dataset(config)
+
+
+def test_other_sizes_and_channels(config):
+    (batch,) = take(dataclasses.replace(config, image_size=12, channels=3, augment="none"), 1)
+    assert batch["image"].shape == (32, 12, 12, 3)
+    assert (batch["image"] == batch["image"][..., :1]).all() and batch["image"].any()
+
+
+def encoded(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def test_decoding():
+    colour = np.zeros((4, 4, 3), np.uint8)
+    colour[..., 0] = 200
+    np.testing.assert_array_equal(decode_image(encoded(colour), image_size=4, channels=3), colour)
+    assert (decode_image(encoded(colour), image_size=4, channels=1) == 60).all()  # 0.299 * 200
+    # Antialiased: single-pixel stripes become their mean; plain bilinear would alias.
+    stripes = np.zeros((32, 32), np.uint8)
+    stripes[:, ::4] = 200
+    small = decode_image(encoded(stripes), image_size=8, channels=1)
+    assert abs(small[2:-2, 2:-2].astype(int) - 50).max() <= 15
+    with pytest.raises(ValueError, match="more than 8 bits"):
+        decode_image(encoded(np.full((4, 4), 40000, np.uint16)), image_size=4, channels=1)
+
+
+def bright_pixel(size: int = 17) -> np.ndarray:
+    image = np.zeros((size, size, 1), np.uint8)
+    image[size // 2, size // 2] = 255
+    return image
+
+
+def test_shift_image():
+    image = np.arange(1, 10, dtype=np.uint8).reshape(3, 3, 1)
+    np.testing.assert_array_equal(
+        shift_image(image, 1, -1)[..., 0], [[0, 0, 0], [2, 3, 0], [5, 6, 0]]
+    )
+    np.testing.assert_array_equal(shift_image(image, 0, 0), image)
+
+
+def test_shift_moves_at_most_an_eighth_and_that_far():
+    rng, spots = np.random.default_rng(0), []
+    for _ in range(300):
+        moved = AUGMENTATIONS["shift"]().random_map({"image": bright_pixel()}, rng)["image"]
+        assert moved.sum() == 255
+        spots.append(np.argwhere(moved[..., 0])[0] - 8)
+    assert np.unique(spots, axis=0).shape == (25, 2)  # -2..2 each way, for a side of 17
+    assert np.abs(spots).max() == 2
+
+
+def test_shift_flip_flips_half():
+    rng = np.random.default_rng(0)
+    image = np.zeros((8, 8, 1), np.uint8)
+    image[3:5, 2:4], image[3:5, 4:6] = 100, 200
+    flips = 0
+    for _ in range(400):
+        moved = AUGMENTATIONS["shift_flip"]().random_map({"image": image}, rng)["image"]
+        flips += np.argwhere(moved == 200)[:, 1].mean() < np.argwhere(moved == 100)[:, 1].mean()
+    assert 160 < flips < 240
+
+
+def test_warp_is_the_identity_a_shift_and_a_rotation():
+    image = np.random.default_rng(0).integers(0, 256, (8, 8, 1), dtype=np.uint8)
+    still = {"down": 0.0, "right": 0.0, "degrees": 0.0, "scale": 1.0}
+    np.testing.assert_array_equal(warp_image(image, **still), image)
+    moved = warp_image(image, **(still | {"down": 2.0, "right": -1.0}))
+    np.testing.assert_array_equal(moved, shift_image(image, 2, -1))
+    turned = warp_image(image, **(still | {"degrees": 90.0}))
+    off = turned.astype(int) - np.rot90(image)
+    assert np.abs(off[1:-1, 1:-1]).max() <= 1  # PIL rounds down
+    colour = np.repeat(image, 3, axis=2)
+    tilted = warp_image(colour, **(still | {"degrees": 7.0}))
+    assert tilted.shape == (8, 8, 3) and (tilted[..., 0] == tilted[..., 2]).all()
+    square = np.zeros((40, 40, 1), np.uint8)
+    square[10:30, 10:30] = 255
+    grown = warp_image(square, **(still | {"scale": 1.1}))
+    assert abs((grown > 127).sum() / 400 - 1.21) < 0.05
+
+
+def test_shift_rotate_stays_within_its_bounds():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        moved = AUGMENTATIONS["shift_rotate"]().random_map({"image": bright_pixel()}, rng)["image"]
+        spots = np.argwhere(moved[..., 0])
+        assert np.abs(spots - 8).max() <= 3  # an eighth of 17, and bilinear smear

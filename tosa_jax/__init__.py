@@ -1,0 +1,1 @@
+"""Token Selective Attention (ToSA) for vision transformers in JAX."""

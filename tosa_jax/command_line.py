@@ -1,0 +1,70 @@
+"""What the entries share: flags in, one call, one line and an exit status for what a person did wrong."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from absl import flags, logging
+from ml_collections import config_flags
+
+from tosa_jax.errors import ConfigError, UserError
+
+CACHE_DIR = "~/.cache/tosa_jax/compiled"
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs between runs, unless the environment says where, or that none are kept."""
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(CACHE_DIR))
+
+
+def parse(usage: str, argv: list[str]) -> tuple[object, Path]:
+    """`--config=FILE[:ARG] [--workdir=DIR] [--config.FIELD=VALUE]` -> the ConfigDict and the work directory.
+
+    Raises ConfigError for everything that is wrong with them, except `--help`, which prints `usage` and exits.
+    """
+    values = flags.FlagValues()
+    config_flag = config_flags.DEFINE_config_file(
+        "config", None, "the recipe, a Python file", lock_config=True, flag_values=values
+    )
+    workdir_flag = flags.DEFINE_string(
+        "workdir", "", "where the run lives; default: runs/<config name>", flag_values=values
+    )
+    if {"--help", "-h", "-help"} & set(argv):
+        print(usage.strip())
+        raise SystemExit(0)
+    try:
+        rest = values(["tosa_jax", *argv])
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        raise ConfigError(f"command line: {error}") from error
+    if len(rest) > 1:
+        raise ConfigError(f"command line: unexpected argument {rest[1]!r}; see --help")
+    if config_flag.value is None:
+        raise ConfigError("command line: --config=FILE is missing, e.g. --config=configs/digits.py")
+    recipe = next(a.partition("=")[2] for a in argv if a.lstrip("-").startswith("config="))
+    path, _, argument = recipe.partition(":")
+    name = Path(path).stem + (f"_{argument.replace(',', '_').replace('=', '')}" if argument else "")
+    return config_flag.value, Path(workdir_flag.value or f"runs/{name}")
+
+
+def run(usage: str, argv: list[str], work: Callable[[object, Path], None]) -> int:
+    """Parses, works, and turns what went wrong into one line and an exit status."""
+    from tosa_jax.train import Stopped
+
+    # Grain asks absl for its flags, and warnings of libraries belong to standard error.
+    flags.FLAGS.mark_as_parsed()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        config, workdir = parse(usage, argv)
+        use_compilation_cache()
+        work(config, workdir)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Stopped as stopped:
+        print(f"{stopped}; start the same command again to go on", file=sys.stderr)
+        return 128 + stopped.signum
+    return 0

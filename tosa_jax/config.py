@@ -1,0 +1,248 @@
+"""A recipe's ConfigDict -> frozen dataclasses, once, with every check.
+
+A recipe starts from `default_config()`, which has every field, so that a misspelt or mistyped one is found where it
+is set. Durations carry a unit: `epochs` or `steps`; the other of the two stays 0.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import ml_collections
+
+from tosa_jax.data.pipeline import DataConfig
+from tosa_jax.errors import ConfigError
+from tosa_jax.models.vit_config import ViTConfig, check, check_choice, variant_config
+from tosa_jax.optim import OptimConfig
+from tosa_jax.sharding import MeshConfig
+
+CONTROLS = ("dense", "random", "previous", "skip")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """One training stage; with neither epochs nor steps it is left out."""
+
+    epochs: float = 0.0
+    steps: int = 0
+    learning_rate: float = 1e-3
+    warmup_epochs: float = 0.0
+    warmup_steps: int = 0
+    warmup_learning_rate: float = 0.0
+    min_learning_rate: float = 0.0
+    weight_decay: float = 0.05
+    clip_norm: float = 0.0
+    ema_decay: float = 0.0
+    label_smoothing: float = 0.0
+    drop_path_rate: float = 0.0
+    distill_weight: float = 0.0
+    eval_epochs: float = 0.0  # between evaluations; 0: at the end
+    eval_steps: int = 0
+    checkpoint_epochs: float = 0.0  # between checkpoints; 0: at the end
+    checkpoint_steps: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("", "warmup_", "eval_", "checkpoint_"):
+            given = [getattr(self, f"{name}{unit}") for unit in ("epochs", "steps")]
+            check(min(given) >= 0 and 0 in given,
+                  f"set {name}epochs or {name}steps, not both and not below 0: they are {given}")  # fmt: skip
+        check(0 <= self.label_smoothing < 1, f"label_smoothing={self.label_smoothing} is not in [0, 1)")
+        check(0 <= self.ema_decay < 1, f"ema_decay={self.ema_decay} is not in [0, 1)")
+        check(self.learning_rate >= 0, f"learning_rate={self.learning_rate} is negative")
+
+    def duration(self, name: str, steps_per_epoch: int) -> int:
+        """Updates in a duration: `name` is "", "warmup", "eval" or "checkpoint"."""
+        prefix = f"{name}_" if name else ""
+        epochs, steps = (getattr(self, f"{prefix}{unit}") for unit in ("epochs", "steps"))
+        return steps or round(epochs * steps_per_epoch)
+
+    def optim(self, steps_per_epoch: int) -> OptimConfig:
+        """The schedule in updates."""
+        shared = {f.name for f in dataclasses.fields(OptimConfig)} & set(self.__dataclass_fields__)
+        values = {name: getattr(self, name) for name in shared}
+        values["steps"] = self.duration("", steps_per_epoch)
+        values["warmup_steps"] = self.duration("warmup", steps_per_epoch)
+        check(values["warmup_steps"] <= values["steps"],
+              f"the warm-up has {values['warmup_steps']} steps, the stage only {values['steps']}")  # fmt: skip
+        return OptimConfig(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """What the closing evaluation compares.
+
+    controls    "dense" is fine-tuned as long as ToSA; "random", "previous" and "skip" likewise, at each budget.
+    keep_rates  budgets, each fine-tuned on its own; empty: the model's.
+    """
+
+    batch_size: int = 256
+    controls: tuple[str, ...] = ()
+    keep_rates: tuple[float, ...] = ()
+    figure_images: int = 6
+
+    def __post_init__(self) -> None:
+        for control in self.controls:
+            check_choice("eval.controls", control, CONTROLS)
+        for rate in self.keep_rates:
+            check(0 < rate <= 1, f"eval.keep_rates={rate} is not in (0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputConfig:
+    """Mean and standard deviation of a channel's pixels in [0, 1]; one value serves all channels."""
+
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run: what `default_config()` describes field by field."""
+
+    seed: int = 0
+    batch_size: int = 256
+    log_steps: int = 50
+    model: ViTConfig
+    data: DataConfig
+    inputs: InputConfig = field(default_factory=InputConfig)
+    pretrain: StageConfig = field(default_factory=StageConfig)
+    selector: StageConfig = field(default_factory=StageConfig)
+    finetune: StageConfig = field(default_factory=StageConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "log_steps"):
+            check(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+
+    def has_stage(self, stage: str) -> bool:
+        """Whether a stage takes part in the run."""
+        config = getattr(self, stage)
+        return config.epochs > 0 or config.steps > 0
+
+    @property
+    def keep_rates(self) -> tuple[Any, ...]:
+        """The budgets that are fine-tuned and compared; the first is the main one."""
+        return self.eval.keep_rates or (self.model.keep_rate,)
+
+
+SECTIONS = {
+    "inputs": InputConfig,
+    "pretrain": StageConfig,
+    "selector": StageConfig,
+    "finetune": StageConfig,
+    "eval": EvalConfig,
+    "mesh": MeshConfig,
+}
+
+
+def _defaults(cls: type, skip: tuple[str, ...] = ()) -> dict[str, Any]:
+    return {
+        f.name: f.default
+        for f in dataclasses.fields(cls)
+        if f.name not in skip and f.default is not dataclasses.MISSING
+    }
+
+
+def default_config(model: str = "vit") -> ml_collections.ConfigDict:
+    """Every field of a run with its default value, for a model of this name (`VARIANTS`).
+
+    `model.plan` is the name of a layer kind for every second layer, or a name for each layer with commas between.
+    `model.keep_rate` is a tuple: one share, or one a selection.
+    """
+    config = ml_collections.ConfigDict(_defaults(RunConfig))
+    variant = dataclasses.asdict(variant_config(model))
+    variant |= {"name": model, "plan": "selective", "keep_rate": (0.5,)}
+    variant |= {name: str(variant[name]) for name in ("dtype", "param_dtype")}
+    config.model = variant
+    config.data = {"name": ""} | _defaults(DataConfig)
+    for name, cls in SECTIONS.items():
+        config[name] = _defaults(cls)
+    return config
+
+
+def _build(cls: type, section: str, values: Mapping[str, Any]) -> Any:
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        raise ConfigError(f"config.{section}: {error}") from error
+
+
+def make_run_config(config: ml_collections.ConfigDict) -> RunConfig:
+    """Checks a recipe and freezes it. Raises ConfigError, one line that names the field."""
+    template = default_config(config.get("model", {}).get("name", "vit"))
+    values = config.to_dict()
+    _check_fields("", values, template.to_dict())
+    model = values.pop("model")
+    name, plan = model.pop("name"), model.pop("plan")
+    try:
+        fields = model | {"plan": tuple(plan.split(",")) if "," in plan else plan}
+        vit = variant_config(name, **fields)
+    except ConfigError as error:
+        raise ConfigError(f"config.model: {error}") from error
+    data = values.pop("data") | {"image_size": vit.image_size, "channels": vit.in_chans}
+    built = {name: _build(cls, name, values.pop(name)) for name, cls in SECTIONS.items()}
+    return RunConfig(model=vit, data=_build(DataConfig, "data", data), **built, **values)
+
+
+def _check_fields(where: str, values: Mapping[str, Any], template: Mapping[str, Any]) -> None:
+    """Fields a recipe added, left out, or gave another type than the default's."""
+    for name in values:
+        if name not in template:
+            near = difflib.get_close_matches(name, template, n=1)
+            hint = f"; did you mean {where}{near[0]}?" if near else ""
+            raise ConfigError(f"config has no field {where}{name}{hint}")
+    for name, default in template.items():
+        if name not in values:
+            raise ConfigError(f"config lacks the field {where}{name}: start from default_config()")
+        value = values[name]
+        if isinstance(default, dict):
+            check(isinstance(value, dict), f"config.{where}{name} must hold fields, not {value!r}")
+            _check_fields(f"{where}{name}.", value, default)
+            continue
+        fits = isinstance(value, type(default)) or (
+            isinstance(default, float) and isinstance(value, int)
+        )
+        if not fits or (isinstance(value, bool) and not isinstance(default, bool)):
+            raise ConfigError(
+                f"config.{where}{name}={value!r} must be of type {type(default).__name__}"
+            )
+
+
+MAY_CHANGE = {
+    "log_steps",
+    "mesh",
+    "eval.batch_size",
+    "eval.figure_images",
+    "data.data_dir",
+    "data.source_dir",
+    "data.num_threads",
+    "data.num_workers",
+    "data.prefetch_batches",
+    "data.in_memory",
+}
+"""Fields that do not change what is trained: a run may go on with other values of them."""
+
+
+def to_json(run: RunConfig) -> dict[str, Any]:
+    """The run as plain JSON values, in sections."""
+    values = dataclasses.asdict(run)
+    values["model"] |= {name: str(values["model"][name]) for name in ("dtype", "param_dtype")}
+    return values
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> list[str]:
+    """Lines `field: old -> new` for what differs between two runs' JSON and may not."""
+    lines = []
+    for name in sorted(old.keys() | new.keys()):
+        path = f"{where}{name}"
+        before, after = old.get(name), new.get(name)
+        if path in MAY_CHANGE:
+            continue
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            lines += differences(before, after, f"{path}.")
+        elif before != after:
+            lines.append(f"{path}: {before} -> {after}")
+    return lines

@@ -1,0 +1,39 @@
+"""What a model costs, by arithmetic: multiply-adds and parameters. Each layer kind speaks for itself."""
+
+import math
+
+import jax
+from flax import nnx
+
+from tosa_jax.models.vit import VisionTransformer
+from tosa_jax.models.vit_config import ViTConfig
+
+
+def macs(model: VisionTransformer) -> int:
+    """Multiply-adds of one example's forward pass: patch projection, layers, selectors, head.
+
+    Norms, softmax and element-wise work are left out, as usual. Abstract models will do.
+    """
+    config = model.config
+    patch_weights = config.patch_size**2 * config.in_chans * config.embed_dim
+    heads = (1 + config.distilled) * config.embed_dim * config.num_classes
+    layers = sum(
+        kind.macs(block, config.num_tokens)
+        for kind, block in zip(model.kinds, model.blocks, strict=True)
+    )
+    return config.num_patches * patch_weights + layers + heads
+
+
+def gmacs(config: ViTConfig) -> float:
+    """Multiply-adds / 1e9 of one example's forward pass through a network of this configuration."""
+    return macs(abstract_model(config)) / 1e9
+
+
+def num_params(model: VisionTransformer) -> int:
+    """Number of parameters, selectors included."""
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def abstract_model(config: ViTConfig) -> VisionTransformer:
+    """The model with shapes for arrays: nothing is allocated."""
+    return nnx.eval_shape(lambda: VisionTransformer(config, rngs=nnx.Rngs(0)))

@@ -1,0 +1,1 @@
+"""Everything about the data: builders, host transforms, device-side mixing, and the pipeline."""

@@ -1,0 +1,215 @@
+"""Image sets in MNIST's IDX files (MNIST, Fashion-MNIST, KMNIST, ...), as a TFDS builder.
+
+An IDX file is: two zero bytes, a type code (8: unsigned byte), the number of dimensions, each
+dimension as a big-endian uint32, then the values.
+"""
+
+import dataclasses
+import gzip
+import hashlib
+import math
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from tosa_jax.data.builders.digits import png_bytes
+from tosa_jax.errors import DataError
+
+_FILES = {  # split -> (images, labels), each with or without .gz
+    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+}
+_CLASS_NAMES = {  # sets that are not listed have their labels' numbers as names
+    "fashion_mnist": (
+        "T-shirt/top",
+        "Trouser",
+        "Pullover",
+        "Dress",
+        "Coat",
+        "Sandal",
+        "Shirt",
+        "Sneaker",
+        "Bag",
+        "Ankle boot",
+    ),
+}
+_AGAIN = "copy or download the file again"
+
+
+def read_idx(path: str | Path) -> np.ndarray:
+    """The uint8 array, of any rank, in an IDX file, gzip-compressed if its name ends in .gz.
+
+    Raises:
+      DataError: the file is missing, is not gzip, is not IDX of unsigned bytes, is cut short, or
+        holds more than its header says.
+    """
+    path = Path(path)
+    data = _read_bytes(path)
+    # A file that ends inside its magic number is cut short only if what is there could be IDX.
+    if data[:3] != b"\x00\x00\x08"[: len(data)] or (len(data) > 3 and data[3] == 0):
+        raise DataError(
+            f"{path}: not an IDX file of unsigned bytes: it begins with 0x{data[:4].hex()}, not "
+            f"0x000008 and a rank; {_AGAIN}"
+        )
+    rank = data[3] if len(data) > 3 else 0
+    start = 4 + 4 * rank
+    if len(data) < max(start, 4):
+        raise DataError(f"{path}: truncated within its header ({len(data)} bytes); {_AGAIN}")
+    shape = tuple(int(n) for n in np.frombuffer(data, ">u4", count=rank, offset=4))
+    count = math.prod(shape)
+    if len(data) - start < count:
+        raise DataError(
+            f"{path}: truncated: the header says {shape}, that is {count} values, but "
+            f"{len(data) - start} follow it; {_AGAIN}"
+        )
+    if len(data) - start > count:
+        raise DataError(
+            f"{path}: {len(data) - start - count} trailing bytes after the {count} values of "
+            f"{shape} that the header says; {_AGAIN}"
+        )
+    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        raw = path.read_bytes()
+        return gzip.decompress(raw) if path.suffix == ".gz" else raw
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; check source_dir") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{path}: truncated or broken gzip file ({error}); {_AGAIN}") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check source_dir") from None
+
+
+def read_split(source_dir: str | Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 [n, height, width] and labels uint8 [n] of "train" or "test".
+
+    Raises:
+      DataError: what `read_idx` raises; files of another rank; no images; counts that differ.
+    """
+    image_path, label_path = (_find(source_dir, stem) for stem in _FILES[split])
+    images, labels = read_idx(image_path), read_idx(label_path)
+    for path, array, rank in ((image_path, images, 3), (label_path, labels, 1)):
+        if array.ndim != rank:
+            raise DataError(
+                f"{path}: an array of shape {array.shape}, but {rank} dimensions are expected "
+                f"here; check that the image and label files are not swapped"
+            )
+    if len(images) != len(labels) or not len(images):
+        raise DataError(
+            f"{image_path}: {len(images)} images, but {label_path.name} has {len(labels)} labels; "
+            f"take both files from the same data set"
+        )
+    return images, labels
+
+
+def fingerprint(source_dir: str | Path) -> str:
+    """Eight hex digits that change with the content of the four files.
+
+    Raises:
+      DataError: a file is missing or cannot be read.
+    """
+    digest = hashlib.sha256()
+    for stem in (stem for pair in _FILES.values() for stem in pair):
+        path = _find(source_dir, stem)
+        try:
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror}); check its mode") from None
+    return digest.hexdigest()[:8]
+
+
+def _find(source_dir: str | Path, stem: str) -> Path:
+    folder = Path(source_dir).expanduser()
+    for path in (folder / stem, folder / f"{stem}.gz"):
+        if path.is_file():
+            return path
+    raise DataError(
+        f"{folder}: no {stem} or {stem}.gz; set source_dir to the folder with the four IDX files"
+    )
+
+
+@dataclasses.dataclass
+class IdxConfig(tfds.core.BuilderConfig):
+    """One data set in IDX files: where they are, and what is in them."""
+
+    source_dir: str = ""
+    image_shape: tuple[int, int] = (28, 28)
+    class_names: tuple[str, ...] = ()
+
+
+def idx_config(name: str, source_dir: str | Path) -> IdxConfig:
+    """Reads and checks all four files, so that preparing cannot fail half-way on a broken one.
+
+    The config's name is `config_name(name, source_dir)`.
+
+    Raises:
+      DataError: what `read_split` raises; train and test images of different sizes; a label that
+        has no class name.
+    """
+    (train_x, train_y), (test_x, test_y) = (read_split(source_dir, split) for split in _FILES)
+    if train_x.shape[1:] != test_x.shape[1:]:
+        raise DataError(
+            f"{source_dir}: train images are {train_x.shape[1:]}, test images {test_x.shape[1:]}; "
+            f"take all four files from the same data set"
+        )
+    highest = int(max(train_y.max(), test_y.max()))
+    # Ten at least: a set of digits stays one of ten classes, whichever of them a subset holds.
+    names = _CLASS_NAMES.get(name, tuple(str(i) for i in range(max(highest + 1, 10))))
+    if highest >= len(names):
+        raise DataError(
+            f"{source_dir}: label {highest}, but {name} has {len(names)} classes; check that the "
+            f"files are {name}'s, or call the set by another name"
+        )
+    return IdxConfig(
+        name=config_name(name, source_dir),
+        description=f"{name}, from IDX files.",
+        source_dir=str(Path(source_dir).expanduser()),
+        image_shape=train_x.shape[1:],
+        class_names=names,
+    )
+
+
+def config_name(name: str, source_dir: str | Path) -> str:
+    """The data set's name and the fingerprint of its files, e.g. "fashion_mnist-1a2b3c4d".
+
+    Files that changed are thus another prepared set: nothing stale is read, and nothing is deleted
+    under a run that still reads the earlier one.
+    """
+    return f"{name}-{fingerprint(source_dir)}"
+
+
+class Idx(tfds.core.GeneratorBasedBuilder):
+    """TFDS set "idx/<config name>": image uint8 [height, width, 1], label; splits train, test."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.0.0": "First version."}
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        config = self.builder_config
+        features = tfds.features.FeaturesDict(
+            {
+                "image": tfds.features.Image(shape=(*config.image_shape, 1), encoding_format="png"),
+                "label": tfds.features.ClassLabel(names=list(config.class_names)),
+            }
+        )
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=config.description,
+            features=features,
+            supervised_keys=("image", "label"),
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
+        del dl_manager  # nothing is downloaded
+        return {split: self._generate_examples(split) for split in _FILES}
+
+    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict]]:
+        images, labels = read_split(self.builder_config.source_dir, split)
+        for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+            yield i, {"image": png_bytes(image), "label": int(label)}

@@ -1,0 +1,28 @@
+"""What a person did wrong, in one line: what is wrong, where, and what to do about it.
+
+The command line entries print the line and exit with status 2. Nothing else is caught: a defect of this
+project keeps its traceback.
+"""
+
+
+class UserError(Exception):
+    """Base of everything a user can mend; its text is one line."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+
+class ConfigError(UserError):
+    """A field of the configuration or an argument of `create_model` is wrong."""
+
+
+class DataError(UserError):
+    """A data set or one of its files is missing or broken."""
+
+
+class WorkdirError(UserError):
+    """A work directory holds something else, is in use, or has no checkpoint that can be read."""
+
+
+class NonFiniteLossError(UserError):
+    """Training produced a loss that is not finite."""

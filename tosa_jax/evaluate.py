@@ -1,0 +1,83 @@
+"""Exact evaluation: every example of a split is scored once, whatever the batch size and the number of devices."""
+
+import functools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from tosa_jax.data.pipeline import DataConfig, eval_batches
+from tosa_jax.metrics import add, means
+from tosa_jax.models.params import Params, set_params
+from tosa_jax.sharding import replicated, to_global, tree_shardings
+from tosa_jax.steps import eval_step
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Scores parameters of one network on a split."""
+
+    graphdef: nnx.GraphDef
+    task: Any
+    data: DataConfig
+    mesh: Mesh
+    batch_size: int
+    seed: int = 0
+
+    @functools.cached_property
+    def step(self):
+        """The compiled `eval_step`: (params, batch, number of the batch) -> totals."""
+        step = functools.partial(
+            eval_step, graphdef=self.graphdef, task=self.task, seed=self.seed
+        )
+        return jax.jit(step, out_shardings=replicated(self.mesh))
+
+    def batches(self):
+        """Global batches of the split."""
+        host = eval_batches(
+            self.data,
+            batch_size=self.batch_size,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        return (to_global(batch, self.mesh) for batch in host)
+
+    def selected(self, params: Params, batch) -> tuple[jax.Array, ...]:
+        """The tokens that the network selects on a batch: int32 [b s] a selection."""
+        images = self.task.inputs(batch["image"])
+        return set_params(self.graphdef, params)(images, key=jax.random.key(self.seed)).selected
+
+    def __call__(self, params: Params) -> tuple[dict[str, float], int]:
+        """Mean of each metric, and the number of examples."""
+        sums = None
+        for number, batch in enumerate(self.batches()):
+            sums = add(sums, self.step(params, batch, np.uint32(number)))
+        sums = jax.device_get(sums)
+        return means(sums), int(next(iter(sums.values()))[1])
+
+
+def shard(params: Params, mesh: Mesh) -> Params:
+    """Parameters placed on the mesh."""
+    return jax.device_put(params, tree_shardings(params, mesh))
+
+
+def throughput(
+    contestants: Sequence[tuple[Evaluator, Params]], rounds: int = 7
+) -> list[float]:
+    """Images/s of each contestant's evaluation step on the same batch.
+
+    Contestants take turns, so that what else the machine does hits all alike; the median of `rounds` counts.
+    """
+    batch = next(iter(contestants[0][0].batches()))
+    seconds = np.zeros((rounds + 1, len(contestants)))
+    for i in range(rounds + 1):
+        for j, (evaluator, params) in enumerate(contestants):
+            start = time.perf_counter()
+            jax.block_until_ready(evaluator.step(params, batch, np.uint32(0)))
+            seconds[i, j] = time.perf_counter() - start
+    return list(contestants[0][0].batch_size / np.median(seconds[1:], axis=0))

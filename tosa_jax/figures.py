@@ -1,0 +1,153 @@
+"""Pictures of what a model did, drawn with Pillow alone: no display, no plotting backend."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Integer, UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+from tosa_jax.progress import write_atomically
+
+_SMALL_SIDE = 112  # a smaller picture is enlarged to about this many pixels
+_LARGE_SIDE = 336  # a larger one is reduced to about this many
+_GRID_FROM = 6  # narrower patches get no grid: it would hide them
+_KEPT_LIGHT = 0.25  # what is left of a bypassed patch
+_GAP = 10
+_FONT_SIZE = 13
+_TEXT_HEIGHT = 20
+_PAPER, _INK, _OUTLINE = (255, 255, 255), (40, 40, 40), (200, 60, 30)
+_FADE_TO, _GRID_DEPTH = 225.0, 20.0  # grey levels: pale, but not the white of the paper
+
+
+def selected_tokens_figure(
+    images: UInt8[np.ndarray, "b height width c"],
+    selections: Sequence[Integer[np.ndarray, "b _"]],
+    *,
+    grid: tuple[int, int],
+    num_prefix_tokens: int,
+    titles: Sequence[str] | None = None,
+    labels: Sequence[str] | None = None,
+) -> UInt8[np.ndarray, "rows columns 3"]:
+    """A row an image: the picture, then a panel a selection with its bypassed patches faded.
+
+    Args:
+        images: uint8 [b, height, width, 1 or 3].
+        selections: one int [b, s] a selection: indices into the tokens, prefix included.
+        grid: patches down and across; it divides the images.
+        num_prefix_tokens: prefix tokens, which come first and are nowhere in the picture.
+        titles: one text a column, the picture's first; "input", "selection 1", ... if None.
+        labels: one text a row, written below it.
+
+    Returns:
+        The figure, uint8 RGB.
+
+    Raises:
+        ValueError: shapes, indices or texts do not fit together.
+    """
+    titles = titles or ["input", *(f"selection {i + 1}" for i in range(len(selections)))]
+    _check(images, selections, grid, num_prefix_tokens, titles, labels)
+    rows = []
+    for row, image in enumerate(images):
+        picture = _resize(image, grid)
+        panels = [picture]
+        for selection in selections:
+            patches = selection[row][selection[row] >= num_prefix_tokens] - num_prefix_tokens
+            selected = np.zeros(grid[0] * grid[1], bool)
+            selected[patches] = True
+            panels.append(_fade(picture, selected.reshape(grid)))
+        rows.append(panels)
+    return _assemble(rows, titles, labels)
+
+
+def write_png(path: str | Path, array: UInt8[np.ndarray, "rows columns 3"]) -> None:
+    """Writes a uint8 RGB picture; a reader finds the old file or the new one, never a part."""
+    data = io.BytesIO()
+    Image.fromarray(array).save(data, format="png")
+    write_atomically(path, data.getvalue())
+
+
+def _check(
+    images: np.ndarray,
+    selections: Sequence[np.ndarray],
+    grid: tuple[int, int],
+    num_prefix_tokens: int,
+    titles: Sequence[str],
+    labels: Sequence[str] | None,
+) -> None:
+    size = images.shape[1:3]
+    if size[0] % grid[0] or size[1] % grid[1]:
+        raise ValueError(f"a grid of {grid} patches does not divide images of {size} pixels")
+    if len(titles) != 1 + len(selections):
+        raise ValueError(f"{len(titles)} titles for {1 + len(selections)} columns")
+    if labels is not None and len(labels) != len(images):
+        raise ValueError(f"{len(labels)} labels for {len(images)} images")
+    tokens = num_prefix_tokens + grid[0] * grid[1]
+    for selection in selections:
+        if len(selection) != len(images):
+            raise ValueError(f"a selection of {len(selection)} rows for {len(images)} images")
+        if selection.size and not 0 <= selection.min() <= selection.max() < tokens:
+            raise ValueError(f"a selection has indices outside the {tokens} tokens")
+
+
+def _resize(image: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """RGB at a size people can look at, every patch a whole number of pixels."""
+    if image.shape[-1] == 1:
+        image = np.repeat(image, 3, axis=-1)
+    side = max(image.shape[:2])
+    if side < _SMALL_SIDE:
+        factor = round(_SMALL_SIDE / side)
+        return image.repeat(factor, axis=0).repeat(factor, axis=1)
+    if side > _LARGE_SIDE:
+        patch = max(1, _LARGE_SIDE // max(grid))
+        size = (grid[1] * patch, grid[0] * patch)
+        return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
+    return image
+
+
+def _fade(picture: np.ndarray, selected: np.ndarray) -> np.ndarray:
+    """Fades the patches that are not selected, and outlines those that are.
+
+    The fading alone would not show on what is pale anyway, the outline alone not which side of it
+    is the selected one.
+    """
+    height, width = (p // g for p, g in zip(picture.shape, selected.shape, strict=False))
+    mask = selected.repeat(height, axis=0).repeat(width, axis=1)
+    panel = picture.astype(np.float32)
+    panel[~mask] = _KEPT_LIGHT * panel[~mask] + (1 - _KEPT_LIGHT) * _FADE_TO
+    if min(height, width) >= _GRID_FROM:
+        lines = np.zeros_like(mask)
+        lines[height::height] = lines[:, width::width] = True
+        panel[lines & ~mask] -= _GRID_DEPTH
+        # The outline stands on the bypassed side: selected patches stay untouched.
+        wide = np.pad(mask, 1)
+        near = wide[:-2, 1:-1] | wide[2:, 1:-1] | wide[1:-1, :-2] | wide[1:-1, 2:]
+        panel[near & ~mask] = _OUTLINE
+    return panel.clip(0, 255).round().astype(np.uint8)
+
+
+def _assemble(
+    rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], labels: Sequence[str] | None
+) -> np.ndarray:
+    font = ImageFont.load_default(size=_FONT_SIZE)
+    height, width = rows[0][0].shape[:2]
+    # A long title or a long label widens the figure rather than being cut.
+    across = max([width, *(int(font.getlength(title)) + 2 for title in titles)]) + _GAP
+    down = height + _GAP + (_TEXT_HEIGHT if labels else 0)
+    longest = max([0, *(int(font.getlength(label)) + 2 for label in labels or ())])
+    size = (
+        max(_GAP + across * len(titles), longest + 2 * _GAP),
+        _GAP + _TEXT_HEIGHT + down * len(rows),
+    )
+    figure = Image.new("RGB", size, _PAPER)
+    draw = ImageDraw.Draw(figure)
+    for column, title in enumerate(titles):
+        draw.text((_GAP + column * across, _GAP), title, _INK, font, anchor="lt")
+    for i, panels in enumerate(rows):
+        top = _GAP + _TEXT_HEIGHT + i * down
+        for column, panel in enumerate(panels):
+            figure.paste(Image.fromarray(panel), (_GAP + column * across, top))
+        if labels:
+            draw.text((_GAP, top + height + 4), labels[i], _INK, font, anchor="lt")
+    return np.asarray(figure)

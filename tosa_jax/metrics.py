@@ -1,0 +1,41 @@
+"""Metrics as (sum, count): the form that survives padding, uneven batches and many devices."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from tosa_jax.array_types import PerExample
+
+Totals = dict[str, tuple[jax.Array, jax.Array]]
+
+
+def totals(values: Mapping[str, PerExample], mask: PerExample) -> Totals:
+    """Per-example values -> (sum, count) over examples whose `mask` is 1; padding may hold anything."""
+    count = mask.sum()
+    return {
+        name: (jnp.where(mask > 0, x.astype(jnp.float32), 0).sum(), count)
+        for name, x in values.items()
+    }
+
+
+def add(left: Totals | None, right: Totals) -> Totals:
+    """The totals of both; `left` None is nothing yet."""
+    return right if left is None else jax.tree.map(lambda a, b: a + b, left, right)
+
+
+def means(sums: Totals) -> dict[str, float]:
+    """Totals -> means. Raises ZeroDivisionError where nothing was counted."""
+    return {name: float(total) / float(count) for name, (total, count) in sums.items()}
+
+
+def top_k_correct(
+    logits: Float[Array, "b c"], labels: Int[Array, " b"], k: int
+) -> Bool[Array, " b"]:
+    """Whether the label is among the `k` largest logits; ties count for the lower class index."""
+    label_logit = jnp.take_along_axis(logits, labels[:, None], axis=1)
+    before = jnp.arange(logits.shape[1]) < labels[:, None]
+    better = (logits > label_logit) | ((logits == label_logit) & before)
+    # A network that gives NaN is wrong, not right by comparison.
+    return (better.sum(axis=1) < k) & jnp.isfinite(label_logit[:, 0])

@@ -1,0 +1,1 @@
+"""Vision transformers whose layers come in kinds."""

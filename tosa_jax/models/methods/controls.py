@@ -1,0 +1,50 @@
+"""The controls that stand beside ToSA at the same budget: a claim for it counts only where they are worse."""
+
+import jax
+
+from tosa_jax.array_types import Heads, Scores
+from tosa_jax.errors import ConfigError
+from tosa_jax.models.layers import Attend, Block
+from tosa_jax.models.methods.standard import Standard
+from tosa_jax.models.methods.tosa import SelectiveLayer
+from tosa_jax.models.stream import LayerCall, Stream
+from tosa_jax.token_ops import column_sums, pool_heads, walk_map
+
+
+class Random(SelectiveLayer):
+    """Selects patches at random, afresh at every call."""
+
+    def scores(self, stream: Stream, call: LayerCall) -> Scores:
+        if call.key is None:
+            raise ConfigError(
+                "the layer kind 'random' draws its tokens: call model(images, key=...)"
+            )
+        return jax.random.uniform(jax.random.fold_in(call.key, 2), stream.tokens.shape[:2])
+
+
+class Previous(SelectiveLayer):
+    """Selects by the column sums of the previous layer's own map: ToSA without a selector."""
+
+    def needs(self) -> Attend | None:
+        return self._sum_columns if self.opens else None
+
+    def _sum_columns(self, query: Heads, key: Heads, value: Heads) -> tuple[Heads, Scores]:
+        out, sums = walk_map(
+            query, key, value, lambda _, attn_map, __: column_sums(attn_map), chunk=self.map_chunk
+        )
+        return out, pool_heads(sums, self.head_pool)
+
+
+class Skip(Standard):
+    """The layer removed: what is left when nothing is selected."""
+
+    selects = True
+
+    def num_tokens(self, n: int) -> int:
+        return 0
+
+    def macs(self, block: Block, n: int) -> int:
+        return 0
+
+    def apply(self, block: Block, stream: Stream, call: LayerCall) -> Stream:
+        return stream

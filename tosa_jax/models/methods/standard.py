@@ -1,0 +1,33 @@
+"""The ordinary transformer layer: every token goes through the block."""
+
+from flax import nnx
+
+from tosa_jax.models.layers import Attend, Block
+from tosa_jax.models.stream import LayerCall, Stream
+from tosa_jax.models.vit_config import ViTConfig
+
+
+class Standard(nnx.Module):
+    """Runs the block on all tokens. Other kinds start from it and change what they must."""
+
+    selects = False
+    fit_kind = "standard"
+
+    def __init__(self, config: ViTConfig, layer: int, *, rngs: nnx.Rngs) -> None:
+        self.layer = layer
+
+    def num_tokens(self, n: int) -> int:
+        return n
+
+    def macs(self, block: Block, n: int) -> int:
+        return block.macs(self.num_tokens(n))
+
+    def needs(self) -> Attend | None:
+        return None
+
+    def apply(self, block: Block, stream: Stream, call: LayerCall) -> Stream:
+        tokens, summary = call.run(block, stream.tokens)
+        return stream._replace(tokens=tokens, summary=summary)
+
+    def restore(self, stream: Stream) -> Stream:
+        return stream

@@ -1,0 +1,68 @@
+"""The token selector: attention logits of one layer -> the predicted attention map of the next.
+
+ToSA (arXiv 2406.08816): two 1-D convolutions with a ReLU between, then a log-softmax. Here heads are the channels, and
+the kernel slides along the keys of a row, by default with width 1: the selector fits every resolution.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from tosa_jax.array_types import AttnLogits
+from tosa_jax.models.vit_config import ViTConfig
+
+
+def _identity_kernels(size: int, heads: int, hidden: int) -> tuple[Array, Array]:
+    """Kernels of an exact identity through a ReLU: `x = relu(x) - relu(-x)`."""
+    expand = (
+        jnp.zeros((size, heads, hidden))
+        .at[size // 2, :, : 2 * heads]
+        .set(jnp.concatenate([jnp.eye(heads), -jnp.eye(heads)], axis=1))
+    )
+    return expand, expand.transpose(0, 2, 1)
+
+
+class HeadConv(nnx.Module):
+    """1-D convolution along the keys with heads as channels: [b h q k] -> [b f q k], zero padding."""
+
+    def __init__(self, kernel: Float[Array, "size h f"], config: ViTConfig) -> None:
+        self.kernel = nnx.Param(kernel.astype(config.param_dtype))
+        self.bias = nnx.Param(jnp.zeros(kernel.shape[-1], config.param_dtype))
+
+    def __call__(self, x: Float[Array, "b h q k"]) -> Float[Array, "b f q k"]:
+        kernel = self.kernel[...].astype(x.dtype)
+        size, keys = len(kernel), x.shape[-1]
+        padded = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (size // 2, size // 2))) if size > 1 else x
+        taps = [
+            jnp.einsum("bhqk,hf->bfqk", padded[..., i : i + keys], kernel[i]) for i in range(size)
+        ]
+        return sum(taps) + self.bias[...].astype(x.dtype)[:, None, None]
+
+
+class TokenSelector(nnx.Module):
+    """Predicts the next layer's attention map; starts as the identity, so at the previous layer's own map."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        hidden = config.selector_hidden or 2 * config.num_heads
+        expand, contract = _identity_kernels(config.kernel_size, config.num_heads, hidden)
+        if (extra := hidden - 2 * config.num_heads) > 0:
+            # Channels beyond the identity's start with a weight in and none out: still the identity, yet trainable.
+            key = jax.random.key(0)
+            noise = jax.random.normal(key, (config.kernel_size, config.num_heads, extra))
+            expand = expand.at[:, :, -extra:].set(noise * config.num_heads**-0.5)
+        self.conv1 = HeadConv(expand, config)
+        self.conv2 = HeadConv(contract, config)
+        self.macs_per_entry = 2 * config.kernel_size * config.num_heads * hidden
+
+    def __call__(self, logits: AttnLogits) -> Float[Array, "b h q k"]:
+        """Scaled attention logits (float32) -> log of the predicted map, rows normalised over keys.
+
+        The logits are read through `stop_gradient`: no loss on the prediction reaches the layer they come from.
+        """
+        hidden = jax.nn.relu(self.conv1(jax.lax.stop_gradient(logits)))
+        return jax.nn.log_softmax(self.conv2(hidden), axis=-1)
+
+    def macs(self, n: int) -> int:
+        """Multiply-adds for one example of `n` tokens."""
+        return self.macs_per_entry * n**2

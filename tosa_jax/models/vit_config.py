@@ -1,0 +1,221 @@
+"""What a vision transformer is, before any of it is built: `ViTConfig`, the released variants, the plan.
+
+A plan is a tuple with the name of a layer kind for each layer, `("standard", "selective", "standard", ...)`.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from tosa_jax.errors import ConfigError
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+
+
+def check_choice(field: str, value: Any, known: Iterable[Any]) -> None:
+    """Raise a ConfigError that names the choices, unless `value` is one of them."""
+    known = list(known)
+    if value in known:
+        return
+    near = difflib.get_close_matches(str(value), map(str, known), n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ConfigError(f"{field}={value!r} is unknown; {hint}known: {', '.join(map(str, known))}")
+
+
+def check(condition: bool, message: str) -> None:
+    """Raise a ConfigError with `message` unless `condition` holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTConfig:
+    """Sizes are timm's; the fields from `plan` on are this project's (README, "Deviations from the paper")."""
+
+    image_size: int = 224
+    patch_size: int = 16
+    in_chans: int = 3
+    num_classes: int = 1000
+    embed_dim: int = 384
+    depth: int = 12
+    num_heads: int = 6
+    mlp: str = "gelu"  # "gelu", "gelu_tanh" or "swiglu" (packed)
+    mlp_ratio: float = 4.0
+    qkv_bias: bool = True
+    norm_eps: float = 1e-6
+    layer_scale: float = 0.0  # initial value; 0: none
+    reg_tokens: int = 0  # registers
+    distilled: bool = False  # a distillation token, and a head of its own
+    pos_embed_prefix: bool = True  # positions for the prefix tokens too
+    pos_resample: str = (
+        "bicubic_antialias"  # or "bicubic": what positions of another grid go through
+    )
+    global_pool: str = "token"  # "token": the class token is classified; "avg": the patches' mean
+    drop_path_rate: float = 0.0  # of the last layer; rises linearly from 0
+    dtype: Any = jnp.float32  # computes
+    param_dtype: Any = jnp.float32  # stores
+    plan: tuple[str, ...] | None = None  # a layer kind for each layer; None: all standard
+    keep_rate: float | tuple[float, ...] = 0.5  # share of patches selected: one, or one a selection
+    head_pool: str = "mean"  # heads -> one score: "mean" or "max"
+    selector_hidden: int = 0  # channels between the selector's convolutions; 0: 2 * num_heads
+    kernel_size: int = 1  # of the selector's convolutions, along the keys
+    map_chunk: int = 0  # query rows at a time when a map is walked; 0: all
+
+    def __post_init__(self) -> None:
+        for name in ("dtype", "param_dtype"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                check_choice(name, value, DTYPES)
+            object.__setattr__(self, name, jnp.dtype(value))
+        for name in ("image_size", "patch_size", "in_chans", "num_classes", "embed_dim", "depth",
+                     "num_heads"):  # fmt: skip
+            value = getattr(self, name)
+            check(value >= 1, f"{name}={value!r} must be at least 1")
+        check(self.image_size % self.patch_size == 0,
+              f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}; the nearest "
+              f"that is: {max(1, round(self.image_size / self.patch_size)) * self.patch_size}")  # fmt: skip
+        check(self.embed_dim % self.num_heads == 0,
+              f"num_heads={self.num_heads} does not divide embed_dim={self.embed_dim}")  # fmt: skip
+        check_choice("mlp", self.mlp, ("gelu", "gelu_tanh", "swiglu"))
+        check_choice("pos_resample", self.pos_resample, ("bicubic_antialias", "bicubic"))
+        check_choice("global_pool", self.global_pool, ("token", "avg"))
+        check_choice("head_pool", self.head_pool, ("mean", "max"))
+        check(
+            0 <= self.drop_path_rate < 1, f"drop_path_rate={self.drop_path_rate} is not in [0, 1)"
+        )
+        check(self.kernel_size >= 1 and self.kernel_size % 2 == 1,
+              f"kernel_size={self.kernel_size} must be odd")  # fmt: skip
+        least = 2 * self.num_heads
+        check(self.selector_hidden == 0 or self.selector_hidden >= least,
+              f"selector_hidden={self.selector_hidden} is below 2 * num_heads = {least}, which the "
+              "selector's start at the identity needs; use 0 for that number")  # fmt: skip
+        check(
+            self.map_chunk >= 0, f"map_chunk={self.map_chunk} must be positive, or 0 for all rows"
+        )
+        if len(self.keep_rates_given) == 1:
+            object.__setattr__(self, "keep_rate", self.keep_rates_given[0])
+        plan = ("standard",) * self.depth if self.plan is None else tuple(self.plan)
+        object.__setattr__(self, "plan", plan)
+        check(len(plan) == self.depth,
+              f"plan has {len(plan)} layers, but depth={self.depth}")  # fmt: skip
+        for rate in self.keep_rates_given:
+            check(0 < rate <= 1, f"keep_rate={rate} is not in (0, 1]")
+
+    @property
+    def keep_rates_given(self) -> tuple[float, ...]:
+        """`keep_rate` as a tuple, however it was given."""
+        rate = self.keep_rate
+        return tuple(rate) if isinstance(rate, tuple | list) else (rate,)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return (self.image_size // self.patch_size,) * 2
+
+    @property
+    def num_patches(self) -> int:
+        return int(np.prod(self.grid))
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Class, distillation and register tokens."""
+        return 1 + self.distilled + self.reg_tokens
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_prefix_tokens + self.num_patches
+
+    @property
+    def mlp_dim(self) -> int:
+        """Width after the MLP's first layer (both halves of a packed SwiGLU)."""
+        return int(self.embed_dim * self.mlp_ratio)
+
+    @property
+    def mlp_weights(self) -> int:
+        """Weights of the MLP's two matrices, which are its multiply-adds a token."""
+        into, out_of = self.mlp_dim, self.mlp_dim // 2 if self.mlp == "swiglu" else self.mlp_dim
+        return self.embed_dim * (into + out_of)
+
+    def group(self, layer: int) -> tuple[bool, bool]:
+        """Whether `layer` is the first, and the last, of a run of neighbours of its kind."""
+        kind = self.plan[layer]
+        first = layer == 0 or self.plan[layer - 1] != kind
+        last = layer == self.depth - 1 or self.plan[layer + 1] != kind
+        return first, last
+
+
+def alternate(kind: str, depth: int, period: int = 2) -> tuple[str, ...]:
+    """The plan in which a standard layer is followed by `period - 1` layers of `kind`, over and over."""
+    return tuple("standard" if i % period == 0 else kind for i in range(depth))
+
+
+def _vit(size: str, patch: int = 16, image: int = 224, **fields) -> dict[str, Any]:
+    sizes = {
+        "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
+        "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
+        "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
+        "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
+        "giant": {"embed_dim": 1536, "depth": 40, "num_heads": 24},
+    }
+    return sizes[size] | {"patch_size": patch, "image_size": image} | fields
+
+
+def _dinov2(size: str, registers: int = 0) -> dict[str, Any]:
+    # timm's ratio of the packed SwiGLU: 2 * 8/3, rounded so that the packed width is 8192 at 1536.
+    swiglu = {"mlp": "swiglu", "mlp_ratio": 2.66667 * 2} if size == "giant" else {}
+    registers_only = {"reg_tokens": registers, "pos_embed_prefix": False} if registers else {}
+    return _vit(size, 14, 518, layer_scale=1e-5, **swiglu, **registers_only)
+
+
+_DEIT3 = {"layer_scale": 1e-6, "pos_embed_prefix": False}
+
+VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    # Touvron et al. 2021, "Training data-efficient image transformers" (DeiT).
+    "deit_tiny_patch16_224": _vit("tiny"),
+    "deit_small_patch16_224": _vit("small"),
+    "deit_base_patch16_224": _vit("base"),
+    "deit_base_patch16_384": _vit("base", image=384),
+    "deit_tiny_distilled_patch16_224": _vit("tiny", distilled=True),
+    "deit_small_distilled_patch16_224": _vit("small", distilled=True),
+    "deit_base_distilled_patch16_224": _vit("base", distilled=True),
+    "deit_base_distilled_patch16_384": _vit("base", image=384, distilled=True),
+    # Touvron et al. 2022, "DeiT III".
+    "deit3_small_patch16_224": _vit("small", **_DEIT3),
+    "deit3_base_patch16_224": _vit("base", **_DEIT3),
+    "deit3_large_patch16_224": _vit("large", **_DEIT3),
+    # Steiner et al. 2021 (AugReg); He et al. 2021 (MAE) uses the same shapes.
+    "vit_tiny_patch16_224": _vit("tiny"),
+    "vit_small_patch16_224": _vit("small"),
+    "vit_base_patch16_224": _vit("base"),
+    "vit_large_patch16_224": _vit("large"),
+    # Oquab et al. 2023 (DINOv2); Darcet et al. 2023 (registers).
+    **{f"vit_{s}_patch14_dinov2": _dinov2(s) for s in ("small", "base", "large", "giant")},
+    **{f"vit_{s}_patch14_reg4_dinov2": _dinov2(s, 4) for s in ("small", "base", "large", "giant")},
+    # Any size, through the fields of ViTConfig.
+    "vit": {},
+}
+
+
+def variant_config(name: str, **fields: Any) -> ViTConfig:
+    """The configuration of a released variant (timm's names), or of "vit", with `fields` on top.
+
+    A `plan` may also be the name of a layer kind, which then takes every second layer.
+    Raises ConfigError, naming what is known, for an unknown name or field.
+    """
+    check_choice("model name", name, VARIANTS)
+    for field in fields:
+        check_choice("model field", field, ViTConfig.__dataclass_fields__)
+    merged = {**VARIANTS[name], **fields}
+    if isinstance(merged.get("plan"), str):
+        merged["plan"] = alternate(merged["plan"], merged.get("depth", ViTConfig.depth))
+    return ViTConfig(**merged)
+
+
+def with_plan(config: ViTConfig, kind: str, **fields: Any) -> ViTConfig:
+    """The same network with every selecting layer of its plan replaced by `kind`."""
+    plan = tuple(kind if k != "standard" else k for k in config.plan)
+    return replace(config, plan=plan, **fields)

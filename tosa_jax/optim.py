@@ -1,0 +1,83 @@
+"""How parameters change: AdamW with warm-up and cosine, decay and freezing by path, the moving average."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from tosa_jax.models.params import Params
+
+NO_DECAY = r"(bias|gamma|scale|cls_token|dist_token|reg_token|pos_embed)$"
+"""Paths without weight decay: biases, norms, layer scales, tokens and positions, as in DeiT (timm)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW (Loshchilov & Hutter 2019) over `steps` updates, `warmup_steps` of them linear from `warmup_learning_rate`."""
+
+    steps: int
+    learning_rate: float  # peak
+    warmup_steps: int = 0
+    warmup_learning_rate: float = 0.0  # where the warm-up starts
+    min_learning_rate: float = 0.0  # where the cosine ends
+    weight_decay: float = 0.05
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    clip_norm: float = 0.0  # global norm of the gradient; 0: no clipping
+    ema_decay: float = 0.0  # moving average of the parameters; 0: none
+
+
+def learning_rate(config: OptimConfig) -> optax.Schedule:
+    """Update count -> learning rate: linear warm-up, then a cosine down to `min_learning_rate`."""
+    cosine = optax.cosine_decay_schedule(
+        config.learning_rate,
+        max(config.steps - config.warmup_steps, 1),
+        alpha=config.min_learning_rate / config.learning_rate if config.learning_rate else 0.0,
+    )
+    warmup = optax.linear_schedule(
+        config.warmup_learning_rate, config.learning_rate, max(config.warmup_steps, 1)
+    )
+    return optax.join_schedules([warmup, cosine], [config.warmup_steps])
+
+
+def decay_mask(params: Params) -> dict[str, bool]:
+    """Which parameters decay, by path."""
+    return {path: re.search(NO_DECAY, path) is None for path in params}
+
+
+def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
+    """AdamW with the schedule, the decay mask and, if asked for, clipping by global norm."""
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    adamw = optax.adamw(
+        learning_rate(config),
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=decay_mask,
+    )
+    return optax.chain(clip, adamw)
+
+
+def split_trainable(params: Mapping[str, Any], trainable: str) -> tuple[Params, Params]:
+    """Parameters whose path matches the regular expression `trainable`, and the frozen rest."""
+    chosen = {path: x for path, x in params.items() if re.search(trainable, path)}
+    return chosen, {path: x for path, x in params.items() if path not in chosen}
+
+
+def update_ema(ema: Params, params: Params, decay: float) -> Params:
+    """`decay * ema + (1 - decay) * params`, in float32; an empty `ema` stays empty."""
+    return {
+        path: (decay * average + (1 - decay) * params[path].astype(jnp.float32))
+        for path, average in ema.items()
+    }
+
+
+def global_norm(tree: Any) -> jax.Array:
+    """Euclidean norm of all leaves together, in float32."""
+    return optax.global_norm(jax.tree.map(lambda x: x.astype(jnp.float32), tree))

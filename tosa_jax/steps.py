@@ -1,0 +1,119 @@
+"""One training step and one evaluation step: pure functions over `TrainState`.
+
+No state hides anywhere: random keys are folded from seed, stage and step, so that a restored run draws what the
+uninterrupted one would have drawn, on any number of devices.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from tosa_jax.metrics import Totals, totals
+from tosa_jax.models.params import Params, set_params
+from tosa_jax.optim import global_norm, update_ema
+
+Batch = Mapping[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+    """All that a training step changes, and the frozen parameters beside it.
+
+    step     int32, updates done.
+    params   the trained parameters by path, `frozen` the others.
+    opt      state of the optimizer, for `params` only.
+    ema      float32 moving average of `params`, or {}.
+    teacher  parameters of the dense network that is distilled from, or {}.
+    """
+
+    step: jax.Array
+    params: Params
+    frozen: Params
+    opt: Any
+    ema: Params
+    teacher: Params
+
+
+@dataclass(frozen=True)
+class StepSetup:
+    """The static half of a step.
+
+    graphdef  structure of the model; `teacher` of the dense one, or None.
+    task      inputs, loss and metrics.
+    stage_id  what the stage's random keys are folded from, with `seed`.
+    """
+
+    graphdef: nnx.GraphDef
+    task: Any
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    ema_decay: float
+    seed: int
+    stage_id: int
+    teacher: nnx.GraphDef | None = None
+    distill_weight: float = 0.0
+
+
+def init_state(
+    setup: StepSetup, params: Params, frozen: Params, teacher: Params | None = None
+) -> TrainState:
+    """A state at step 0."""
+    ema = {k: x.astype(jnp.float32) for k, x in params.items()} if setup.ema_decay else {}
+    return TrainState(
+        jnp.zeros((), jnp.int32), params, frozen, setup.optimizer.init(params), ema, teacher or {}
+    )
+
+
+def trained_params(state: TrainState) -> Params:
+    """The network that training is for: the moving average where there is one, frozen parameters included."""
+    average = {path: x.astype(state.params[path].dtype) for path, x in state.ema.items()}
+    return state.frozen | state.params | average
+
+
+def train_step(
+    state: TrainState, batch: Batch, *, setup: StepSetup
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update on a batch; the metrics are float32 scalars: loss, grad_norm, learning_rate."""
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(setup.seed), setup.stage_id), state.step)
+    images = setup.task.inputs(batch["image"])
+
+    def mean_loss(params):
+        model = set_params(setup.graphdef, state.frozen | params)
+        out = model(images, key=key, train=True)
+        loss = setup.task.loss(out, batch)
+        if setup.teacher is not None:
+            teacher_out = set_params(setup.teacher, state.teacher)(images)
+            loss = loss + setup.distill_weight * setup.task.distillation(out, teacher_out)
+        return loss.mean()
+
+    loss, grads = jax.value_and_grad(mean_loss)(state.params)
+    updates, opt = setup.optimizer.update(grads, state.opt, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = {
+        "loss": loss,
+        "grad_norm": global_norm(grads),
+        "learning_rate": jnp.asarray(setup.schedule(state.step), jnp.float32),
+    }
+    new = state._replace(
+        step=state.step + 1,
+        params=params,
+        opt=opt,
+        ema=update_ema(state.ema, params, setup.ema_decay),
+    )
+    return new, metrics
+
+
+def eval_step(
+    params: Params, batch: Batch, number: jax.Array, *, graphdef: nnx.GraphDef, task: Any, seed: int
+) -> Totals:
+    """(sum, count) of each metric over the examples of a batch whose `mask` is 1.
+
+    `number` of the batch and `seed` give the key of random selections.
+    """
+    key = jax.random.fold_in(jax.random.key(seed), number)
+    out = set_params(graphdef, params)(task.inputs(batch["image"]), key=key)
+    return totals(task.metrics(out, batch), batch["mask"])

@@ -1,0 +1,1 @@
+"""What a network is trained for: its inputs, its losses, its metrics."""

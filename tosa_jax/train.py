@@ -1,0 +1,205 @@
+"""The training loop of one stage. Its order is fixed: evaluate, checkpoint, next batch, step."""
+
+import contextlib
+import functools
+import math
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from tosa_jax.checkpoints import Checkpoints, with_shardings
+from tosa_jax.config import RunConfig
+from tosa_jax.data.pipeline import train_batches
+from tosa_jax.errors import NonFiniteLossError
+from tosa_jax.evaluate import Evaluator
+from tosa_jax.progress import Chrono, MetricWriter, Progress
+from tosa_jax.sharding import batch_sharding, replicated, to_global, tree_shardings
+from tosa_jax.steps import StepSetup, TrainState, train_step, trained_params
+
+
+class Stopped(Exception):
+    """Training was stopped by a signal after a checkpoint was written."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.signum = signum
+
+
+@dataclass
+class StopRequest:
+    """The signal that asked for the end, if any."""
+
+    signum: int | None = None
+
+
+@contextlib.contextmanager
+def catch_signals() -> Iterator[StopRequest]:
+    """SIGTERM and SIGINT ask to stop after the step in progress; a second one of them acts as usual."""
+    request = StopRequest()
+    previous = {}
+
+    def handler(signum, frame):
+        request.signum = signum
+        for number, old in previous.items():
+            signal.signal(number, old)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        previous[number] = signal.signal(number, handler)
+    try:
+        yield request
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """Everything the loop needs to know of a stage; it does not know which layer kinds exist.
+
+    init             makes the state at step 0, already sharded when jitted so.
+    evaluate_first   also score the network before the first step.
+    """
+
+    name: str
+    total_steps: int
+    eval_steps: int
+    checkpoint_steps: int
+    setup: StepSetup
+    init: Callable[[], TrainState]
+    evaluator: Evaluator
+    evaluate_first: bool
+
+    def is_due(self, step: int, every: int) -> bool:
+        """Whether something done every so many steps, and at the end, is due before the next step."""
+        return step == self.total_steps or (every > 0 and step > 0 and step % every == 0)
+
+    def evaluates_at(self, step: int) -> bool:
+        """Whether the network is scored before the next step."""
+        return self.is_due(step, self.eval_steps) or (step == 0 and self.evaluate_first)
+
+
+def compile_step(setup: StepSetup, shardings: Any, mesh: Mesh) -> Callable:
+    """The jitted training step: state donated, and sharded going in and coming out."""
+    return jax.jit(
+        functools.partial(train_step, setup=setup),
+        donate_argnums=0,
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+    )
+
+
+class Log:
+    """Metrics of steps are fetched one interval late, so that the device never waits for the log."""
+
+    def __init__(self, stage: str, writer: MetricWriter, progress: Progress, chrono: Chrono) -> None:
+        self.stage, self.writer, self.progress, self.chrono = stage, writer, progress, chrono
+        self.fresh: list[tuple[int, dict]] = []
+        self.ready: list[tuple[int, dict]] = []
+
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Metrics of the update that led to `step`."""
+        self.fresh.append((step, metrics))
+
+    def flush(self, *, everything: bool = False) -> None:
+        """Write the interval before this one; with `everything`, this one too. Raises NonFiniteLossError."""
+        due = self.ready + self.fresh if everything else self.ready
+        self.ready, self.fresh = [] if everything else self.fresh, []
+        if not due:
+            return
+        values = jax.device_get([metrics for _, metrics in due])
+        self.chrono.tick(due[-1][0])
+        for (step, _), step_metrics in zip(due, values, strict=True):
+            if not math.isfinite(step_metrics["loss"]):
+                raise NonFiniteLossError(
+                    f"{self.stage}: the loss of step {step} is {step_metrics['loss']}; the last good checkpoint "
+                    "is kept. Lower the learning rate or set clip_norm, and start again in a new --workdir"
+                )
+        last = due[-1][0]
+        record = {name: float(x) for name, x in values[-1].items()}
+        record["loss"] = sum(float(v["loss"]) for v in values) / len(values)
+        self.writer.write(
+            self.stage,
+            last,
+            {f"train/{name}": x for name, x in record.items()}
+            | {
+                "perf/img_per_sec": self.chrono.images_per_second,
+                "perf/data_wait_frac": self.chrono.data_wait_fraction,
+            },
+        )
+        self.progress.update(last, record["loss"], self.chrono)
+
+
+def train_stage(
+    stage: StageRun,
+    run: RunConfig,
+    mesh: Mesh,
+    checkpoints: Checkpoints,
+    writer: MetricWriter,
+    stop: StopRequest,
+) -> tuple[TrainState, dict[str, Any]]:
+    """Trains a stage to its end, from its newest checkpoint if there is one.
+
+    Returns the state and what the report tells of the stage: `steps`, `seconds`, and the metrics `before` and `after`.
+    Raises Stopped after a signal, NonFiniteLossError when training breaks; a checkpoint was written before.
+    """
+    shardings = tree_shardings(jax.eval_shape(stage.init), mesh)
+    restored = checkpoints.restore(with_shardings(jax.eval_shape(stage.init), shardings))
+    if restored is None:
+        state, facts = jax.jit(stage.init, out_shardings=shardings)(), {}
+    else:
+        state, facts = restored
+    first = int(state.step)
+    writer.truncate(stage.name, first)
+    if restored and first == stage.total_steps:
+        return state, facts
+
+    step_fn = compile_step(stage.setup, shardings, mesh)
+    chrono = Chrono(first, stage.total_steps, run.batch_size)
+    seconds_before = facts.get("seconds", 0.0)
+    batches = train_batches(
+        run.data,
+        batch_size=run.batch_size,
+        seed=run.seed + stage.setup.stage_id,
+        start_step=first,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    with Progress(stage.name, first, stage.total_steps) as progress:
+        log = Log(stage.name, writer, progress, chrono)
+        for step in range(first, stage.total_steps + 1):
+            fresh = restored is None or step > first  # else evaluated and saved before the restart
+            metrics = None
+            if fresh and stage.evaluates_at(step):
+                log.flush(everything=True)
+                with chrono.pause("evaluate"):
+                    metrics, _ = stage.evaluator(trained_params(state))
+                writer.write(stage.name, step, {f"val/{k}": x for k, x in metrics.items()})
+                progress.message(f"{stage.name} step {step}: {summary_line(metrics)}")
+                facts["before" if step == 0 else "after"] = metrics
+            if fresh and (stage.is_due(step, stage.checkpoint_steps) or stop.signum):
+                log.flush(everything=True)
+                facts |= {"steps": step, "seconds": seconds_before + chrono.elapsed_seconds}
+                with chrono.pause("checkpoint"):
+                    checkpoints.save(step, state, facts, metrics)
+            if stop.signum:
+                checkpoints.wait()
+                raise Stopped(stop.signum)
+            if step == stage.total_steps:
+                break
+            with chrono.data_wait():
+                batch = to_global(next(batches), mesh)
+            state, step_metrics = step_fn(state, batch)
+            log.add(step + 1, step_metrics)
+            if (step + 1) % run.log_steps == 0:
+                log.flush()
+    checkpoints.wait()
+    return state, facts
+
+
+def summary_line(metrics: dict[str, float]) -> str:
+    """Metrics on one line, without those of single layers."""
+    return ", ".join(f"{k} {x:.4f}" for k, x in metrics.items() if not k.rpartition("/")[2].isdigit())
