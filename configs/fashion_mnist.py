@@ -42,7 +42,7 @@ def get_config(variant: str = ""):
     )
     config.selector.update(steps=300, warmup_steps=20, learning_rate=3e-3, weight_decay=0.0)
     config.finetune.update(
-        epochs=2.0 if small else 10.0,
+        epochs=1.0 if small else 10.0,
         warmup_steps=50,
         learning_rate=3e-4,
         clip_norm=1.0,

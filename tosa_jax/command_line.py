@@ -13,10 +13,15 @@ from tosa_jax.errors import ConfigError, UserError
 CACHE_DIR = "~/.cache/tosa_jax/compiled"
 
 
-def use_compilation_cache() -> None:
-    """Keeps compiled programs between runs, unless the environment says where, or that none are kept."""
+def configure_jax() -> None:
+    """Keeps compiled programs between runs, unless the environment says where, or that none are kept.
+
+    On several CPU devices one program runs at a time: two with collectives can starve each other of threads.
+    """
     import jax
 
+    if jax.config.jax_num_cpu_devices > 1 or "device_count" in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(CACHE_DIR))
 
@@ -28,8 +33,9 @@ def parse(usage: str, argv: list[str]) -> tuple[object, Path]:
     """
     values = flags.FlagValues()
     config_flag = config_flags.DEFINE_config_file(
-        "config", None, "the recipe, a Python file", lock_config=True, flag_values=values
-    )
+        "config", None, "the recipe, a Python file", lock_config=True, flag_values=values,
+        sys_argv=["tosa_jax", *argv],
+    )  # fmt: skip
     workdir_flag = flags.DEFINE_string(
         "workdir", "", "where the run lives; default: runs/<config name>", flag_values=values
     )
@@ -38,6 +44,9 @@ def parse(usage: str, argv: list[str]) -> tuple[object, Path]:
         raise SystemExit(0)
     try:
         rest = values(["tosa_jax", *argv])
+        # A recipe that cannot be loaded raises only when it is looked at.
+        if config_flag.value is not None:
+            config_flag.value.to_dict()
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         raise ConfigError(f"command line: {error}") from error
     if len(rest) > 1:
@@ -59,7 +68,7 @@ def run(usage: str, argv: list[str], work: Callable[[object, Path], None]) -> in
     logging.set_verbosity(logging.ERROR)
     try:
         config, workdir = parse(usage, argv)
-        use_compilation_cache()
+        configure_jax()
         work(config, workdir)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

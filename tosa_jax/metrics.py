@@ -4,11 +4,11 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Shaped
 
 from tosa_jax.array_types import PerExample
 
-Totals = dict[str, tuple[jax.Array, jax.Array]]
+Totals = dict[str, tuple[Shaped[ArrayLike, ""], Shaped[ArrayLike, ""]]]
 
 
 def totals(values: Mapping[str, PerExample], mask: PerExample) -> Totals:
@@ -35,7 +35,7 @@ def top_k_correct(
 ) -> Bool[Array, " b"]:
     """Whether the label is among the `k` largest logits; ties count for the lower class index."""
     label_logit = jnp.take_along_axis(logits, labels[:, None], axis=1)
-    before = jnp.arange(logits.shape[1]) < labels[:, None]
+    before = jnp.arange(logits.shape[1])[None] < labels[:, None]
     better = (logits > label_logit) | ((logits == label_logit) & before)
     # A network that gives NaN is wrong, not right by comparison.
     return (better.sum(axis=1) < k) & jnp.isfinite(label_logit[:, 0])

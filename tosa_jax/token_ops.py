@@ -34,7 +34,7 @@ def num_selected(num_patches: int, num_prefix_tokens: int, keep_rate: float) -> 
 
 def selection_from_indices(indices: Int32[Array, "b s"], num_tokens: int) -> Selection:
     """A selection of given tokens: `indices` unique and ascending in each row, in [0, num_tokens)."""
-    mask = (indices[:, :, None] == jnp.arange(num_tokens)).any(axis=1)
+    mask = (indices[:, :, None] == jnp.arange(num_tokens)[None, None]).any(axis=1)
     slot = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
     return Selection(indices, mask, slot)
 
@@ -129,7 +129,7 @@ def attention(query: Heads, key: Heads, value: Heads) -> Heads:
     return jax.nn.dot_product_attention(query, key, value)
 
 
-def attention_logits(query: Heads, key: Heads) -> AttnLogits:
+def attention_logits(query: Float[Array, "b q h dh"], key: Float[Array, "b k h dh"]) -> AttnLogits:
     """Scaled attention logits `q k^T / sqrt(dh)` in float32."""
     scale = query.shape[-1] ** -0.5
     return jnp.einsum("bqhc,bkhc->bhqk", query * scale, key, preferred_element_type=jnp.float32)

@@ -21,6 +21,10 @@ from tosa_jax.sharding import batch_sharding, replicated, to_global, tree_shardi
 from tosa_jax.steps import StepSetup, TrainState, train_step, trained_params
 
 
+STEPS_AHEAD = 3
+"""Steps the host may be ahead of the devices: enough to keep them busy, few enough to stop soon after a signal."""
+
+
 class Stopped(Exception):
     """Training was stopped by a signal after a checkpoint was written."""
 
@@ -101,8 +105,10 @@ class Log:
         self.ready: list[tuple[int, dict]] = []
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Metrics of the update that led to `step`."""
+        """Metrics of the update that led to `step`; waits for the update `STEPS_AHEAD` before it."""
         self.fresh.append((step, metrics))
+        if len(self.fresh) > STEPS_AHEAD:
+            jax.block_until_ready(self.fresh[-1 - STEPS_AHEAD][1])
 
     def flush(self, *, everything: bool = False) -> None:
         """Write the interval before this one; with `everything`, this one too. Raises NonFiniteLossError."""

@@ -126,7 +126,7 @@ class LayerScale(nnx.Module):
         )
 
     def __call__(self, x: Tokens) -> Tokens:
-        return x * self.gamma[...].astype(x.dtype)
+        return x * self.gamma[...].astype(x.dtype)[None, None]
 
 
 class Block(nnx.Module):

@@ -37,7 +37,7 @@ class HeadConv(nnx.Module):
         taps = [
             jnp.einsum("bhqk,hf->bfqk", padded[..., i : i + keys], kernel[i]) for i in range(size)
         ]
-        return sum(taps) + self.bias[...].astype(x.dtype)[:, None, None]
+        return sum(taps) + self.bias[...].astype(x.dtype)[None, :, None, None]
 
 
 class TokenSelector(nnx.Module):

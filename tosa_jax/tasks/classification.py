@@ -26,7 +26,7 @@ class Classification:
 
     def inputs(self, images: RawImages) -> Images:
         """uint8 pixels -> normalised float32."""
-        mean, std = jnp.asarray(self.mean), jnp.asarray(self.std)
+        mean, std = (jnp.asarray(x).reshape(1, 1, 1, -1) for x in (self.mean, self.std))
         return (images.astype(jnp.float32) / 255 - mean) / std
 
     def loss(self, out: Output, batch: Batch) -> PerExample:

@@ -1,0 +1,62 @@
+"""Gathers the reports of runs that differ in their seed only into one result file.
+
+    python results/collect.py --command="launch/local.sh --config=..." RUN_DIR ... > results/NAME.json
+
+For each row of the reports: the metric of every seed, mean and standard deviation. Device, versions and the seconds of
+each stage are kept, so that a table can be traced to what made it.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+from tosa_jax.config import differences
+
+
+def collect(reports: list[dict], command: str) -> dict:
+    """One record for all reports. Raises ValueError if they differ in more than the seed."""
+    for report in reports[1:]:
+        lines = differences(reports[0]["config"], report["config"])
+        if extra := [line for line in lines if not line.startswith("seed: ")]:
+            raise ValueError(f"the runs differ in more than the seed: {extra}")
+    rows = []
+    for same in zip(*(report["results"] for report in reports), strict=True):
+        row = {key: same[0][key] for key in ("name", "keep_rate", "split", "count", "gmacs")}
+        row["img_per_sec"] = statistics.median(r["img_per_sec"] for r in same)
+        row["metrics"] = {
+            metric: {
+                "seeds": (values := [r["metrics"][metric] for r in same]),
+                "mean": statistics.fmean(values),
+                "std": statistics.stdev(values) if len(values) > 1 else None,
+            }
+            for metric in same[0]["metrics"]
+        }
+        rows.append(row)
+    return {
+        "command": command,
+        "seeds": [report["config"]["seed"] for report in reports],
+        "device": reports[0]["device"],
+        "versions": reports[0]["versions"],
+        "seconds": [
+            {name: stage.get("seconds") for name, stage in report["stages"].items()}
+            for report in reports
+        ],
+        "selector": [report["stages"].get("selector") for report in reports],
+        "results": rows,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--command", required=True, help="the command that made the runs")
+    parser.add_argument("runs", nargs="+", type=Path, help="work directories")
+    args = parser.parse_args()
+    reports = [json.loads((run / "report.json").read_text()) for run in args.runs]
+    json.dump(collect(reports, args.command), sys.stdout, indent=1)
+    print()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""Strictness in one place: eight CPU devices, no silent broadcasting of ranks, every array annotation checked."""
+
+from pathlib import Path
+
+import jax
+import pytest
+from absl import flags
+from jaxtyping import install_import_hook
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+# Two programs with collectives in flight at once can starve each other of threads, and XLA then aborts.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# Several tests compile the same program: once is enough.
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".pytest_cache/jax"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+flags.FLAGS.mark_as_parsed()
+
+# Checks shapes and dtypes of every annotated function of the package, at run time.
+install_import_hook("tosa_jax", "beartype.beartype")
+
+
+@pytest.fixture(scope="session")
+def digits_dir(tmp_path_factory):
+    """A directory with the prepared digits."""
+    from tosa_jax.data.builders import prepare_own
+
+    folder = tmp_path_factory.mktemp("tfds")
+    prepare_own("digits", folder)
+    return str(folder)

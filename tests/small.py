@@ -1,0 +1,50 @@
+"""A network and a run small enough for tests."""
+
+import jax
+from flax import nnx
+
+from tosa_jax.config import RunConfig, default_config, make_run_config
+from tosa_jax.models.params import set_params, split
+from tosa_jax.models.vit import Output, VisionTransformer, create_model
+
+SIZES = {
+    "embed_dim": 16,
+    "depth": 4,
+    "num_heads": 2,
+    "mlp_ratio": 2.0,
+    "image_size": 8,
+    "patch_size": 2,
+    "in_chans": 1,
+    "num_classes": 10,
+}
+
+
+def small_model(seed: int = 0, **fields) -> VisionTransformer:
+    """Four layers of 16 channels on 8x8 grey images: 16 patches."""
+    return create_model("vit", rngs=nnx.Rngs(seed), **(SIZES | fields))
+
+
+def forward(model: VisionTransformer, images: jax.Array, key: jax.Array | None = None) -> Output:
+    """The model's output, compiled: eager calls take seconds."""
+    graphdef, params = split(model)
+    return jax.jit(lambda p, x, k: set_params(graphdef, p)(x, key=k))(params, images, key)
+
+
+def random_images(batch: int = 4, seed: int = 0) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), (batch, 8, 8, 1))
+
+
+def small_run(data_dir: str, **sections) -> RunConfig:
+    """A run of a few steps on the digits; `sections` are updates, by section."""
+    config = default_config()
+    config.update(batch_size=16, log_steps=3)
+    config.model.update(SIZES)
+    config.data.update(name="digits", data_dir=data_dir, augment="shift", in_memory=True)
+    config.inputs.update(mean=(0.3,), std=(0.4,))
+    config.eval.update(batch_size=120, figure_images=2)
+    for name, fields in sections.items():
+        if isinstance(fields, dict):
+            config[name].update(fields)
+        else:
+            config[name] = fields
+    return make_run_config(config)

@@ -1,0 +1,49 @@
+"""Evaluation scores each example once, whatever the batch size and the number of devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small import small_model, small_run
+
+from tosa_jax import metrics
+from tosa_jax.evaluate import Evaluator, throughput
+from tosa_jax.models.params import split
+from tosa_jax.sharding import MeshConfig, make_mesh
+from tosa_jax.tasks.classification import Classification
+
+TASK = Classification(mean=(0.3,), std=(0.4,))
+
+
+def test_every_example_counts_once_for_any_batch_size_and_device_count(digits_dir):
+    graphdef, params = split(small_model(keep_rate=0.5))
+    data = small_run(digits_dir).data
+    results = []
+    for devices, batch_size in ((1, 7), (1, 400), (8, 64)):
+        mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
+        values, count = Evaluator(graphdef, TASK, data, mesh, batch_size)(params)
+        assert count == 360
+        results.append([values["acc1"], values["acc5"], values["loss"]])
+    np.testing.assert_allclose(results[1:], results[:1] * 2, atol=1e-6)
+    assert 0 < results[0][0] < results[0][1] < 1
+
+
+def test_padding_may_hold_anything():
+    sums = metrics.totals({"x": jnp.array([1.0, 3.0, jnp.nan])}, jnp.array([1.0, 1.0, 0.0]))
+    assert metrics.means(metrics.add(sums, sums)) == {"x": 2.0}
+
+
+def test_top_k_breaks_ties_by_index_and_never_counts_nan():
+    logits = jnp.array([[1.0, 1.0, 0.0], [0.0, 2.0, 1.0], [jnp.nan] * 3])
+    labels = jnp.array([1, 1, 0])
+    assert metrics.top_k_correct(logits, labels, 1).tolist() == [False, True, False]
+    assert metrics.top_k_correct(logits, labels, 2).tolist() == [True, True, False]
+
+
+def test_throughput_is_images_of_the_batch_over_seconds(digits_dir, monkeypatch):
+    graphdef, params = split(small_model())
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    evaluator = Evaluator(graphdef, TASK, small_run(digits_dir).data, mesh, 60)
+    ticks = iter(np.arange(0, 1000, 0.5))
+    monkeypatch.setattr("time.perf_counter", lambda: float(next(ticks)))
+    assert throughput([(evaluator, params)], rounds=3) == [pytest.approx(120.0)]

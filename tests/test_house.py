@@ -1,0 +1,73 @@
+"""The house: what may import what."""
+
+import ast
+import re
+from pathlib import Path
+
+import tosa_jax
+
+ROOT = Path(tosa_jax.__path__[0])
+FLOORS = [
+    "array_types errors progress",
+    "token_ops losses metrics sharding",
+    "models.vit_config models.params models.positions",
+    "optim models.layers",
+    "models.stream models.selector",
+    "models.methods.standard",
+    "models.methods.tosa",
+    "models.methods.controls",
+    "models.methods",
+    "models.vit",
+    "cost",
+    "data.builders.digits data.builders.idx data.builders.shards data.builders.image_folder data.builders.imagenet data.builders.tfrecord data.builders.preparing data.transforms",
+    "data.builders",
+    "data.pipeline",
+    "config tasks.classification",
+    "steps checkpoints figures report",
+    "evaluate",
+    "train",
+    "stages",
+    "command_line",
+    "main prepare",
+]
+"""From the ground up; a room imports from lower floors, or from a room of its own floor listed before it."""
+
+ORDER = [room for floor in FLOORS for room in floor.split()]
+
+
+def rooms():
+    for path in sorted(ROOT.rglob("*.py")):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        yield name.removesuffix(".__init__").removesuffix("__init__"), path
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tosa_jax"):
+            module = node.module.removeprefix("tosa_jax").removeprefix(".")
+            for alias in node.names:
+                inner = f"{module}.{alias.name}".removeprefix(".")
+                yield inner if inner in ORDER else module
+        elif isinstance(node, ast.Import):
+            yield from (a.name[9:] for a in node.names if a.name.startswith("tosa_jax."))
+
+
+def test_imports_never_go_up():
+    for room, path in rooms():
+        if room in ("", "models", "data", "tasks"):
+            continue
+        assert room in ORDER, f"{room} has no floor: give it one in FLOORS"
+        for other in imports(path):
+            if other:
+                assert ORDER.index(other) < ORDER.index(room), f"{room} imports {other}"
+
+
+def test_files_are_short_and_have_a_purpose():
+    for room, path in rooms():
+        text = path.read_text()
+        assert text.startswith('"""'), f"{path} does not say what it is for"
+        assert text.count("\n") <= 310, f"{path} is long"
+        assert not re.search(r"utils|helpers|misc", path.name)
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.end_lineno - node.lineno < 65, f"{room}.{node.name} is long"

@@ -1,0 +1,75 @@
+"""Learning rates, decay, freezing and averages, at named steps."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tosa_jax.config import StageConfig
+from tosa_jax.cost import abstract_model
+from tosa_jax.errors import ConfigError
+from tosa_jax.models.params import get_params
+from tosa_jax.models.vit_config import variant_config
+from tosa_jax.optim import (
+    OptimConfig,
+    decay_mask,
+    learning_rate,
+    make_optimizer,
+    split_trainable,
+    update_ema,
+)
+
+
+def test_schedule_warms_up_linearly_and_falls_as_a_cosine():
+    config = OptimConfig(
+        steps=110, learning_rate=1.0, warmup_steps=10, warmup_learning_rate=0.1, min_learning_rate=0.2
+    )
+    rate = learning_rate(config)
+    expected = {0: 0.1, 5: 0.55, 10: 1.0, 60: 0.6, 110: 0.2}
+    for step, value in expected.items():
+        assert float(rate(step)) == pytest.approx(value, abs=1e-6), step
+
+
+def test_biases_norms_tokens_and_positions_do_not_decay():
+    config = variant_config(
+        "deit_tiny_distilled_patch16_224", layer_scale=0.1, reg_tokens=1, plan="selective"
+    )
+    mask = decay_mask(get_params(abstract_model(config)))
+    assert {"cls_token", "dist_token", "reg_token", "pos_embed"} <= mask.keys()
+    assert not any(decays for name, decays in mask.items() if not name.endswith("kernel"))
+    assert all(decays for name, decays in mask.items() if name.endswith("kernel"))
+
+
+def test_clipping_bounds_the_update_and_decay_pulls_kernels_only():
+    params = {"a/kernel": jnp.full(3, 2.0), "a/bias": jnp.full(3, 2.0)}
+    zeros = {name: jnp.zeros(3) for name in params}
+    config = OptimConfig(steps=10, learning_rate=0.1, weight_decay=0.5, clip_norm=1.0)
+    optimizer = make_optimizer(config)
+    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["a/kernel"], -0.1 * 0.5 * 2.0, rtol=1e-6)
+    np.testing.assert_allclose(updates["a/bias"], 0.0)
+    huge = {name: jnp.full(3, 1e6) for name in params}
+    _, state = optimizer.update(huge, optimizer.init(params), params)
+    first_moment = state[1][0].mu["a/bias"]
+    assert float(first_moment[0]) == pytest.approx(0.1 / 6**0.5, rel=1e-4)
+
+
+def test_freezing_goes_by_path():
+    params = {"blocks/0/x": 1, "kinds/1/selector/conv1/kernel": 2, "head/kernel": 3}
+    chosen, frozen = split_trainable(params, r"^kinds/\d+/selector/")
+    assert chosen == {"kinds/1/selector/conv1/kernel": 2}
+    assert frozen.keys() == {"blocks/0/x", "head/kernel"}
+
+
+def test_average_follows_with_its_decay():
+    ema = update_ema({"a": jnp.array(1.0)}, {"a": jnp.array(3.0)}, 0.75)
+    assert float(ema["a"]) == 1.5
+    assert update_ema({}, {"a": jnp.array(3.0)}, 0.0) == {}
+
+
+def test_durations_are_in_epochs_or_in_steps():
+    stage = StageConfig(epochs=2.5, warmup_steps=7)
+    assert (stage.duration("", 100), stage.duration("warmup", 100)) == (250, 7)
+    with pytest.raises(ConfigError, match="epochs or steps, not both"):
+        StageConfig(epochs=1.0, steps=1)
+    with pytest.raises(ConfigError, match="warm-up has 300 steps"):
+        StageConfig(epochs=1.0, warmup_epochs=3.0).optim(100)

@@ -1,0 +1,201 @@
+"""A run: stages in order, resumed bit for bit, stopped by signals and by losses that are not finite."""
+
+import dataclasses
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+from small import small_run
+
+from tosa_jax import stages, train
+from tosa_jax.checkpoints import Checkpoints
+from tosa_jax.data.pipeline import train_batches
+from tosa_jax.errors import ConfigError, DataError, NonFiniteLossError
+from tosa_jax.progress import MetricWriter
+from tosa_jax.stages import Runner, plan_stages, run_stages
+from tosa_jax.train import Stopped, StopRequest, train_stage
+
+STEPS = {"steps": 20, "ema_decay": 0.9, "warmup_steps": 2, "checkpoint_steps": 10}
+
+
+def run_of(data_dir, **sections):
+    stage = {"pretrain": STEPS | {"drop_path_rate": 0.2}, "selector": STEPS, "finetune": STEPS}
+    mesh = {"data": 2, "fsdp": 2, "model": 2}
+    return small_run(data_dir, **({"mesh": mesh} | stage | sections))
+
+
+def networks_for(runner, stage):
+    """Networks to start from, without training them: the random ones of a dense and of a ToSA model."""
+    if stage.start and stage.start not in runner.networks:
+        before = next(s for s in plan_stages(runner.run) if s.name == stage.start)
+        networks_for(runner, before)
+        state = runner.stage_run(before).init()
+        start = runner.networks.get(before.start, {})
+        runner.networks[stage.start] = start | jax.tree.map(np.asarray, state.frozen | state.params)
+
+
+def train_one(runner, stage, workdir, stop_at=None, monkeypatch=None):
+    """Trains a stage, or is killed right after the checkpoint of step `stop_at`."""
+    stage_run = runner.stage_run(stage)
+    checkpoints = Checkpoints(workdir / stage.name, stage_run.setup.task.best_metric)
+    if stop_at is not None:
+        save = checkpoints.save
+
+        def save_and_die(step, *args):
+            save(step, *args)
+            if step == stop_at:
+                checkpoints.wait()
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(checkpoints, "save", save_and_die)
+    seen = []
+
+    def recorded(*args, **kwargs):
+        for batch in train_batches(*args, **kwargs):
+            seen.append(batch["image"].sum())
+            yield batch
+
+    monkeypatch.setattr(train, "train_batches", recorded)
+    with MetricWriter(workdir) as writer:
+        try:
+            state, _ = train_stage(
+                stage_run, runner.run, runner.mesh, checkpoints, writer, StopRequest()
+            )
+        except KeyboardInterrupt:
+            state = None
+    checkpoints.close()
+    return state, seen
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "selector", "finetune"])
+def test_killed_and_resumed_is_bit_identical_to_straight(kind, digits_dir, tmp_path, monkeypatch):
+    runner = Runner(run_of(digits_dir), tmp_path, StopRequest())
+    stage = next(s for s in plan_stages(runner.run) if s.kind == kind)
+    networks_for(runner, stage)
+    straight, all_seen = train_one(runner, stage, tmp_path / "a", monkeypatch=monkeypatch)
+    _, first = train_one(runner, stage, tmp_path / "b", stop_at=10, monkeypatch=monkeypatch)
+    resumed, rest = train_one(runner, stage, tmp_path / "b", monkeypatch=monkeypatch)
+    assert len(first) == len(rest) == 10 and first + rest == all_seen
+    assert int(straight.step) == 20 and straight.ema
+    start = runner.stage_run(stage).init()
+    assert any((np.asarray(straight.params[k]) != start.params[k]).any() for k in start.params)
+    jax.tree.map(np.testing.assert_array_equal, straight, resumed)
+    records = [
+        [json.loads(x) for x in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in "ab"
+    ]
+    losses = [[(r["step"], r["train/loss"]) for r in rs if "train/loss" in r] for rs in records]
+    assert losses[0][-1] == losses[1][-1]
+
+
+def test_stages_freeze_what_they_must(digits_dir, tmp_path):
+    runner = Runner(run_of(digits_dir), tmp_path, StopRequest())
+    trained = {}
+    for stage in plan_stages(runner.run):
+        networks_for(runner, stage)
+        state = runner.stage_run(stage).init()
+        trained[stage.name] = set(state.params)
+        assert set(state.opt[1][0].mu) == set(state.params)
+        assert not set(state.params) & set(state.frozen)
+    assert trained.keys() == {"pretrain", "selector", "finetune"}
+    assert all("/selector/" in name for name in trained["selector"])
+    assert trained["pretrain"] == trained["finetune"]
+
+
+def test_a_whole_run_with_controls_reports_and_then_only_prints(digits_dir, tmp_path, monkeypatch):
+    short = {"steps": 4}
+    run = run_of(
+        digits_dir,
+        pretrain=short,
+        selector=short,
+        finetune=short | {"distill_weight": 0.5},
+        eval={"controls": ("dense", "random", "previous", "skip"), "keep_rates": (0.5, 0.25)},
+    )
+    report = run_stages(run, tmp_path)
+    rows = [(row["name"], row["keep_rate"]) for row in report["results"]]
+    assert rows == [
+        ("dense_pretrained", None), ("tosa", 0.5), ("tosa", 0.25), ("dense", None),
+        ("random", 0.5), ("random", 0.25), ("previous", 0.5), ("previous", 0.25), ("skip", None),
+    ]  # fmt: skip
+    assert {row["count"] for row in report["results"]} == {360}
+    gmacs = {(row["name"], row["keep_rate"]): row["gmacs"] for row in report["results"]}
+    assert gmacs["skip", None] < gmacs["random", 0.25] < gmacs["tosa", 0.25] < gmacs["tosa", 0.5]
+    assert gmacs["tosa", 0.5] < gmacs["dense", None]
+    assert (tmp_path / "selected_tokens.png").read_bytes().startswith(b"\x89PNG")
+    names = {p.name for p in (tmp_path / "checkpoints").iterdir()}
+    assert {"pretrain", "selector", "finetune", "finetune_skip", "finetune_random_0.25"} <= names
+    assert "selector/kl" in report["stages"]["selector"]["before"]
+
+    monkeypatch.setattr(stages, "Runner", None)  # a finished run trains nothing
+    assert run_stages(run, tmp_path) == json.loads(json.dumps(report))
+
+
+def test_a_signal_saves_and_stops_and_the_next_start_goes_on(digits_dir, tmp_path, monkeypatch):
+    run = run_of(digits_dir, selector={"steps": 0}, finetune={"steps": 0})
+
+    def send_at_step_5(*args, **kwargs):
+        for i, batch in enumerate(train_batches(*args, **kwargs)):
+            if i == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(train, "train_batches", send_at_step_5)
+    with pytest.raises(Stopped) as stopped:
+        run_stages(run, tmp_path)
+    assert stopped.value.signum == signal.SIGTERM
+    assert [p.name for p in (tmp_path / "checkpoints/pretrain").iterdir() if p.name.isdigit()] == ["5"]
+    monkeypatch.setattr(train, "train_batches", train_batches)
+    assert run_stages(run, tmp_path)["stages"]["pretrain"]["steps"] == 20
+
+
+def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_checkpoint(digits_dir, tmp_path):
+    run = run_of(digits_dir, selector={"steps": 0}, finetune={"steps": 0})
+    run = dataclasses.replace(run, log_steps=2)
+    runner = Runner(run, tmp_path, StopRequest())
+    (stage,) = plan_stages(run)
+    stage_run = runner.stage_run(stage)
+
+    class Breaks(type(stage_run.setup.task)):
+        def loss(self, out, batch):
+            return super().loss(out, batch) * np.nan
+
+    good = Checkpoints(tmp_path / "checkpoints/pretrain", "acc1")
+    state = stage_run.init()
+    good.save(3, state._replace(step=state.step + 3), {"steps": 3})
+    good.wait()
+    good.close()
+    task = Breaks(**dataclasses.asdict(stage_run.setup.task))
+    broken = dataclasses.replace(stage_run, setup=dataclasses.replace(stage_run.setup, task=task))
+    checkpoints = Checkpoints(tmp_path / "checkpoints/pretrain", "acc1")
+    with MetricWriter(tmp_path) as writer, pytest.raises(NonFiniteLossError, match="loss of step 4"):
+        train_stage(broken, run, runner.mesh, checkpoints, writer, StopRequest())
+    assert checkpoints.manager.all_steps() == [3]
+    checkpoints.close()
+
+
+def test_newest_and_best_are_kept_and_a_damaged_one_is_passed_over(tmp_path):
+    checkpoints = Checkpoints(tmp_path, "acc1")
+    for step, acc1 in ((1, 0.5), (2, 0.9), (3, 0.1), (4, 0.2)):
+        checkpoints.save(step, {"x": np.full(3, step)}, {"steps": step}, {"acc1": acc1})
+    checkpoints.wait()
+    assert sorted(checkpoints.manager.all_steps()) == [2, 4]
+    checkpoints.close()
+    for path in (tmp_path / "4" / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    again = Checkpoints(tmp_path, "acc1")
+    state, facts = again.restore({"x": jax.ShapeDtypeStruct((3,), np.int64)})
+    assert facts == {"steps": 2} and state["x"].tolist() == [2, 2, 2]
+    again.close()
+
+
+def test_what_does_not_fit_is_found_before_anything_is_trained(digits_dir, tmp_path):
+    with pytest.raises(ConfigError, match="num_classes=7, but 'digits' has 10"):
+        Runner(run_of(digits_dir, model={"num_classes": 7}), tmp_path, StopRequest())
+    with pytest.raises(ConfigError, match="batch_size=18 is not divided"):
+        Runner(run_of(digits_dir, batch_size=18), tmp_path, StopRequest())
+    with pytest.raises(DataError, match="tosa_jax.prepare"):
+        Runner(run_of(str(tmp_path), data={"name": "cifar10"}), tmp_path, StopRequest())
