@@ -51,7 +51,5 @@ def get_config(variant: str = ""):
         label_smoothing=0.1,
         checkpoint_epochs=1.0,
     )
-    config.eval.update(
-        batch_size=500, controls=("dense", "random", "skip"), keep_rates=(0.5, 0.25)
-    )
+    config.eval.update(batch_size=500, controls=("dense", "random", "skip"), keep_rates=(0.5, 0.25))
     return config

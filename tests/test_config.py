@@ -23,9 +23,15 @@ def recipe(**model):
     ("change", "says"),
     [
         (lambda c: c.update(sede=1), "no field sede; did you mean seed?"),
-        (lambda c: c.model.update(kep_rate=1), "no field model.kep_rate; did you mean model.keep_rate?"),
+        (
+            lambda c: c.model.update(kep_rate=1),
+            "no field model.kep_rate; did you mean model.keep_rate?",
+        ),
         (lambda c: c.finetune.update(epoch=1), "finetune.epochs?"),
-        (lambda c: c.model.update(keep_rate=(0.0,)), "config.model: keep_rate=0.0 is not in (0, 1]"),
+        (
+            lambda c: c.model.update(keep_rate=(0.0,)),
+            "config.model: keep_rate=0.0 is not in (0, 1]",
+        ),
         (lambda c: c.eval.update(controls=("skipp",)), "did you mean 'skip'"),
         (lambda c: c.update(batch_size=0), "batch_size=0 must be at least 1"),
         (lambda c: c.data.update(augment="shfit"), "did you mean 'shift'"),

@@ -1,14 +1,14 @@
 """Batches: a function of (seed, step) alone, and an evaluation that sees each example once."""
 
 import dataclasses
-import io
 import itertools
 import threading
+from collections import Counter
 
 import numpy as np
 import pytest
-from PIL import Image
 
+from tosa_jax.data import pipeline
 from tosa_jax.data.builders import prepare_own
 from tosa_jax.data.builders.digits import load_digits_split
 from tosa_jax.data.pipeline import (
@@ -18,7 +18,6 @@ from tosa_jax.data.pipeline import (
     open_dataset,
     train_batches,
 )
-from tosa_jax.data.transforms import AUGMENTATIONS, decode_image, shift_image, warp_image
 from tosa_jax.errors import ConfigError, DataError
 
 
@@ -182,6 +181,12 @@ def test_the_cache_cannot_be_written(config):
         ({"channels": 2}, "must be 1 or 3"),
         ({"image_size": 0}, "image_size=0 must be at least 1"),
         ({"num_workers": -1}, "num_workers=-1"),
+        ({"augment": "deit"}, "augment='deit' is for channels=3"),
+        ({"eval_resize": "crp"}, "eval_resize='crp' is unknown; did you mean 'crop'"),
+        ({"eval_crop_pct": 0.0}, r"eval_crop_pct=0.0 must be in \(0, 1\]"),
+        ({"max_bad_fraction": 1.0}, "max_bad_fraction=1.0"),
+        ({"repeats": 0}, "repeats=0 must be at least 1"),
+        ({"prefetch_mib": 0}, "prefetch_mib=0 must be at least 1"),
         ({"train_split": "trian"}, "train_split='trian': digits/1.0.0.*did you mean 'train'"),
         ({"eval_split": "test+val"}, "no split 'val'"),
         ({"train_split": "train[:0]"}, "holds no examples"),
@@ -219,82 +224,42 @@ def test_other_sizes_and_channels(config):
     assert (batch["image"] == batch["image"][..., :1]).all() and batch["image"].any()
 
 
-def encoded(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, format="PNG")
-    return buffer.getvalue()
+@pytest.mark.parametrize("repeats", [2, 3])
+def test_repeats_stand_together_are_drawn_anew_and_reach_their_share(config, repeats):
+    plain = dataclasses.replace(config, train_split="train[:60]", augment="none", repeats=repeats)
+    (epoch,) = take(plain, 1, batch_size=60)
+    rows = [image.tobytes() for image in epoch["image"]]
+    assert Counter(rows) == dict.fromkeys(rows[::repeats], repeats)
+    assert len(set(rows)) == 60 // repeats  # of 60: DeiT's third, for 3
+    later = take(plain, 12, batch_size=60)[1:]
+    assert len({i.tobytes() for batch in later for i in batch["image"]}) > 55
+    drawn = dataclasses.replace(plain, augment="shift_rotate")
+    (epoch,) = take(drawn, 1, batch_size=60)
+    assert len({image.tobytes() for image in epoch["image"]}) > 55
+    assert_same(take(drawn, 2, start_step=1, batch_size=20), take(drawn, 3, batch_size=20)[1:])
 
 
-def test_decoding():
-    colour = np.zeros((4, 4, 3), np.uint8)
-    colour[..., 0] = 200
-    np.testing.assert_array_equal(decode_image(encoded(colour), image_size=4, channels=3), colour)
-    assert (decode_image(encoded(colour), image_size=4, channels=1) == 60).all()  # 0.299 * 200
-    # Antialiased: single-pixel stripes become their mean; plain bilinear would alias.
-    stripes = np.zeros((32, 32), np.uint8)
-    stripes[:, ::4] = 200
-    small = decode_image(encoded(stripes), image_size=8, channels=1)
-    assert abs(small[2:-2, 2:-2].astype(int) - 50).max() <= 15
-    with pytest.raises(ValueError, match="more than 8 bits"):
-        decode_image(encoded(np.full((4, 4), 40000, np.uint16)), image_size=4, channels=1)
-
-
-def bright_pixel(size: int = 17) -> np.ndarray:
-    image = np.zeros((size, size, 1), np.uint8)
-    image[size // 2, size // 2] = 255
-    return image
-
-
-def test_shift_image():
-    image = np.arange(1, 10, dtype=np.uint8).reshape(3, 3, 1)
-    np.testing.assert_array_equal(
-        shift_image(image, 1, -1)[..., 0], [[0, 0, 0], [2, 3, 0], [5, 6, 0]]
+@pytest.mark.parametrize(
+    ("change", "batch_size", "threads", "buffer"),
+    [
+        ({}, 8, 2, 4),  # batches of 1.2 MiB
+        ({"prefetch_mib": 3}, 8, 2, 2),
+        ({"prefetch_mib": 1}, 8, 1, 1),
+        ({"prefetch_batches": 0}, 8, 0, 0),
+        ({"num_threads": 0}, 8, 0, 0),
+        ({"large": True}, 8, 2, 32),  # images
+        ({"large": True, "prefetch_mib": 1}, 8, 2, 6),  # 147 KiB each
+        ({"large": True, "num_threads": 16, "prefetch_mib": 1}, 8, 6, 6),
+    ],
+    ids=str,
+)
+def test_prefetch_is_bounded_in_bytes(config, monkeypatch, change, batch_size, threads, buffer):
+    change, seen = dict(change), []
+    monkeypatch.setattr(pipeline, "_LARGE_IMAGE", 1 if change.pop("large", False) else 2**40)
+    options = pipeline.grain.ReadOptions
+    monkeypatch.setattr(
+        pipeline.grain, "ReadOptions", lambda **kwargs: seen.append(kwargs) or options(**kwargs)
     )
-    np.testing.assert_array_equal(shift_image(image, 0, 0), image)
-
-
-def test_shift_moves_at_most_an_eighth_and_that_far():
-    rng, spots = np.random.default_rng(0), []
-    for _ in range(300):
-        moved = AUGMENTATIONS["shift"]().random_map({"image": bright_pixel()}, rng)["image"]
-        assert moved.sum() == 255
-        spots.append(np.argwhere(moved[..., 0])[0] - 8)
-    assert np.unique(spots, axis=0).shape == (25, 2)  # -2..2 each way, for a side of 17
-    assert np.abs(spots).max() == 2
-
-
-def test_shift_flip_flips_half():
-    rng = np.random.default_rng(0)
-    image = np.zeros((8, 8, 1), np.uint8)
-    image[3:5, 2:4], image[3:5, 4:6] = 100, 200
-    flips = 0
-    for _ in range(400):
-        moved = AUGMENTATIONS["shift_flip"]().random_map({"image": image}, rng)["image"]
-        flips += np.argwhere(moved == 200)[:, 1].mean() < np.argwhere(moved == 100)[:, 1].mean()
-    assert 160 < flips < 240
-
-
-def test_warp_is_the_identity_a_shift_and_a_rotation():
-    image = np.random.default_rng(0).integers(0, 256, (8, 8, 1), dtype=np.uint8)
-    still = {"down": 0.0, "right": 0.0, "degrees": 0.0, "scale": 1.0}
-    np.testing.assert_array_equal(warp_image(image, **still), image)
-    moved = warp_image(image, **(still | {"down": 2.0, "right": -1.0}))
-    np.testing.assert_array_equal(moved, shift_image(image, 2, -1))
-    turned = warp_image(image, **(still | {"degrees": 90.0}))
-    off = turned.astype(int) - np.rot90(image)
-    assert np.abs(off[1:-1, 1:-1]).max() <= 1  # PIL rounds down
-    colour = np.repeat(image, 3, axis=2)
-    tilted = warp_image(colour, **(still | {"degrees": 7.0}))
-    assert tilted.shape == (8, 8, 3) and (tilted[..., 0] == tilted[..., 2]).all()
-    square = np.zeros((40, 40, 1), np.uint8)
-    square[10:30, 10:30] = 255
-    grown = warp_image(square, **(still | {"scale": 1.1}))
-    assert abs((grown > 127).sum() / 400 - 1.21) < 0.05
-
-
-def test_shift_rotate_stays_within_its_bounds():
-    rng = np.random.default_rng(0)
-    for _ in range(300):
-        moved = AUGMENTATIONS["shift_rotate"]().random_map({"image": bright_pixel()}, rng)["image"]
-        spots = np.argwhere(moved[..., 0])
-        assert np.abs(spots - 8).max() <= 3  # an eighth of 17, and bilinear smear
+    small = dataclasses.replace(config, image_size=224, channels=3, in_memory=False, **change)
+    train_batches(small, batch_size=batch_size, seed=0).close()
+    assert seen == [{"num_threads": threads, "prefetch_buffer_size": buffer}]

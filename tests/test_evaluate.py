@@ -12,7 +12,7 @@ from tosa_jax.models.params import split
 from tosa_jax.sharding import MeshConfig, make_mesh
 from tosa_jax.tasks.classification import Classification
 
-TASK = Classification(mean=(0.3,), std=(0.4,))
+TASK = Classification(num_classes=10, mean=(0.3,), std=(0.4,))
 
 
 def test_every_example_counts_once_for_any_batch_size_and_device_count(digits_dir):

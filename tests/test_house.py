@@ -8,7 +8,7 @@ import tosa_jax
 
 ROOT = Path(tosa_jax.__path__[0])
 FLOORS = [
-    "array_types errors progress",
+    "array_types errors progress data.mixing",
     "token_ops losses metrics sharding",
     "models.vit_config models.params models.positions",
     "optim models.layers",
@@ -18,17 +18,19 @@ FLOORS = [
     "models.methods.controls",
     "models.methods",
     "models.vit",
-    "cost",
-    "data.builders.digits data.builders.idx data.builders.shards data.builders.image_folder data.builders.imagenet data.builders.tfrecord data.builders.preparing data.transforms",
+    "cost models.torch_files models.weight_names models.weight_files models.weight_checks models.pretrained",
+    "data.builders.digits data.builders.idx data.builders.shards data.builders.image_folder",
+    "data.builders.imagenet data.builders.tfrecord data.builders.preparing data.decoding data.randaugment",
+    "data.transforms",
     "data.builders",
-    "data.pipeline",
-    "config tasks.classification",
+    "data.sources data.pipeline data.speed",
+    "config tasks.classification run_plan",
     "steps checkpoints figures report",
     "evaluate",
     "train",
     "stages",
     "command_line",
-    "main prepare",
+    "main prepare bench",
 ]
 """From the ground up; a room imports from lower floors, or from a room of its own floor listed before it."""
 

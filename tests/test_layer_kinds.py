@@ -27,7 +27,7 @@ PLANS = {
     "random": "random",
     "ends selective": ("standard", "standard", "standard", "selective"),
 }
-TASK = Classification(mean=(0.0,), std=(1.0,))
+TASK = Classification(num_classes=10, mean=(0.0,), std=(1.0,))
 
 
 def noisy(model):
@@ -92,12 +92,12 @@ def test_permuting_patches_with_their_positions_permutes_the_selection():
 
 
 def test_task_loss_leaves_selectors_alone_and_selector_loss_leaves_the_rest_alone():
-    batch = {"label": jnp.arange(4, dtype=jnp.int32)}
+    targets = jax.nn.one_hot(jnp.arange(4), 10)
     images = random_images()
 
     def grads(plan, task):
         graphdef, params = split(noisy(small_model(plan=plan, keep_rate=0.5)))
-        loss = jax.grad(lambda p: task.loss(set_params(graphdef, p)(images), batch).sum())
+        loss = jax.grad(lambda p: task.loss(set_params(graphdef, p)(images), targets).sum())
         return jax.jit(loss)(params)
 
     is_selector = re.compile(r"/selector/").search
@@ -118,9 +118,7 @@ def test_task_loss_leaves_selectors_alone_and_selector_loss_leaves_the_rest_alon
 
 def test_fit_layers_report_the_divergence_and_recall_of_whole_maps():
     model = noisy(small_model(plan="selective_fit", keep_rate=0.5))
-    chunked = VisionTransformer(
-        dataclasses.replace(model.config, map_chunk=5), rngs=nnx.Rngs(0)
-    )
+    chunked = VisionTransformer(dataclasses.replace(model.config, map_chunk=5), rngs=nnx.Rngs(0))
     chunked = set_params(split(chunked)[0], get_params(model))
     images = random_images()
     out = forward(model, images)
@@ -146,9 +144,7 @@ def test_fit_layers_report_the_divergence_and_recall_of_whole_maps():
 
     truth = best(maps[1].sum(2).mean(1))
     for name, scores in (("selector", jnp.exp(found)), ("previous", maps[0])):
-        share = [
-            len(a & b) / 8 for a, b in zip(truth, best(scores.sum(2).mean(1)), strict=True)
-        ]
+        share = [len(a & b) / 8 for a, b in zip(truth, best(scores.sum(2).mean(1)), strict=True)]
         np.testing.assert_allclose(out.aux[f"{name}/recall/1"], share, atol=1e-6)
 
 
@@ -209,7 +205,7 @@ def test_no_map_leaves_a_layer(kind, monkeypatch):
 
     for cls in {LAYER_KINDS["standard"], LAYER_KINDS[kind]}:
         spy_on(cls)
-    plan = (kind if kind != "standard" else None)
+    plan = kind if kind != "standard" else None
     model = abstract_model(small_model(plan=plan, keep_rate=0.5).config)
     n = model.config.num_tokens
     jax.eval_shape(lambda m: m(random_images(), key=jax.random.key(0)), model)
@@ -225,7 +221,9 @@ def test_compiled_training_step_has_no_float_scatter():
 
     text = jax.jit(jax.value_and_grad(loss)).lower(params).compile().as_text()
     assert "gather" in text
-    scatters = [line for line in text.splitlines() if re.search(r"= \(?\w*f\d+\[.* scatter\(", line)]
+    scatters = [
+        line for line in text.splitlines() if re.search(r"= \(?\w*f\d+\[.* scatter\(", line)
+    ]
     assert scatters == []
 
 

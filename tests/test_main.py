@@ -95,4 +95,8 @@ def test_python_dash_m_says_what_it_wants():
         capture_output=True, text=True, cwd=Path(__file__).parents[1], env=os.environ,
     )  # fmt: skip
     assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].startswith("error: command line: --config=FILE is missing")
+    assert (
+        done.stderr.strip()
+        .splitlines()[-1]
+        .startswith("error: command line: --config=FILE is missing")
+    )

@@ -1,10 +1,13 @@
 """Learning rates, decay, freezing and averages, at named steps."""
 
+from pathlib import Path
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tosa_jax.config import StageConfig
+from tosa_jax.command_line import parse
+from tosa_jax.config import StageConfig, make_run_config
 from tosa_jax.cost import abstract_model
 from tosa_jax.errors import ConfigError
 from tosa_jax.models.params import get_params
@@ -21,12 +24,38 @@ from tosa_jax.optim import (
 
 def test_schedule_warms_up_linearly_and_falls_as_a_cosine():
     config = OptimConfig(
-        steps=110, learning_rate=1.0, warmup_steps=10, warmup_learning_rate=0.1, min_learning_rate=0.2
+        steps=100,
+        learning_rate=1.0,
+        warmup_steps=10,
+        warmup_learning_rate=0.1,
+        min_learning_rate=0.2,
     )
     rate = learning_rate(config)
-    expected = {0: 0.1, 5: 0.55, 10: 1.0, 60: 0.6, 110: 0.2}
-    for step, value in expected.items():
+    for step, value in {0: 0.1, 5: 0.55, 50: 0.6, 100: 0.2, 25: 0.2 + 0.4 * (1 + 0.5**0.5)}.items():
         assert float(rate(step)) == pytest.approx(value, abs=1e-6), step
+
+
+@pytest.mark.parametrize(("batch_size", "peak"), [(1024, 1e-3), (256, 2.5e-4)])
+def test_the_deit_recipe_has_its_published_numbers(batch_size, peak):
+    """facebookresearch/deit: 5e-4 per 512, warm-up 5 epochs from 1e-6, cosine over 300 to 1e-5."""
+    root = str(Path(__file__).parents[1])
+    config, _ = parse("", [f"--config={root}/configs/deit_s.py:scratch"])
+    config.batch_size = batch_size
+    run = make_run_config(config)
+    per_epoch = 1_281_167 // batch_size
+    optim = run.pretrain.optim(per_epoch, batch_size)
+    rate = learning_rate(optim)
+    assert optim.steps == 300 * per_epoch and optim.warmup_steps == 5 * per_epoch
+    assert optim.ema_decay == 0.99996 and optim.weight_decay == 0.05
+    expected = {
+        0: 1e-6,
+        2.5: (1e-6 + peak) / 2,
+        100: 1e-5 + (peak - 1e-5) * 0.75,
+        150: (peak + 1e-5) / 2,
+        300: 1e-5,
+    }
+    for epoch, value in expected.items():
+        assert float(rate(int(epoch * per_epoch))) == pytest.approx(value, rel=2e-3), epoch
 
 
 def test_biases_norms_tokens_and_positions_do_not_decay():
@@ -72,4 +101,4 @@ def test_durations_are_in_epochs_or_in_steps():
     with pytest.raises(ConfigError, match="epochs or steps, not both"):
         StageConfig(epochs=1.0, steps=1)
     with pytest.raises(ConfigError, match="warm-up has 300 steps"):
-        StageConfig(epochs=1.0, warmup_epochs=3.0).optim(100)
+        StageConfig(epochs=1.0, warmup_epochs=3.0).optim(100, 64)

@@ -40,7 +40,7 @@ def mesh_of(sizes):
 def setup():
     graphdef, params = split(small_model(keep_rate=0.5, drop_path_rate=0.1))
     optim = OptimConfig(steps=20, learning_rate=1e-3, warmup_steps=3, ema_decay=0.9, clip_norm=1.0)
-    task = Classification(mean=(0.5,), std=(0.5,), label_smoothing=0.1)
+    task = Classification(num_classes=10, mean=(0.5,), std=(0.5,), label_smoothing=0.1)
     return StepSetup(
         graphdef, task, make_optimizer(optim), learning_rate(optim), optim.ema_decay, 0, 1
     ), jax.tree.map(np.asarray, params)
@@ -126,5 +126,3 @@ def test_batches_that_do_not_fit():
     check_batch("batch_size", 24, mesh)
     with pytest.raises(ConfigError, match="batch_size=20 .* the nearest that is: 16"):
         check_batch("batch_size", 20, mesh)
-
-

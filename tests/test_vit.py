@@ -39,7 +39,9 @@ def test_gmacs_are_those_of_the_arithmetic(size, rate, expected, selectors):
     ],
 )  # fmt: skip
 def test_variants_have_their_published_size(name, millions):
-    assert num_params(abstract_model(variant_config(name))) / 1e6 == pytest.approx(millions, abs=1e-3)
+    assert num_params(abstract_model(variant_config(name))) / 1e6 == pytest.approx(
+        millions, abs=1e-3
+    )
 
 
 def test_parameter_paths_are_timms():
@@ -102,7 +104,9 @@ def test_output_fields_and_other_image_sizes():
     out = forward(model, jnp.zeros((2, 12, 12, 2)))
     assert out.logits.shape == (2, 10) and out.tokens.shape == (2, 37, 16)
     assert [s.shape for s in out.selected] == [(2, 19), (2, 10)]
-    assert all((np.diff(s) > 0).all() and (s[:, 0] == 0).all() for s in map(np.asarray, out.selected))
+    assert all(
+        (np.diff(s) > 0).all() and (s[:, 0] == 0).all() for s in map(np.asarray, out.selected)
+    )
 
 
 @pytest.mark.parametrize(

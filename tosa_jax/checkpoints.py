@@ -33,9 +33,7 @@ class Checkpoints:
         keep = policies.AnyPreservationPolicy(
             [
                 policies.LatestN(1),
-                policies.BestN(
-                    get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False
-                ),
+                policies.BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False),
             ]
         )
         options = ocp.CheckpointManagerOptions(
@@ -123,7 +121,9 @@ def open_workdir(workdir: Path, run: RunConfig) -> Iterator[Path]:
         try:
             lines = differences(json.loads(config_path.read_text()), values)
         except json.JSONDecodeError as error:
-            raise WorkdirError(f"{config_path} cannot be read ({error}); delete {workdir}") from error
+            raise WorkdirError(
+                f"{config_path} cannot be read ({error}); delete {workdir}"
+            ) from error
         if lines:
             raise WorkdirError(
                 f"{workdir} holds a run of another configuration ({'; '.join(lines)}); "

@@ -12,6 +12,7 @@ from typing import Any
 
 import ml_collections
 
+from tosa_jax.data.mixing import MixingConfig
 from tosa_jax.data.pipeline import DataConfig
 from tosa_jax.errors import ConfigError
 from tosa_jax.models.vit_config import ViTConfig, check, check_choice, variant_config
@@ -28,6 +29,9 @@ class StageConfig:
     epochs: float = 0.0
     steps: int = 0
     learning_rate: float = 1e-3
+    learning_rate_batch: int = (
+        0  # the batch size it is meant for, scaled linearly from there; 0: as it is
+    )
     warmup_epochs: float = 0.0
     warmup_steps: int = 0
     warmup_learning_rate: float = 0.0
@@ -38,6 +42,10 @@ class StageConfig:
     label_smoothing: float = 0.0
     drop_path_rate: float = 0.0
     distill_weight: float = 0.0
+    mixup: float = 0.0  # alpha of its Beta distribution
+    cutmix: float = 0.0
+    switch_prob: float = 0.5
+    erase_prob: float = 0.0
     eval_epochs: float = 0.0  # between evaluations; 0: at the end
     eval_steps: int = 0
     checkpoint_epochs: float = 0.0  # between checkpoints; 0: at the end
@@ -48,9 +56,13 @@ class StageConfig:
             given = [getattr(self, f"{name}{unit}") for unit in ("epochs", "steps")]
             check(min(given) >= 0 and 0 in given,
                   f"set {name}epochs or {name}steps, not both and not below 0: they are {given}")  # fmt: skip
-        check(0 <= self.label_smoothing < 1, f"label_smoothing={self.label_smoothing} is not in [0, 1)")
+        check(
+            0 <= self.label_smoothing < 1,
+            f"label_smoothing={self.label_smoothing} is not in [0, 1)",
+        )
         check(0 <= self.ema_decay < 1, f"ema_decay={self.ema_decay} is not in [0, 1)")
         check(self.learning_rate >= 0, f"learning_rate={self.learning_rate} is negative")
+        self.mixing  # noqa: B018  # its own checks
 
     def duration(self, name: str, steps_per_epoch: int) -> int:
         """Updates in a duration: `name` is "", "warmup", "eval" or "checkpoint"."""
@@ -58,12 +70,21 @@ class StageConfig:
         epochs, steps = (getattr(self, f"{prefix}{unit}") for unit in ("epochs", "steps"))
         return steps or round(epochs * steps_per_epoch)
 
-    def optim(self, steps_per_epoch: int) -> OptimConfig:
-        """The schedule in updates."""
+    @property
+    def mixing(self) -> MixingConfig:
+        """How this stage's batches are mixed and erased."""
+        names = [f.name for f in dataclasses.fields(MixingConfig)]
+        return MixingConfig(**{name: getattr(self, name) for name in names})
+
+    def optim(self, steps_per_epoch: int, batch_size: int) -> OptimConfig:
+        """The schedule in updates, its rates for this global batch size."""
         shared = {f.name for f in dataclasses.fields(OptimConfig)} & set(self.__dataclass_fields__)
         values = {name: getattr(self, name) for name in shared}
         values["steps"] = self.duration("", steps_per_epoch)
         values["warmup_steps"] = self.duration("warmup", steps_per_epoch)
+        if self.learning_rate_batch:
+            # As in DeiT, only the peak is scaled: where it starts and ends are absolute.
+            values["learning_rate"] *= batch_size / self.learning_rate_batch
         check(values["warmup_steps"] <= values["steps"],
               f"the warm-up has {values['warmup_steps']} steps, the stage only {values['steps']}")  # fmt: skip
         return OptimConfig(**values)
@@ -104,6 +125,8 @@ class RunConfig:
     seed: int = 0
     batch_size: int = 256
     log_steps: int = 50
+    init_from: str = ""  # weights to start from: whatever `load_pretrained` reads
+    init_selectors: str = ""  # a file of selectors, from another run's selector stage
     model: ViTConfig
     data: DataConfig
     inputs: InputConfig = field(default_factory=InputConfig)

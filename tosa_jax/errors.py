@@ -26,3 +26,7 @@ class WorkdirError(UserError):
 
 class NonFiniteLossError(UserError):
     """Training produced a loss that is not finite."""
+
+
+class WeightsError(UserError):
+    """A file of weights cannot be read, or does not fit the model."""

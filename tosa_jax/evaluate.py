@@ -32,9 +32,7 @@ class Evaluator:
     @functools.cached_property
     def step(self):
         """The compiled `eval_step`: (params, batch, number of the batch) -> totals."""
-        step = functools.partial(
-            eval_step, graphdef=self.graphdef, task=self.task, seed=self.seed
-        )
+        step = functools.partial(eval_step, graphdef=self.graphdef, task=self.task, seed=self.seed)
         return jax.jit(step, out_shardings=replicated(self.mesh))
 
     def batches(self):
@@ -66,9 +64,7 @@ def shard(params: Params, mesh: Mesh) -> Params:
     return jax.device_put(params, tree_shardings(params, mesh))
 
 
-def throughput(
-    contestants: Sequence[tuple[Evaluator, Params]], rounds: int = 7
-) -> list[float]:
+def throughput(contestants: Sequence[tuple[Evaluator, Params]], rounds: int = 7) -> list[float]:
     """Images/s of each contestant's evaluation step on the same batch.
 
     Contestants take turns, so that what else the machine does hits all alike; the median of `rounds` counts.

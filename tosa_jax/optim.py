@@ -17,7 +17,7 @@ NO_DECAY = r"(bias|gamma|scale|cls_token|dist_token|reg_token|pos_embed)$"
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW (Loshchilov & Hutter 2019) over `steps` updates, `warmup_steps` of them linear from `warmup_learning_rate`."""
+    """AdamW (Loshchilov & Hutter 2019) over `steps` updates; the first `warmup_steps` rise linearly."""
 
     steps: int
     learning_rate: float  # peak
@@ -33,16 +33,20 @@ class OptimConfig:
 
 
 def learning_rate(config: OptimConfig) -> optax.Schedule:
-    """Update count -> learning rate: linear warm-up, then a cosine down to `min_learning_rate`."""
-    cosine = optax.cosine_decay_schedule(
-        config.learning_rate,
-        max(config.steps - config.warmup_steps, 1),
-        alpha=config.min_learning_rate / config.learning_rate if config.learning_rate else 0.0,
-    )
-    warmup = optax.linear_schedule(
-        config.warmup_learning_rate, config.learning_rate, max(config.warmup_steps, 1)
-    )
-    return optax.join_schedules([warmup, cosine], [config.warmup_steps])
+    """Update count -> learning rate: a linear warm-up, and a cosine down to `min_learning_rate`.
+
+    As in timm's scheduler, which DeiT uses, the cosine counts from step 0, the warm-up included.
+    """
+
+    def rate(step):
+        share = jnp.minimum(step / max(config.steps, 1), 1.0)
+        span = config.learning_rate - config.min_learning_rate
+        cosine = config.min_learning_rate + span * (1 + jnp.cos(jnp.pi * share)) / 2
+        climb = config.learning_rate - config.warmup_learning_rate
+        warmup = config.warmup_learning_rate + climb * step / max(config.warmup_steps, 1)
+        return jnp.where(step < config.warmup_steps, warmup, cosine)
+
+    return rate
 
 
 def decay_mask(params: Params) -> dict[str, bool]:

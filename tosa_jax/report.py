@@ -127,7 +127,7 @@ def _metric_columns(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     metrics = [row.get("metrics") or {} for row in rows]
     names = dict.fromkeys(name for values in metrics for name in values)
     if "acc1" in names:
-        return [["top-1 %", *(_number(values.get("acc1"), ".2f", 100) for values in metrics)]]
+        return [["top-1 %", *(_number(values.get("acc1"), ".2f", 100.0) for values in metrics)]]
     return [[name, *(_number(values.get(name), ".4g") for values in metrics)] for name in names]
 
 

@@ -42,7 +42,9 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     sizes = [getattr(config, axis) for axis in AXES]
     known = int(np.prod([size for size in sizes if size != -1]))
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise ConfigError(f"mesh={sizes} (data, fsdp, model): sizes are positive, one of them may be -1")
+        raise ConfigError(
+            f"mesh={sizes} (data, fsdp, model): sizes are positive, one of them may be -1"
+        )
     if -1 in sizes:
         sizes[sizes.index(-1)] = max(len(devices) // known, 1)
     if int(np.prod(sizes)) != len(devices):

@@ -1,13 +1,10 @@
-"""The stages of a run: what each one loads, freezes and optimises; then what the closing evaluation compares.
-
-    pretrain -> selector -> finetune (and a fine-tune for each control and budget) -> eval
-"""
+"""Carries a run through its stages: what each one loads, freezes and optimises; then scores what they left."""
 
 import dataclasses
 import logging
 import platform
+import sys
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,67 +19,19 @@ from tosa_jax.config import RunConfig, StageConfig, to_json
 from tosa_jax.data.pipeline import DatasetFacts, open_dataset
 from tosa_jax.errors import ConfigError
 from tosa_jax.evaluate import Evaluator, shard, throughput
-from tosa_jax.models.methods import LAYER_KINDS
-from tosa_jax.models.params import Params, get_params, split
+from tosa_jax.models.params import Params, get_params, set_params, split
+from tosa_jax.models.pretrained import load_pretrained, save_selectors
 from tosa_jax.models.vit import VisionTransformer
 from tosa_jax.models.vit_config import ViTConfig, with_plan
 from tosa_jax.optim import learning_rate, make_optimizer, split_trainable
 from tosa_jax.progress import MetricWriter
-from tosa_jax.sharding import check_batch, make_mesh, to_global
+from tosa_jax.run_plan import BUDGETLESS, Row, Stage, plan_stages, uses_labels
+from tosa_jax.sharding import check_batch, make_mesh
 from tosa_jax.steps import StepSetup, init_state, trained_params
 from tosa_jax.tasks.classification import Classification, SelectorFitting
 from tosa_jax.train import StageRun, StopRequest, catch_signals, train_stage
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One training stage.
-
-    kind       "pretrain", "selector" or "finetune": which section of the configuration it follows.
-    model      the network as it runs in this stage, its plan included.
-    start      name of the stage whose network it starts from; "" for random weights.
-    trainable  regular expression of the parameter paths that are trained.
-    result     row of the closing table that its network fills, or "".
-    """
-
-    name: str
-    kind: str
-    model: ViTConfig
-    start: str
-    trainable: str = "."
-    result: str = ""
-
-
-def plan_stages(run: RunConfig) -> list[Stage]:
-    """The stages of a run in order."""
-    dense = with_plan(run.model, "standard")
-    stages = []
-    if run.has_stage("pretrain"):
-        stages.append(Stage("pretrain", "pretrain", dense, "", result="dense_pretrained"))
-    trunk = selectors = "pretrain" if stages else ""
-    fit = tuple(LAYER_KINDS[kind].fit_kind for kind in run.model.plan)
-    if run.has_stage("selector") and "selective_fit" in fit:
-        model = dataclasses.replace(run.model, plan=fit)
-        stages.append(Stage("selector", "selector", model, trunk, r"^kinds/\d+/selector/"))
-        selectors = "selector"
-    if not run.has_stage("finetune"):
-        return stages
-    for rate in run.keep_rates:
-        name = "finetune" if rate == run.keep_rates[0] else f"finetune_{rate}"
-        model = dataclasses.replace(run.model, keep_rate=rate)
-        stages.append(
-            Stage(name, "finetune", model, selectors, r"^(?!kinds/\d+/selector/)", "tosa")
-        )
-    for control in run.eval.controls:
-        once = control in ("dense", "skip")
-        kind = "standard" if control == "dense" else control
-        for rate in run.keep_rates[:1] if once else run.keep_rates:
-            name = f"finetune_{control}" + ("" if once else f"_{rate}")
-            model = with_plan(run.model, kind, keep_rate=rate)
-            stages.append(Stage(name, "finetune", model, trunk, result=control))
-    return stages
 
 
 class Runner:
@@ -95,20 +44,31 @@ class Runner:
         check_batch("eval.batch_size", run.eval.batch_size, self.mesh)
         self.dataset: DatasetFacts = open_dataset(run.data)
         check_classes(run, self.dataset)
-        self.networks: dict[str, Params] = {}
+        self.networks: dict[str, Params] = {"init": load_init(run)}
         self.facts: dict[str, dict[str, Any]] = {}
 
     @property
     def steps_per_epoch(self) -> int:
         return max(self.dataset.num_train // self.run.batch_size, 1)
 
-    def task(self, label_smoothing: float = 0.0) -> Classification:
-        """The task, with this stage's smoothing."""
+    @property
+    def trunk(self) -> str:
+        """The dense network that the other stages start from."""
+        return "pretrain" if self.run.has_stage("pretrain") else "init"
+
+    def task(self, stage: StageConfig = StageConfig()) -> Classification:  # noqa: B008
+        """The task, with this stage's smoothing and mixing."""
         channels = self.run.model.in_chans
         mean, std = (
             x * channels if len(x) == 1 else x for x in (self.run.inputs.mean, self.run.inputs.std)
         )
-        return Classification(mean=mean, std=std, label_smoothing=label_smoothing)
+        return Classification(
+            num_classes=self.run.model.num_classes,
+            mean=mean,
+            std=std,
+            label_smoothing=stage.label_smoothing,
+            mixing=stage.mixing,
+        )
 
     def evaluator(self, model: ViTConfig, task: Any) -> Evaluator:
         """Scores networks of this configuration on the evaluation split."""
@@ -120,22 +80,22 @@ class Runner:
     def stage_run(self, stage: Stage) -> StageRun:
         """Everything that the loop needs to train this stage."""
         config: StageConfig = getattr(self.run, stage.kind)
-        optim = config.optim(self.steps_per_epoch)
+        optim = config.optim(self.steps_per_epoch, self.run.batch_size)
         model = dataclasses.replace(stage.model, drop_path_rate=config.drop_path_rate)
         graphdef, own = split(cost.abstract_model(model))
-        task = self.task(config.label_smoothing)
+        task = self.task(config)
         if stage.kind == "selector":
             task = SelectorFitting(task=task)
         teacher, teacher_params = None, {}
         if config.distill_weight:
             dense = with_plan(self.run.model, "standard")
             teacher, names = split(cost.abstract_model(dense))
-            teacher_params = {name: self.networks[stage.start][name] for name in names}
+            teacher_params = {name: self.networks[self.trunk][name] for name in names}
         setup = StepSetup(
             graphdef, task, make_optimizer(optim), learning_rate(optim), optim.ema_decay,
             self.run.seed, zlib.crc32(stage.name.encode()) >> 1, teacher, config.distill_weight,
         )  # fmt: skip
-        start = self.networks.get(stage.start, {})
+        start = self.networks[stage.start]
         missing = own.keys() - start.keys()
 
         def init():
@@ -170,56 +130,61 @@ class Runner:
         finally:
             checkpoints.close()
         self.facts[stage.name] = facts
-        self.networks[stage.name] = self.networks.get(stage.start, {}) | trained_params(state)
+        self.networks[stage.name] = self.networks[stage.start] | trained_params(state)
+        if stage.kind == "selector":
+            graphdef, names = split(cost.abstract_model(self.run.model))
+            network = self.networks[stage.name]
+            model = set_params(graphdef, {name: network[name] for name in names})
+            save_selectors(model, self.workdir / "selectors.safetensors")
 
-    def compare(self, stages: list[Stage]) -> list[dict[str, Any]]:
-        """The rows of the report: every network that has a place in it, scored and timed."""
-        rows, contestants = [], []
-        for stage in (s for s in stages if s.result):
-            evaluator = self.evaluator(stage.model, self.task())
-            params = self.networks[stage.name]
-            own = {name: params[name] for name in split(cost.abstract_model(stage.model))[1]}
-            own = shard(own, self.mesh)
-            metrics, count = evaluator(own)
-            budget = stage.result in ("tosa", "random", "previous")
-            rows.append(
-                {
-                    "name": stage.result,
-                    "keep_rate": _plain(stage.model.keep_rate) if budget else None,
-                    "split": self.run.data.eval_split,
-                    "count": count,
-                    "metrics": metrics,
-                    "gmacs": cost.gmacs(stage.model),
-                }
-            )
-            contestants.append((evaluator, own))
-        for row, speed in zip(rows, throughput(contestants), strict=True):
-            row["img_per_sec"] = speed
-        return rows
+    def contestant(self, row: Row) -> tuple[Evaluator, Params]:
+        """What scores a row, and its parameters on the mesh."""
+        evaluator = self.evaluator(row.model, self.task())
+        params = self.networks[row.network]
+        names = split(cost.abstract_model(row.model))[1]
+        return evaluator, shard({name: params[name] for name in names}, self.mesh)
 
-    def draw_tokens(self, stages: list[Stage]) -> np.ndarray | None:
+    def compare(self, rows: list[Row]) -> list[dict[str, Any]]:
+        """The rows of the report, scored and timed."""
+        results, contestants = [], [self.contestant(row) for row in rows]
+        for row, (evaluator, params) in zip(rows, contestants, strict=True):
+            metrics, count = evaluator(params)
+            result = {
+                "name": row.name,
+                "keep_rate": None if _is_budgetless(row) else _plain(row.model.keep_rate),
+                "split": self.run.data.eval_split,
+                "count": count,
+                "metrics": metrics,
+                "gmacs": cost.gmacs(row.model),
+            }
+            results.append(result)
+        for result, speed in zip(results, throughput(contestants), strict=True):
+            result["img_per_sec"] = speed
+        return results
+
+    def draw_tokens(self, rows: list[Row]) -> np.ndarray | None:
         """The figure of selected tokens on the first test images; None where nothing selects."""
-        tosa = next((s for s in stages if s.result == "tosa"), None)
-        if tosa is None:
+        row = next((row for row in rows if row.name == "tosa"), None)
+        if row is None:
             return None
-        evaluator = self.evaluator(tosa.model, self.task())
-        names = split(cost.abstract_model(tosa.model))[1]
-        model_params = {name: self.networks[tosa.name][name] for name in names}
+        evaluator, params = self.contestant(row)
         batch = next(iter(evaluator.batches()))
-        selected = jax.jit(evaluator.selected)(model_params, batch)
-        count = self.run.eval.figure_images
-        layers = [
-            i for i, kind in enumerate(tosa.model.plan)
-            if kind != "standard" and tosa.model.group(i)[0]
-        ]  # fmt: skip
+        selected = jax.jit(evaluator.selected)(params, batch)
+        model, count = row.model, self.run.eval.figure_images
+        opens = [i for i, kind in enumerate(model.plan) if kind != "standard" and model.group(i)[0]]
+        classes = self.dataset.class_names
         return figures.selected_tokens_figure(
             np.asarray(batch["image"])[:count],
             tuple(np.asarray(x)[:count] for x in selected),
-            grid=tosa.model.grid,
-            num_prefix_tokens=tosa.model.num_prefix_tokens,
-            titles=["input"] + [f"layer {i + 1}" for i in layers],
-            labels=[self.dataset.class_names[i] for i in np.asarray(batch["label"])[:count]],
+            grid=model.grid,
+            num_prefix_tokens=model.num_prefix_tokens,
+            titles=["input"] + [f"layer {i + 1}" for i in opens],
+            labels=[classes[i] for i in np.asarray(batch["label"])[:count]],
         )
+
+
+def _is_budgetless(row: Row) -> bool:
+    return row.name in (*BUDGETLESS, "dense_pretrained")
 
 
 def _plain(keep_rate: Any) -> Any:
@@ -230,26 +195,43 @@ def _plain(keep_rate: Any) -> Any:
 
 
 def check_classes(run: RunConfig, dataset: DatasetFacts) -> None:
-    """Raise a ConfigError if the head does not fit the data set."""
-    if run.model.num_classes != dataset.num_classes:
+    """Raise a ConfigError if labels are needed and the head does not fit them."""
+    if uses_labels(run) and run.model.num_classes != dataset.num_classes:
         raise ConfigError(
             f"config.model.num_classes={run.model.num_classes}, but {run.data.name!r} has "
             f"{dataset.num_classes} classes: set it to that"
         )
 
 
+def load_init(run: RunConfig) -> Params:
+    """The parameters that `init_from` and `init_selectors` hold, read for the run's own network."""
+    if not (run.init_from or run.init_selectors):
+        return {}
+    model = VisionTransformer(run.model, rngs=flax.nnx.Rngs(run.seed))
+    load_pretrained(
+        model,
+        run.init_from or None,
+        selectors=run.init_selectors or None,
+        on_message=lambda line: print(line, file=sys.stderr),
+    )
+    params = get_params(model)
+    wanted = r"^kinds/" if not run.init_from else "." if run.init_selectors else r"^(?!kinds/)"
+    return split_trainable(params, wanted)[0]
+
+
 def run_stages(run: RunConfig, workdir: Path) -> dict[str, Any]:
     """A whole run in its work directory; goes on where an earlier one stopped. Returns the report."""
     if (done := report.read_report(workdir)) is not None:
         return done
-    stages = plan_stages(run)
+    stages, rows = plan_stages(run)
     with catch_signals() as stop, MetricWriter(workdir) as writer:
         runner = Runner(run, workdir, stop)
         for stage in stages:
             runner.train(stage, writer)
-        rows = runner.compare(stages)
-        figure = runner.draw_tokens(stages)
-        if figure is not None:
+        if not uses_labels(run):
+            rows = []  # labels that mean nothing here are not scored
+        results = runner.compare(rows) if rows else []
+        if (figure := runner.draw_tokens(rows)) is not None:
             figures.write_png(workdir / "selected_tokens.png", figure)
             writer.image("eval", 0, "selected_tokens", figure)
     result = {
@@ -257,7 +239,7 @@ def run_stages(run: RunConfig, workdir: Path) -> dict[str, Any]:
         "device": describe_device(),
         "versions": versions(),
         "stages": runner.facts,
-        "results": rows,
+        "results": results,
     }
     report.write_report(workdir, result)
     return result

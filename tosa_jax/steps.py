@@ -19,6 +19,9 @@ from tosa_jax.optim import global_norm, update_ema
 
 Batch = Mapping[str, jax.Array]
 
+MIXING = 2**31 - 1
+"""What the key of mixing is folded with: no layer has this number."""
+
 
 class TrainState(NamedTuple):
     """All that a training step changes, and the frozen parameters beside it.
@@ -78,13 +81,15 @@ def train_step(
     state: TrainState, batch: Batch, *, setup: StepSetup
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update on a batch; the metrics are float32 scalars: loss, grad_norm, learning_rate."""
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(setup.seed), setup.stage_id), state.step)
-    images = setup.task.inputs(batch["image"])
+    key = jax.random.fold_in(
+        jax.random.fold_in(jax.random.key(setup.seed), setup.stage_id), state.step
+    )
+    images, targets = setup.task.training_batch(batch, jax.random.fold_in(key, MIXING))
 
     def mean_loss(params):
         model = set_params(setup.graphdef, state.frozen | params)
         out = model(images, key=key, train=True)
-        loss = setup.task.loss(out, batch)
+        loss = setup.task.loss(out, targets)
         if setup.teacher is not None:
             teacher_out = set_params(setup.teacher, state.teacher)(images)
             loss = loss + setup.distill_weight * setup.task.distillation(out, teacher_out)

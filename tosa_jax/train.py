@@ -20,7 +20,6 @@ from tosa_jax.progress import Chrono, MetricWriter, Progress
 from tosa_jax.sharding import batch_sharding, replicated, to_global, tree_shardings
 from tosa_jax.steps import StepSetup, TrainState, train_step, trained_params
 
-
 STEPS_AHEAD = 3
 """Steps the host may be ahead of the devices: enough to keep them busy, few enough to stop soon after a signal."""
 
@@ -99,7 +98,9 @@ def compile_step(setup: StepSetup, shardings: Any, mesh: Mesh) -> Callable:
 class Log:
     """Metrics of steps are fetched one interval late, so that the device never waits for the log."""
 
-    def __init__(self, stage: str, writer: MetricWriter, progress: Progress, chrono: Chrono) -> None:
+    def __init__(
+        self, stage: str, writer: MetricWriter, progress: Progress, chrono: Chrono
+    ) -> None:
         self.stage, self.writer, self.progress, self.chrono = stage, writer, progress, chrono
         self.fresh: list[tuple[int, dict]] = []
         self.ready: list[tuple[int, dict]] = []
@@ -208,4 +209,6 @@ def train_stage(
 
 def summary_line(metrics: dict[str, float]) -> str:
     """Metrics on one line, without those of single layers."""
-    return ", ".join(f"{k} {x:.4f}" for k, x in metrics.items() if not k.rpartition("/")[2].isdigit())
+    return ", ".join(
+        f"{k} {x:.4f}" for k, x in metrics.items() if not k.rpartition("/")[2].isdigit()
+    )

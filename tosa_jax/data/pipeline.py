@@ -6,19 +6,23 @@ processes: every draw belongs to an index of the global, infinite stream of exam
 
 import atexit
 import dataclasses
-import functools
 import weakref
 from collections.abc import Iterator
 from typing import ClassVar
 
 import grain
 import numpy as np
-import tensorflow_datasets as tfds
 from absl import flags
 
+from tosa_jax.data import sources
 from tosa_jax.data.builders import nearest, num_examples, open_builder
-from tosa_jax.data.transforms import AUGMENTATIONS, decode_image
-from tosa_jax.errors import ConfigError, DataError
+from tosa_jax.data.decoding import RESIZES, Form
+from tosa_jax.data.transforms import AUGMENTATIONS, CROPS
+from tosa_jax.errors import ConfigError
+
+# Images of at least this many bytes are read one by one by the threads; smaller ones a batch at a
+# time, since handing one from thread to thread then costs as much as reading it.
+_LARGE_IMAGE = 2**15
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,26 +34,52 @@ class DataConfig:
     source_dir: str = ""  # raw files that the set is prepared from, when it is one of ours
     train_split: str = "train"
     eval_split: str = "test"
-    image_size: int  # square, pixels; images of another size are resized (bilinear, antialiased)
+    image_size: int  # square, pixels
     channels: int  # 1 or 3; grey is repeated, colour becomes luma
     augment: str = "none"  # a key of transforms.AUGMENTATIONS
+    repeats: int = 1  # copies of each example in a row, each drawn anew; DeiT's is 3
+    # How images that no augmentation crops are brought to size: "squeeze" (bilinear to the square)
+    # or "crop" (DeiT's evaluation: short side to image_size / eval_crop_pct, bicubic, centre crop).
+    eval_resize: str = "squeeze"
+    eval_crop_pct: float = 0.875
+    exif_rotate: bool = False  # turn images upright by EXIF; published ImageNet numbers did not
+    max_bad_fraction: float = 0.0  # of a split's images that training may skip as not decodable
     in_memory: bool = False  # decode the set once and keep it as uint8 (small sets)
-    num_threads: int = 2  # reader threads a process
-    num_workers: int = 0  # worker processes (0: threads only)
-    prefetch_batches: int = 4
+    num_threads: int = 2  # reader threads a process, where there are no workers
+    num_workers: int = 0  # worker processes of one thread each (0: threads)
+    prefetch_batches: int = 4  # finished batches that wait
+    prefetch_mib: int = 512  # and how much memory they may take; a worker always has one
 
     def __post_init__(self) -> None:
-        if self.augment not in AUGMENTATIONS:
-            raise ConfigError(
-                f"augment={self.augment!r} is unknown{nearest(self.augment, AUGMENTATIONS)}"
-            )
+        choices = {"augment": AUGMENTATIONS, "eval_resize": RESIZES}
+        for field, known in choices.items():
+            if (value := getattr(self, field)) not in known:
+                raise ConfigError(f"{field}={value!r} is unknown{nearest(value, known)}")
         if self.channels not in (1, 3):
             use = 1 if self.channels < 2 else 3
             raise ConfigError(f"channels={self.channels} must be 1 or 3: use {use}")
-        lowest_values = {"image_size": 1, "num_threads": 0, "num_workers": 0, "prefetch_batches": 0}
+        if self.augment == "deit" and self.channels != 3:
+            raise ConfigError("augment='deit' is for channels=3: use 'crop_flip' for grey images")
+        if not 0 < self.eval_crop_pct <= 1:
+            raise ConfigError(f"eval_crop_pct={self.eval_crop_pct} must be in (0, 1]")
+        if not 0 <= self.max_bad_fraction < 1:
+            raise ConfigError(f"max_bad_fraction={self.max_bad_fraction} must be in [0, 1)")
+        lowest_values = {"image_size": 1, "repeats": 1, "prefetch_mib": 1}
+        lowest_values |= {"num_threads": 0, "num_workers": 0, "prefetch_batches": 0}
         for field, lowest in lowest_values.items():
             if getattr(self, field) < lowest:
                 raise ConfigError(f"{field}={getattr(self, field)} must be at least {lowest}")
+
+    @property
+    def form(self) -> Form:
+        """The form of images that are not cropped by an augmentation."""
+        return Form(
+            image_size=self.image_size,
+            channels=self.channels,
+            resize=self.eval_resize,
+            crop_pct=self.eval_crop_pct,
+            exif_rotate=self.exif_rotate,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +93,17 @@ class DatasetFacts:
 
 
 class BatchStream(Iterator[dict[str, np.ndarray]]):
-    """An iterator of batches. `close()` ends its threads and workers; so does dropping it."""
+    """An iterator of batches. `close()` ends its threads and workers; so does dropping it.
+
+    `bad_images` holds those that its threads have skipped; workers count and log their own.
+    """
 
     open_streams: ClassVar[weakref.WeakSet] = weakref.WeakSet()
 
-    def __init__(self, iterator: grain.DatasetIterator) -> None:
+    def __init__(
+        self, iterator: grain.DatasetIterator, bad_images: sources.BadImages | tuple = ()
+    ) -> None:
+        self.bad_images = bad_images
         self._iterator: grain.DatasetIterator | None = iterator
         # Grain's clean-up is loud once Python is being taken down: it must have happened before.
         self.open_streams.add(self)
@@ -114,12 +150,16 @@ def train_batches(
 
     Each epoch has its own order and batches cross from one into the next. Process p gets rows
     [p * local_b, (p + 1) * local_b) of the `batch_size` rows, local_b = batch_size / process_count.
+    The copies of a repeated example stand next to each other, so mostly in one global batch.
+
+    An image that cannot be decoded is named in the log and its place filled by the next example of
+    the order; each process or worker stops at more than `max_bad_fraction` of the split.
 
     Returns:
       An iterator of {"image": uint8 [local_b, s, s, c], "label": int32 [local_b]}.
     Raises:
       ConfigError: `batch_size` does not divide, a number is negative, or the split does not exist.
-      DataError: see `open_dataset`.
+      DataError: see `open_dataset`; from the iterator: too many images cannot be decoded.
     """
     local_size = _local_size(batch_size, process_index, process_count)
     if seed < 0 or start_step < 0:
@@ -130,12 +170,14 @@ def train_batches(
     order_seed, draw_seed = np.random.SeedSequence(seed).generate_state(2).tolist()
     # repeat() before random_map(): the draws then differ from epoch to epoch.
     dataset = grain.MapDataset.source(source).shuffle(seed=order_seed).repeat(None)
-    if (augmentation := AUGMENTATIONS[config.augment]) is not None:
-        dataset = dataset.random_map(augmentation(), seed=draw_seed)
-    dataset = _ProcessRows(dataset, batch_size, local_size, process_index)
-    dataset = dataset.batch(local_size, drop_remainder=True)
+    if config.repeats > 1:
+        dataset = sources.Repeated(dataset, config.repeats, len(source))
+    bad = sources.BadImages(source.name, len(source), config.max_bad_fraction)
+    example = sources.TrainExample(config.form, config.augment, bad)
+    dataset = sources.Following(dataset).random_map(example, seed=draw_seed)
+    dataset = sources.ProcessRows(dataset, batch_size, local_size, process_index)
     # A slice, not the iterator's state: that is tied to the number of workers.
-    return _iterate(dataset[start_step:], config)
+    return BatchStream(_iterate(dataset[start_step * local_size :], local_size, config), bad)
 
 
 def eval_batches(
@@ -156,115 +198,46 @@ def eval_batches(
       examples, 0 for padding.
     Raises:
       ConfigError: `batch_size` does not divide, or the split does not exist.
-      DataError: see `open_dataset`.
+      DataError: see `open_dataset`; from the iterator: an image cannot be decoded.
     """
     local_size = _local_size(batch_size, process_index, process_count)
     where = ("eval_split", config.eval_split) if split is None else ("split", split)
     source = _source(config, *where)
-    dataset = grain.MapDataset.source(_Padded(source, batch_size))
-    dataset = _ProcessRows(dataset, batch_size, local_size, process_index)
-    return _iterate(dataset.batch(local_size, drop_remainder=True), config)
+    examples = sources.EvalExamples(source, config.form, batch_size)
+    dataset = grain.MapDataset.source(examples)
+    dataset = sources.ProcessRows(dataset, batch_size, local_size, process_index)
+    return BatchStream(_iterate(dataset, local_size, config))
 
 
-class _Encoded:
-    """A TFDS split as a source that decodes: {"image": uint8 [s, s, c], "label": int32 []}."""
-
-    def __init__(self, path: str, split: str, image_size: int, channels: int) -> None:
-        # Skipped: TFDS would decode every image, grey ones too, to its own form.
-        decoders = {"image": tfds.decode.SkipDecoding()}
-        builder = tfds.builder_from_directory(path)
-        self._records = builder.as_data_source(split, decoders=decoders)
-        self._name = f"{path}, split {split}"
-        self._form = {"image_size": image_size, "channels": channels}
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, index: int) -> dict:
-        record = self._records[index]
-        try:
-            image = decode_image(record["image"], **self._form)
-        except (OSError, ValueError) as error:
-            raise DataError(
-                f"{self._name}: image {index} cannot be decoded ({error}); prepare the set again"
-            ) from None
-        return {"image": image, "label": np.int32(record["label"])}
-
-
-class _Decoded:
-    """A whole split as arrays; elements as `_Encoded`'s, the images read-only views."""
-
-    def __init__(self, source: _Encoded) -> None:
-        self._images = np.empty((len(source), *source[0]["image"].shape), np.uint8)
-        self._labels = np.empty(len(source), np.int32)
-        for i in range(len(source)):
-            element = source[i]
-            self._images[i], self._labels[i] = element["image"], element["label"]
-        # Shared by every stream of this process: a transform that wrote into it would spoil them.
-        self._images.flags.writeable = False
-
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def __getitem__(self, index: int) -> dict:
-        return {"image": self._images[index], "label": self._labels[index]}
-
-
-class _Padded:
-    """A source with a "mask", and zeros behind its end up to a whole number of batches."""
-
-    def __init__(self, source: _Encoded | _Decoded, batch_size: int) -> None:
-        self._source = source
-        self._length = -(-len(source) // batch_size) * batch_size
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, index: int) -> dict:
-        if index < len(self._source):
-            return {**self._source[index], "mask": np.float32(1)}
-        blank = np.zeros_like(self._source[0]["image"])
-        return {"image": blank, "label": np.int32(0), "mask": np.float32(0)}
-
-
-class _ProcessRows(grain.MapDataset):
-    """One process's contiguous rows of each global batch of a dataset of single examples.
-
-    It stands behind random_map, whose draws are by the index that it asks for: the global one.
-    """
-
-    def __init__(
-        self, parent: grain.MapDataset, global_size: int, local_size: int, process_index: int
-    ) -> None:
-        super().__init__(parent)
-        self._global_size, self._local_size = global_size, local_size
-        self._first_row = process_index * local_size
-
-    def __len__(self) -> int:
-        return len(self._parent) // self._global_size * self._local_size
-
-    def __getitem__(self, index: int) -> dict:
-        if isinstance(index, slice):
-            return self.slice(index)
-        batch, row = divmod(index, self._local_size)
-        return self._parent[batch * self._global_size + self._first_row + row]
-
-
-def _iterate(dataset: grain.MapDataset, config: DataConfig) -> BatchStream:
-    # An element is a batch here, and Grain's default is to read 500 elements ahead.
-    threads = min(config.num_threads, config.prefetch_batches)  # more could not be busy
-    options = grain.ReadOptions(
-        num_threads=threads, prefetch_buffer_size=config.prefetch_batches if threads else 0
-    )
-    stream = dataset.to_iter_dataset(options)
-    workers = min(config.num_workers, len(dataset))
+def _iterate(
+    examples: grain.MapDataset, local_size: int, config: DataConfig
+) -> grain.DatasetIterator:
+    """Batches of examples, read ahead by as many as `prefetch_batches` and `prefetch_mib` allow."""
+    image_bytes = config.image_size**2 * config.channels
+    budget = config.prefetch_mib * 2**20 // image_bytes  # images
+    waiting = min(config.prefetch_batches, max(1, budget // local_size))
+    batches = examples.batch(local_size, drop_remainder=True)
+    workers = min(config.num_workers, len(batches))
     if workers:
         # Grain hands absl's flags on to its workers, which fails if nothing has parsed them.
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
-        per_worker = max(1, config.prefetch_batches // workers)
-        stream = stream.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker))
-    return BatchStream(iter(stream))
+        stream = batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+        options = grain.MultiprocessingOptions(workers, max(1, waiting // workers))
+        return iter(stream.mp_prefetch(options))
+    if image_bytes < _LARGE_IMAGE:
+        # An element is a batch here, and Grain's default is to read 500 elements ahead.
+        return iter(batches.to_iter_dataset(_read_options(config.num_threads, waiting)))
+    waiting = min(config.prefetch_batches * local_size, max(1, budget))
+    stream = examples.to_iter_dataset(_read_options(config.num_threads, waiting))
+    return iter(stream.batch(local_size, drop_remainder=True))
+
+
+def _read_options(num_threads: int, buffer_size: int) -> grain.ReadOptions:
+    threads = min(num_threads, buffer_size)  # more could not be busy
+    return grain.ReadOptions(
+        num_threads=threads, prefetch_buffer_size=buffer_size if threads else 0
+    )
 
 
 @atexit.register
@@ -285,14 +258,11 @@ def _local_size(batch_size: int, process_index: int, process_count: int) -> int:
     return batch_size // process_count
 
 
-def _source(config: DataConfig, field: str, split: str) -> _Encoded | _Decoded:
+def _source(config: DataConfig, field: str, split: str) -> sources.Encoded | sources.Cached:
     builder = open_builder(config.name, config.data_dir, config.source_dir)
     num_examples(builder, split, field)  # checks the split
-    form = (str(builder.data_path), split, config.image_size, config.channels)
-    return _decoded(*form) if config.in_memory else _Encoded(*form)
-
-
-# Four: train and eval of two sets, or two forms. An evaluation each epoch must not decode again.
-@functools.lru_cache(maxsize=4)
-def _decoded(path: str, split: str, image_size: int, channels: int) -> _Decoded:
-    return _Decoded(_Encoded(path, split, image_size, channels))
+    path = str(builder.data_path)
+    if not config.in_memory:
+        return sources.Encoded(path, split)
+    whole = field == "train_split" and config.augment in CROPS
+    return sources.cached(path, split, config.form, whole)

@@ -1,42 +1,26 @@
-"""Host-side image work: encoded bytes to uint8 arrays, and augmentations drawn for each example.
+"""Host-side augmentations, drawn for each example: uint8 images in, uint8 images out.
 
 Normalisation, mixup, cutmix and erasing run on the device: everything here stays uint8.
 """
 
-import io
 import math
+from collections.abc import Callable
 
 import grain
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-_MODES = {1: "L", 3: "RGB"}  # channels -> PIL mode
+from tosa_jax.data.decoding import to_array
+from tosa_jax.data.randaugment import rand_augment
 
 _MAX_SHIFT = 1 / 8  # of the side, each way
 _MAX_DEGREES = 10.0
 _MIN_SCALE, _MAX_SCALE = 0.9, 1.1
 
-
-def decode_image(encoded: bytes, *, image_size: int, channels: int) -> UInt8[np.ndarray, "s s c"]:
-    """An encoded image (PNG, JPEG, ...) as uint8 [image_size, image_size, channels].
-
-    Another size is resized, bilinear and antialiased, to the square: an oblong image is squeezed,
-    not cropped. Grey is repeated over three channels; colour becomes luma in one.
-
-    Raises:
-      ValueError, OSError: the bytes are no image, are cut short, or hold over 8 bits a channel.
-    """
-    with Image.open(io.BytesIO(encoded)) as image:
-        if image.mode.startswith(("I", "F")):
-            # PIL would clip these at 255, silently.
-            raise ValueError(f"image mode {image.mode} has more than 8 bits a channel")
-        # Converted first: a palette or a bilevel image cannot be interpolated.
-        image = image.convert(_MODES[channels])
-        if image.size != (image_size, image_size):
-            # PIL widens the filter when it makes an image smaller: that is the antialiasing.
-            image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
-        return np.asarray(image).reshape(image_size, image_size, channels)
+_CROP_AREA = (0.08, 1.0)  # share of the image
+_CROP_RATIO = (3 / 4, 4 / 3)  # width by height, log-uniform
+_CROP_TRIES = 10
 
 
 def shift_image(
@@ -115,9 +99,82 @@ class ShiftRotate(grain.transforms.RandomMap):
         return {**element, "image": image}
 
 
+def draw_crop(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) of a random crop, as torchvision's RandomResizedCrop draws it.
+
+    0.08 to 1 of the area with 3:4 to 4:3 for width by height, in up to ten tries; where none fits,
+    the largest centred crop of a ratio within these bounds.
+    """
+    low, high = (math.log(ratio) for ratio in _CROP_RATIO)
+    for _ in range(_CROP_TRIES):
+        u, v = rng.random(2).tolist()
+        area = width * height * (_CROP_AREA[0] + u * (_CROP_AREA[1] - _CROP_AREA[0]))
+        ratio = math.exp(low + v * (high - low))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left = int(rng.integers(width - w + 1))
+            top = int(rng.integers(height - h + 1))
+            return left, top, left + w, top + h
+    ratio = min(max(width / height, _CROP_RATIO[0]), _CROP_RATIO[1])
+    # At least one pixel: torchvision fails on one 30,000 wide and 1 high.
+    w = min(width, max(1, round(height * ratio)))
+    h = min(height, max(1, round(width / ratio)))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def random_resized_crop(
+    image: Image.Image, image_size: int, rng: np.random.Generator
+) -> Image.Image:
+    """`draw_crop`, then that part alone resized to the square, bicubic and antialiased (PIL)."""
+    # Not resize(box=...): its filter would reach over the border of the crop.
+    part = image.crop(draw_crop(*image.size, rng))
+    return part.resize((image_size, image_size), Image.Resampling.BICUBIC)
+
+
+def crop_flip(image: Image.Image, image_size: int, rng: np.random.Generator) -> Image.Image:
+    """`random_resized_crop`, and left and right exchanged every second time."""
+    image = random_resized_crop(image, image_size, rng)
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else image
+
+
+def deit(image: Image.Image, image_size: int, rng: np.random.Generator) -> Image.Image:
+    """`crop_flip`, then RandAugment `rand-m9-mstd0.5-inc1`; RGB only."""
+    return rand_augment(crop_flip(image, image_size, rng), rng)
+
+
+class _Crop(grain.transforms.RandomMap):
+    """A whole opened image (PIL, any size) -> uint8 [image_size, image_size, c]."""
+
+    transform: Callable[[Image.Image, int, np.random.Generator], Image.Image]
+
+    def __init__(self, image_size: int) -> None:
+        self._image_size = image_size
+
+    def random_map(self, element: dict, rng: np.random.Generator) -> dict:
+        image = type(self).transform(element["image"], self._image_size, rng)
+        return {**element, "image": to_array(image)}
+
+
+class CropFlip(_Crop):
+    """Random resized crop and flip of a whole PIL image."""
+
+    transform = staticmethod(crop_flip)
+
+
+class Deit(_Crop):
+    """DeiT's augmentation of a whole PIL image; mixing and erasing are `data.mixing`'s."""
+
+    transform = staticmethod(deit)
+
+
+CROPS: dict[str, type[_Crop]] = {"crop_flip": CropFlip, "deit": Deit}
+"""Those that take a whole PIL image of any size and are made with `image_size`."""
+
 AUGMENTATIONS: dict[str, type[grain.transforms.RandomMap] | None] = {
     "none": None,
     "shift": Shift,
     "shift_rotate": ShiftRotate,
     "shift_flip": ShiftFlip,
+    **CROPS,
 }

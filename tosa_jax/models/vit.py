@@ -38,7 +38,7 @@ class Output(NamedTuple):
 
 
 def check_plan(config: ViTConfig) -> None:
-    """Raise a ConfigError for a plan that names unknown kinds, starts with a choice, or has the wrong number of rates."""
+    """Raise a ConfigError for a plan with unknown kinds, a choice at the start, or too many rates."""
     for kind in config.plan:
         check_choice("a layer kind of the plan", kind, LAYER_KINDS)
     selects = [LAYER_KINDS[kind].selects for kind in config.plan]

@@ -9,10 +9,12 @@ from jaxtyping import Array, Float
 
 from tosa_jax import losses
 from tosa_jax.array_types import Images, PerExample, RawImages
+from tosa_jax.data.mixing import MixingConfig, erase, mix
 from tosa_jax.metrics import top_k_correct
 from tosa_jax.models.vit import Output
 
 Batch = Mapping[str, jax.Array]
+Targets = Float[Array, "b classes"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +23,9 @@ class Classification:
 
     mean: tuple[float, ...]  # a channel, of pixels in [0, 1]
     std: tuple[float, ...]
+    num_classes: int
     label_smoothing: float = 0.0
+    mixing: MixingConfig = MixingConfig()
     best_metric: str = "acc1"
 
     def inputs(self, images: RawImages) -> Images:
@@ -29,11 +33,15 @@ class Classification:
         mean, std = (jnp.asarray(x).reshape(1, 1, 1, -1) for x in (self.mean, self.std))
         return (images.astype(jnp.float32) / 255 - mean) / std
 
-    def loss(self, out: Output, batch: Batch) -> PerExample:
-        """Cross-entropy in nats."""
-        targets = losses.smoothed_targets(
-            batch["label"], out.logits.shape[1], self.label_smoothing
-        )
+    def training_batch(self, batch: Batch, key: jax.Array) -> tuple[Images, Targets]:
+        """Normalised images and their targets, smoothed, erased and mixed."""
+        targets = losses.smoothed_targets(batch["label"], self.num_classes, self.label_smoothing)
+        erase_key, mix_key = jax.random.split(key)
+        images = erase(self.mixing, erase_key, self.inputs(batch["image"]))
+        return mix(self.mixing, mix_key, images, targets)
+
+    def loss(self, out: Output, targets: Targets) -> PerExample:
+        """Cross-entropy in nats against the targets of `training_batch`."""
         return losses.soft_cross_entropy(out.logits, targets)
 
     def distillation(self, out: Output, teacher: Output) -> PerExample:
@@ -63,7 +71,11 @@ class SelectorFitting:
     def inputs(self, images: RawImages) -> Images:
         return self.task.inputs(images)
 
-    def loss(self, out: Output, batch: Batch) -> PerExample:
+    def training_batch(self, batch: Batch, key: jax.Array) -> tuple[Images, None]:
+        """Normalised images; there are no targets."""
+        return self.inputs(batch["image"]), None
+
+    def loss(self, out: Output, targets: None = None) -> PerExample:
         """KL from the true map of each selective layer to its selector's prediction, summed over selectors."""
         return sum(x for name, x in out.aux.items() if name.startswith("selector/kl/"))
 

@@ -1,0 +1,238 @@
+"""Image files, or images inside tar files, to a TFDS folder of ArrayRecord shards.
+
+TFDS's own writer copies every example to a temporary file and back, and starts again from nothing
+after a kill. Here the list of images is known before a byte of them is read: each shard is read,
+written and renamed on its own, so that what is complete stays complete. Order, shard count and
+shard lengths are TFDS's (the hash of the example's key, salted with the split's name): a slice
+like "train[:10%]" is a fair sample, and the same one as of a copy that TFDS made.
+"""
+
+import hashlib
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from tensorflow_datasets.core import example_serializer, hashing, splits
+from tensorflow_datasets.core.utils import shard_utils
+
+from tosa_jax.errors import DataError
+
+Say = Callable[[str], object]
+
+WRITER_OPTIONS = "group_size:1"  # one record a group: any record is read alone
+_READERS = 8  # threads: on a network disk most of the time is waiting
+_SAY_EVERY_S = 10.0
+
+
+class Item(NamedTuple):
+    """One example: its key and file name, its class, and the bytes of a file that are its image."""
+
+    name: str
+    label: int
+    path: str
+    offset: int
+    size: int
+    mtime_ns: int
+
+
+class Progress:
+    """Says a line at most every ten seconds, and the first and last one always."""
+
+    def __init__(self, say: Say, what: str) -> None:
+        self._say, self._what = say, what
+        self._start = time.monotonic()
+        self._last = -_SAY_EVERY_S
+
+    def __call__(self, text: str, done_bytes: int = 0, all_bytes: int = 0) -> None:
+        """Says `text`; with byte counts of this run's work, the speed and the time left too."""
+        now = time.monotonic()
+        if now - self._last < _SAY_EVERY_S and not (all_bytes and done_bytes == all_bytes):
+            return
+        self._last = now
+        if done_bytes:
+            speed = done_bytes / max(now - self._start, 1e-3)
+            left = (all_bytes - done_bytes) / speed / 60
+            text += f", {done_bytes / 1e9:.2f} of {all_bytes / 1e9:.2f} GB"
+            text += f", {speed / 1e6:.0f} MB/s, {left:.0f} min left"
+        self._say(f"{self._what}: {text}")
+
+
+def digest(items: Iterable[Item]) -> str:
+    """Eight hex digits that change with the items' names, labels, places, sizes or file times."""
+    total = hashlib.sha256()
+    for item in items:
+        # The folder's own place is left out: a tree that was moved is the same tree.
+        total.update(repr((item.name, item.label, *item[3:])).encode())
+    return total.hexdigest()[:8]
+
+
+def write_set(
+    path: Path,
+    info: tfds.core.DatasetInfo,
+    items: Mapping[str, list[Item]],
+    say: Say,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Writes the splits that a version folder does not have yet; each appears when it is complete.
+
+    Args:
+      path: The version folder, .../1.0.0. What is unfinished lies beside it in .../1.0.0.incomplete
+        and is used by the next call, as long as the source files are the same.
+      info: The set's name, version and features ("image", "label", "file_name").
+      items: The examples of each split, none empty.
+      overwrite: Splits that are there are made again too, and stay until the new are complete.
+    Raises:
+      DataError: the disk is too small, or an image is no longer what its item says.
+      OSError: the folder cannot be written.
+    """
+    work = path.with_name(f"{path.name}.incomplete")
+    for split, examples in items.items():
+        if split in prepared_splits(path) and not overwrite:
+            continue
+        lengths = _write_split(work, info, split, examples, say)
+        size = sum(item.size for item in examples)
+        _publish(path, work, info, splits.SplitInfo(split, lengths, size))
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def prepared_splits(path: Path) -> Mapping[str, splits.SplitInfo]:
+    """The complete splits of a version folder, by name; none if it does not exist."""
+    if not (path / "dataset_info.json").is_file():
+        return {}
+    return tfds.builder_from_directory(str(path)).info.splits
+
+
+def _write_split(
+    work: Path, info: tfds.core.DatasetInfo, split: str, items: list[Item], say: Say
+) -> list[int]:
+    """Writes the shards that are not there yet; returns the examples of each shard."""
+    folder = work / f"{split}-{digest(items)}"
+    for other in work.glob(f"{split}-*"):
+        if other != folder:
+            say(f"{split}: the source files changed since {other.name} was begun: it is dropped")
+            shutil.rmtree(other)
+    folder.mkdir(parents=True, exist_ok=True)
+    plan = _plan(folder, info.name, split, items)
+    missing = [(path, part) for path, part in plan if not has_records(path, len(part))]
+    all_bytes = sum(item.size for _, part in missing for item in part)
+    _check_space(work, all_bytes)
+    if len(missing) < len(plan):
+        say(f"{split}: {len(plan) - len(missing)} of {len(plan)} shards are there already")
+    serializer = example_serializer.ExampleSerializer(info.features.get_serialized_info())
+    progress, done_bytes = Progress(say, split), 0
+    with ThreadPoolExecutor(_READERS) as pool:
+        for i, (path, part) in enumerate(missing, len(plan) - len(missing) + 1):
+            # Read in the order of the source: a disk with a moving head is several times faster.
+            order = sorted(range(len(part)), key=lambda j, part=part: part[j][2:4])
+            images = dict(zip(order, pool.map(_read, (part[j] for j in order)), strict=True))
+            write_shard(path, (_record(serializer, info, part[j], images.pop(j))
+                               for j in range(len(part))))  # fmt: skip
+            done_bytes += sum(item.size for item in part)
+            progress(f"{i} of {len(plan)} shards", done_bytes, all_bytes)
+    return [len(part) for _, part in plan]
+
+
+def _plan(folder: Path, name: str, split: str, items: list[Item]) -> list[tuple[Path, list[Item]]]:
+    """Each shard's file and its examples, in TFDS's order."""
+    hasher = hashing.Hasher(split)
+    shuffled = sorted(items, key=lambda item: hasher.hash_key(item.name))
+    size = sum(item.size for item in items)
+    count = shard_utils.ShardConfig.calculate_number_shards(size, len(items))
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=folder, dataset_name=name, split=split, filetype_suffix="array_record"
+    )
+    ends = shard_utils.get_shard_boundaries(len(items), count)
+    starts = [0, *ends[:-1]]
+    parts = [shuffled[start:end] for start, end in zip(starts, ends, strict=True)]
+    return list(zip(map(Path, template.sharded_filepaths(count)), parts, strict=True))
+
+
+def _read(item: Item) -> bytes:
+    try:
+        with open(item.path, "rb", buffering=0) as file:
+            file.seek(item.offset)
+            data = file.read(item.size)
+    except OSError as error:
+        raise DataError(f"{item.path}: cannot be read ({error.strerror})") from None
+    if len(data) != item.size:
+        raise DataError(
+            f"{item.path}: {item.name} has {len(data)} bytes, not the {item.size} it had when it "
+            f"was listed; prepare again when the files no longer change"
+        )
+    return data
+
+
+def _record(
+    serializer: example_serializer.ExampleSerializer,
+    info: tfds.core.DatasetInfo,
+    item: Item,
+    image: bytes,
+) -> bytes:
+    example = {"image": image, "label": item.label, "file_name": item.name}
+    return serializer.serialize_example(info.features.encode_example(example))
+
+
+def write_shard(path: Path, records: Iterable[bytes]) -> None:
+    """Writes an ArrayRecord file that has its name only when it is complete and on the disk."""
+    # A name of its own: two processes may prepare the same set, and both write the same records.
+    unfinished = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+    try:
+        writer = ArrayRecordWriter(str(unfinished), WRITER_OPTIONS)
+        for record in records:
+            writer.write(record)
+        writer.close()
+        with open(unfinished, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def has_records(path: Path, count: int) -> bool:
+    """Whether `path` is an ArrayRecord file of `count` records."""
+    if not path.is_file():
+        return False
+    try:
+        reader = ArrayRecordReader(str(path))
+        found = reader.num_records()
+        reader.close()
+    except (RuntimeError, ValueError):
+        return False
+    return found == count
+
+
+def _check_space(work: Path, needed: int) -> None:
+    free = shutil.disk_usage(work).free
+    if free < needed:
+        raise DataError(
+            f"{work}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free; set data_dir "
+            f"to a larger disk"
+        )
+
+
+def _publish(path: Path, work: Path, info: tfds.core.DatasetInfo, split: splits.SplitInfo) -> None:
+    """Moves a complete split's shards to the version folder, then names the split there."""
+    path.mkdir(parents=True, exist_ok=True)
+    old = set(path.glob(f"{info.name}-{split.name}.array_record-*"))
+    for shard in sorted(work.glob(f"{split.name}-*/*.array_record-*-of-*[0-9]")):
+        os.replace(shard, path / shard.name)
+        old.discard(path / shard.name)
+    known = {name: s.replace(filename_template=None) for name, s in prepared_splits(path).items()}
+    info.set_splits(splits.SplitDict([*(known | {split.name: split}).values()]))
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        info.write_to_directory(folder)
+        # This file makes the split visible, so it goes last.
+        last = "dataset_info.json"
+        for name in (*sorted({*os.listdir(folder)} - {last}), last):
+            os.replace(Path(folder) / name, path / name)
+    for shard in old:
+        shard.unlink()

@@ -1,0 +1,94 @@
+"""Whether what a file holds, and what it says of itself, is what a model computes."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from tosa_jax.errors import WeightsError
+from tosa_jax.models.vit_config import VARIANTS, ViTConfig
+from tosa_jax.models.weight_files import WeightFile
+
+WEIGHTS_FORMAT = "tosa_jax weights"
+# Fields that change the function and leave no (or no readable) trace in the shapes of its
+# parameters.
+SILENT_FIELDS = ("num_heads", "mlp", "norm_eps", "patch_size")
+
+
+def check_fit(path: str, arrays: Mapping[str, np.ndarray], own: Mapping[str, Any]) -> None:
+    """Raise a WeightsError that lists names missing, left over or of another shape, if any are."""
+    shapes = {
+        f"{name} (file {list(arrays[name].shape)}, model {list(own[name].shape)})"
+        for name in arrays.keys() & own.keys()
+        if arrays[name].shape != own[name].shape
+    }
+    faults = {
+        "missing": own.keys() - arrays.keys(),
+        "left over": arrays.keys() - own.keys(),
+        "of another shape": shapes,
+    }
+    lines = [f"{what}: {_listed(names)}" for what, names in faults.items() if names]
+    if lines:
+        raise WeightsError(
+            f"{path} does not fit the model; {'; '.join(lines)}. Is it the right variant?"
+        )
+
+
+def _listed(names: Iterable[str], most: int = 8) -> str:
+    """At most `most` names in order, then a count."""
+    names = sorted(names)
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
+
+
+def stated_fields(file: WeightFile) -> dict[str, Any]:
+    """The `SILENT_FIELDS` that the file's metadata or the config.json beside it state."""
+    if file.metadata.get("format") == WEIGHTS_FORMAT:
+        return json.loads(file.metadata.get("fields", "{}"))
+    config = file.config
+    if config.get("architecture") in VARIANTS:  # timm's folders
+        variant = ViTConfig(**VARIANTS[config["architecture"]])
+        return {name: getattr(variant, name) for name in SILENT_FIELDS}
+    if config.get("model_type") not in ("vit", "deit", "dinov2", "dinov2_with_registers"):
+        return {}
+    activations = {"gelu": "gelu"} | dict.fromkeys(
+        ("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), "gelu_tanh"
+    )
+    mlp = (
+        "swiglu"
+        if config.get("use_swiglu_ffn")
+        else activations.get(config.get("hidden_act", "gelu"), config.get("hidden_act"))
+    )
+    # transformers writes every field; the defaults are those of its versions that did not.
+    eps = 1e-6 if config["model_type"].startswith("dinov2") else 1e-12
+    return {
+        "num_heads": config.get("num_attention_heads", 12),
+        "mlp": mlp,
+        "norm_eps": config.get("layer_norm_eps", eps),
+        "patch_size": config.get("patch_size", 16),
+    }
+
+
+def check_config(file: WeightFile, config: ViTConfig, say: Callable[[str], None]) -> None:
+    """Raise a WeightsError that names the fields to pass, where a file states another function.
+
+    Two LayerNorm epsilons of at most 1e-5 are a message only: activations have a variance near 1.
+    """
+    differing = {
+        name: value for name, value in stated_fields(file).items() if value != getattr(config, name)
+    }
+    eps = differing.get("norm_eps")
+    if eps is not None and max(eps, config.norm_eps) <= 1e-5:
+        del differing["norm_eps"]
+        say(
+            f"trained with norm_eps={eps:g}, the model has {config.norm_eps:g}: outputs may differ "
+            f"in the last digits; pass norm_eps={eps:g} to create_model for the same"
+        )
+    if differing:
+        has = ", ".join(f"{name}={getattr(config, name)!r}" for name in differing)
+        wants = ", ".join(f"{name}={value!r}" for name, value in differing.items())
+        raise WeightsError(
+            f"{file.path} is for another network than the model: pass {wants} to create_model (it "
+            f"has {has})"
+        )

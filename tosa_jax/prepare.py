@@ -1,0 +1,65 @@
+"""Prepare the data set that a configuration names, once.
+
+    python -m tosa_jax.prepare --config=configs/digits.py [--config.data.source_dir=DIR]
+        [--config.data.data_dir=DIR] [--overwrite]
+
+Works for the bundled digits, IDX files, ImageNet's two tar files, folders of images, and TFRecord
+copies of TFDS sets; other TFDS sets need TensorFlow: pip install "tosa-jax[prepare]". Start the
+same command again to go on where it was stopped. `--overwrite` makes again what is there.
+Exit status: 0 done, 2 bad input, 130 stopped by a signal.
+"""
+
+import shlex
+import sys
+from pathlib import Path
+
+from tosa_jax import command_line
+
+_OVERWRITE = "--overwrite"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line `argv` (without the program's name); returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    recipe = [arg for arg in argv if arg != _OVERWRITE]
+
+    def work(config, workdir: Path) -> None:
+        del workdir  # data belongs to no run
+        _prepare(config, recipe, overwrite=_OVERWRITE in argv)
+
+    try:
+        return command_line.run(__doc__, recipe, work)
+    except KeyboardInterrupt:
+        print("stopped; start the same command again to go on", file=sys.stderr)
+        return 130
+
+
+def _prepare(config, recipe: list[str], *, overwrite: bool) -> None:
+    # Imported late, so that a wrong command line is told at once.
+    import tensorflow_datasets as tfds
+
+    from tosa_jax.config import make_run_config
+    from tosa_jax.data import builders
+
+    data = make_run_config(config).data
+    path = builders.prepare(
+        data.name,
+        data.data_dir,
+        data.source_dir,
+        overwrite=overwrite,
+        say=lambda line: print(line, flush=True),
+    )
+    splits = tfds.builder_from_directory(str(path)).info.splits
+    print(f"\n{data.name} is in {path}")
+    for name, split in splits.items():
+        print(f"  {name}: {split.num_examples} examples, {split.num_bytes}")
+    for field in ("train_split", "eval_split"):
+        # A part of the splits is enough for some work, so this stops nothing.
+        base = getattr(data, field).split("[")[0]
+        if "+" not in base and base not in splits:
+            print(f"  note: config.data.{field}={base!r} is not there")
+    print(f"\nnext: python -m tosa_jax.main {shlex.join(recipe)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""Which stages a run has, in which order, and which rows its closing table has.
+
+pretrain -> selector -> finetune, and a fine-tune for each control and budget
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+from tosa_jax.config import RunConfig
+from tosa_jax.errors import ConfigError
+from tosa_jax.models.methods import LAYER_KINDS
+from tosa_jax.models.vit_config import ViTConfig, with_plan
+
+BUDGETLESS = ("dense", "skip")
+"""Rows whose cost does not depend on `keep_rate`."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training stage.
+
+    kind       "pretrain", "selector" or "finetune": which section of the configuration it follows.
+    model      the network as it runs in this stage, its plan included.
+    start      name of the stage whose network it starts from; "" for random weights.
+    trainable  regular expression of the parameter paths that are trained.
+    """
+
+    name: str
+    kind: str
+    model: ViTConfig
+    start: str
+    trainable: str = "."
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the closing table: the network that a stage left, run as `model`."""
+
+    name: str
+    model: ViTConfig
+    network: str
+
+
+def plan_stages(run: RunConfig) -> tuple[list[Stage], list[Row]]:
+    """The stages of a run in order, and the rows of its report. The network "init" is what `init_from` holds."""
+    dense = with_plan(run.model, "standard")
+    stages, rows = [], []
+    if run.has_stage("pretrain"):
+        stages.append(Stage("pretrain", "pretrain", dense, "init"))
+    trunk = selectors = "pretrain" if stages else "init"
+    if not stages and not run.init_from:
+        raise ConfigError(
+            "there is nothing to start from: set --config.init_from=FILE (released weights), or give "
+            "the stage pretrain epochs"
+        )
+    rows.append(Row("dense_pretrained", dense, trunk))
+    fit = tuple(LAYER_KINDS[kind].fit_kind for kind in run.model.plan)
+    if run.has_stage("selector") and "selective_fit" in fit:
+        model = dataclasses.replace(run.model, plan=fit)
+        stages.append(Stage("selector", "selector", model, trunk, r"^kinds/\d+/selector/"))
+        selectors = "selector"
+    if not run.has_stage("finetune"):
+        if selectors == "selector" or run.init_selectors:
+            rows += [
+                Row("tosa", dataclasses.replace(run.model, keep_rate=rate), selectors)
+                for rate in run.keep_rates
+            ]
+        return stages, rows
+    contestants = [("tosa", run.keep_rates)]
+    for control in run.eval.controls:
+        contestants.append((control, run.keep_rates[: 1 if control in BUDGETLESS else None]))
+    for name, rates in contestants:
+        for i, rate in enumerate(rates):
+            stage = "finetune" if name == "tosa" else f"finetune_{name}"
+            stage += f"_{rate}" if name not in BUDGETLESS and (name != "tosa" or i) else ""
+            kind = {"tosa": None, "dense": "standard"}.get(name, name)
+            model = dataclasses.replace(run.model, keep_rate=rate)
+            model = with_plan(model, kind) if kind else model
+            start = selectors if name == "tosa" else trunk
+            stages.append(Stage(stage, "finetune", model, start, r"^(?!kinds/\d+/selector/)"))
+            rows.append(Row(name, model, stage))
+    return stages, rows
+
+
+def uses_labels(run: RunConfig) -> bool:
+    """Whether any stage learns from labels: fitting selectors needs none."""
+    return run.has_stage("pretrain") or run.has_stage("finetune") or not run.has_stage("selector")
