@@ -33,7 +33,8 @@ def networks_for(runner, stage):
     if stage.start not in runner.networks:
         before = next(s for s in plan_stages(runner.run)[0] if s.name == stage.start)
         networks_for(runner, before)
-        state = runner.stage_run(before).init()
+        before_run = runner.stage_run(before)
+        state = before_run.init(*before_run.init_args)
         start = runner.networks[before.start]
         runner.networks[stage.start] = start | jax.tree.map(np.asarray, state.frozen | state.params)
 
@@ -81,7 +82,8 @@ def test_killed_and_resumed_is_bit_identical_to_straight(kind, digits_dir, tmp_p
     resumed, rest = train_one(runner, stage, tmp_path / "b", monkeypatch=monkeypatch)
     assert len(first) == len(rest) == 10 and first + rest == all_seen
     assert int(straight.step) == 20 and straight.ema
-    start = runner.stage_run(stage).init()
+    stage_run = runner.stage_run(stage)
+    start = stage_run.init(*stage_run.init_args)
     assert any((np.asarray(straight.params[k]) != start.params[k]).any() for k in start.params)
     jax.tree.map(np.testing.assert_array_equal, straight, resumed)
     records = [
@@ -97,7 +99,8 @@ def test_stages_freeze_what_they_must(digits_dir, tmp_path):
     trained = {}
     for stage in plan_stages(runner.run)[0]:
         networks_for(runner, stage)
-        state = runner.stage_run(stage).init()
+        stage_run = runner.stage_run(stage)
+        state = stage_run.init(*stage_run.init_args)
         trained[stage.name] = set(state.params)
         assert set(state.opt[1][0].mu) == set(state.params)
         assert not set(state.params) & set(state.frozen)
@@ -167,7 +170,7 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_checkpoint(digit
             return super().loss(out, targets) * np.nan
 
     good = Checkpoints(tmp_path / "checkpoints/pretrain", "acc1")
-    state = stage_run.init()
+    state = stage_run.init(*stage_run.init_args)
     good.save(3, state._replace(step=state.step + 3), {"steps": 3})
     good.wait()
     good.close()

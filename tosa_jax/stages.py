@@ -95,15 +95,14 @@ class Runner:
             graphdef, task, make_optimizer(optim), learning_rate(optim), optim.ema_decay,
             self.run.seed, zlib.crc32(stage.name.encode()) >> 1, teacher, config.distill_weight,
         )  # fmt: skip
-        start = self.networks[stage.start]
-        missing = own.keys() - start.keys()
+        start = {name: x for name, x in self.networks[stage.start].items() if name in own}
 
-        def init():
-            params = {name: start[name] for name in own if name in start}
-            if missing:
+        def init(start, teacher_params):
+            params = start
+            if own.keys() - start.keys():
                 rngs = jax.random.key(self.run.seed)
                 fresh = get_params(VisionTransformer(model, rngs=flax.nnx.Rngs(params=rngs)))
-                params = {name: params.get(name, fresh[name]) for name in own}
+                params = {name: start.get(name, fresh[name]) for name in own}
             return init_state(setup, *split_trainable(params, stage.trainable), teacher_params)
 
         return StageRun(
@@ -113,6 +112,7 @@ class Runner:
             checkpoint_steps=config.duration("checkpoint", self.steps_per_epoch),
             setup=setup,
             init=init,
+            init_args=(start, teacher_params),
             evaluator=self.evaluator(stage.model, task),
             evaluate_first=bool(start),
         )

@@ -63,7 +63,8 @@ def catch_signals() -> Iterator[StopRequest]:
 class StageRun:
     """Everything the loop needs to know of a stage; it does not know which layer kinds exist.
 
-    init             makes the state at step 0, already sharded when jitted so.
+    init             makes the state at step 0 of `init_args`, already sharded when jitted so. Arrays are
+                     arguments, not closed over: a program would hold them as constants.
     evaluate_first   also score the network before the first step.
     """
 
@@ -72,7 +73,8 @@ class StageRun:
     eval_steps: int
     checkpoint_steps: int
     setup: StepSetup
-    init: Callable[[], TrainState]
+    init: Callable[..., TrainState]
+    init_args: tuple[Any, ...]
     evaluator: Evaluator
     evaluate_first: bool
 
@@ -153,10 +155,11 @@ def train_stage(
     Returns the state and what the report tells of the stage: `steps`, `seconds`, and the metrics `before` and `after`.
     Raises Stopped after a signal, NonFiniteLossError when training breaks; a checkpoint was written before.
     """
-    shardings = tree_shardings(jax.eval_shape(stage.init), mesh)
-    restored = checkpoints.restore(with_shardings(jax.eval_shape(stage.init), shardings))
+    abstract = jax.eval_shape(stage.init, *stage.init_args)
+    shardings = tree_shardings(abstract, mesh)
+    restored = checkpoints.restore(with_shardings(abstract, shardings))
     if restored is None:
-        state, facts = jax.jit(stage.init, out_shardings=shardings)(), {}
+        state, facts = jax.jit(stage.init, out_shardings=shardings)(*stage.init_args), {}
     else:
         state, facts = restored
     first = int(state.step)
