@@ -244,6 +244,7 @@ MAY_CHANGE = {
     "data.num_threads",
     "data.num_workers",
     "data.prefetch_batches",
+    "data.prefetch_mib",
     "data.in_memory",
 }
 """Fields that do not change what is trained: a run may go on with other values of them."""

@@ -142,6 +142,18 @@ class Log:
         self.progress.update(last, record["loss"], self.chrono)
 
 
+def restore_or_init(
+    stage: StageRun, mesh: Mesh, checkpoints: Checkpoints
+) -> tuple[Any, TrainState, dict[str, Any], bool]:
+    """Shardings, state and facts to go on from, and whether they come from a checkpoint."""
+    abstract = jax.eval_shape(stage.init, *stage.init_args)
+    shardings = tree_shardings(abstract, mesh)
+    restored = checkpoints.restore(with_shardings(abstract, shardings))
+    if restored is not None:
+        return shardings, *restored, True
+    return shardings, jax.jit(stage.init, out_shardings=shardings)(*stage.init_args), {}, False
+
+
 def train_stage(
     stage: StageRun,
     run: RunConfig,
@@ -155,13 +167,7 @@ def train_stage(
     Returns the state and what the report tells of the stage: `steps`, `seconds`, and the metrics `before` and `after`.
     Raises Stopped after a signal, NonFiniteLossError when training breaks; a checkpoint was written before.
     """
-    abstract = jax.eval_shape(stage.init, *stage.init_args)
-    shardings = tree_shardings(abstract, mesh)
-    restored = checkpoints.restore(with_shardings(abstract, shardings))
-    if restored is None:
-        state, facts = jax.jit(stage.init, out_shardings=shardings)(*stage.init_args), {}
-    else:
-        state, facts = restored
+    shardings, state, facts, restored = restore_or_init(stage, mesh, checkpoints)
     first = int(state.step)
     writer.truncate(stage.name, first)
     if restored and first == stage.total_steps:
@@ -181,7 +187,7 @@ def train_stage(
     with Progress(stage.name, first, stage.total_steps) as progress:
         log = Log(stage.name, writer, progress, chrono)
         for step in range(first, stage.total_steps + 1):
-            fresh = restored is None or step > first  # else evaluated and saved before the restart
+            fresh = not restored or step > first  # else evaluated and saved before the restart
             metrics = None
             if fresh and stage.evaluates_at(step):
                 log.flush(everything=True)
