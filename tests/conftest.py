@@ -18,7 +18,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 flags.FLAGS.mark_as_parsed()
 
 # Checks shapes and dtypes of every annotated function of the package, at run time.
-install_import_hook("tosa_jax", "beartype.beartype")
+install_import_hook("tosa_jax", "type_checker.check")
 
 
 @pytest.fixture(scope="session")

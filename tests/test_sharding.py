@@ -47,12 +47,13 @@ def setup():
 
 
 def batches(count=20, size=16):
-    rng = np.random.default_rng(0)
-    for _ in range(count):
-        label = rng.integers(0, 10, size).astype(np.int32)
-        noise = rng.integers(0, 40, (size, 8, 8, 1))  # a class is a grey level
-        image = (noise + 20 * label[:, None, None, None]).astype(np.uint8)
-        yield {"image": image, "label": label}
+    """The same batch over and over, which is learned by heart: its loss falls."""
+    rng = np.random.default_rng(1)
+    batch = {
+        "image": rng.integers(0, 256, (size, 8, 8, 1), np.uint8),
+        "label": rng.integers(0, 10, size).astype(np.int32),
+    }
+    yield from [batch] * count
 
 
 def start(mesh):
@@ -77,7 +78,7 @@ def losses(name):
 
 @pytest.mark.parametrize("name", ["data", "all", "fsdp"])
 def test_the_same_losses_on_every_mesh(name):
-    assert losses("one")[-1] < losses("one")[0]
+    assert np.mean(losses("one")[-5:]) < np.mean(losses("one")[:5]) - 0.05
     np.testing.assert_allclose(losses(name), losses("one"), atol=1e-5)
 
 

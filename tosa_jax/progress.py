@@ -1,6 +1,7 @@
 """What a long run says while it runs: its clock, its metric records and its progress line."""
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -8,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, SupportsFloat
 
 import numpy as np
 import rich.console
@@ -153,7 +154,9 @@ class MetricWriter(contextlib.AbstractContextManager):
                 file.seek(0)
                 file.truncate(file.read().rfind(b"\n") + 1)
 
-    def write(self, stage: str, step: int, metrics: Mapping[str, float], **extra: Any) -> None:
+    def write(
+        self, stage: str, step: int, metrics: Mapping[str, SupportsFloat], **extra: Any
+    ) -> None:
         """Appends one record.
 
         Args:
@@ -247,7 +250,7 @@ class Progress(contextlib.AbstractContextManager):
     """
 
     def __init__(
-        self, stage: str, first_step: int, total_steps: int, stream: TextIO | None = None
+        self, stage: str, first_step: int, total_steps: int, stream: io.TextIOBase | None = None
     ) -> None:
         self._stage = stage
         self._total_steps = total_steps

@@ -44,7 +44,7 @@ class Runner:
         check_batch("eval.batch_size", run.eval.batch_size, self.mesh)
         self.dataset: DatasetFacts = open_dataset(run.data)
         check_classes(run, self.dataset)
-        self.networks: dict[str, Params] = {"init": load_init(run)}
+        self.networks: dict[str, Params] = {"init": shard(load_init(run), self.mesh)}
         self.facts: dict[str, dict[str, Any]] = {}
 
     @property
