@@ -1,7 +1,6 @@
 """Carries a run through its stages: what each one loads, freezes and optimises; then scores what they left."""
 
 import dataclasses
-import logging
 import platform
 import sys
 import zlib
@@ -30,8 +29,6 @@ from tosa_jax.sharding import check_batch, make_mesh
 from tosa_jax.steps import StepSetup, init_state, trained_params
 from tosa_jax.tasks.classification import Classification, SelectorFitting
 from tosa_jax.train import StageRun, StopRequest, catch_signals, train_stage
-
-log = logging.getLogger(__name__)
 
 
 class Runner:

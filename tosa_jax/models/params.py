@@ -18,8 +18,8 @@ def get_params(model: nnx.Module) -> Params:
     return {"/".join(map(str, path)): variable.get_value() for path, variable in flat}
 
 
-def set_params(graphdef: nnx.GraphDef, params: Mapping[str, Any]) -> Any:
-    """The model of `graphdef` (from `split`) that holds `params`, which must be exactly its own."""
+def nest(params: Mapping[str, Any]) -> dict[Any, Any]:
+    """The flat dict as NNX nests it: one level a step of the path, list positions as ints."""
     nested: dict[Any, Any] = {}
     for path, value in params.items():
         *parents, last = [int(key) if key.isdigit() else key for key in path.split("/")]
@@ -27,7 +27,12 @@ def set_params(graphdef: nnx.GraphDef, params: Mapping[str, Any]) -> Any:
         for key in parents:
             node = node.setdefault(key, {})
         node[last] = value
-    return nnx.merge(graphdef, nested)
+    return nested
+
+
+def set_params(graphdef: nnx.GraphDef, params: Mapping[str, Any]) -> Any:
+    """The model of `graphdef` (from `split`) that holds `params`, which must be exactly its own."""
+    return nnx.merge(graphdef, nest(params))
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:

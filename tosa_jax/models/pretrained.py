@@ -10,7 +10,6 @@ config.json lies beside the file, those fields are checked against it.
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ from flax import nnx
 
 from tosa_jax.errors import WeightsError
 from tosa_jax.models import weight_names
-from tosa_jax.models.params import Params, get_params
+from tosa_jax.models.params import Params, get_params, nest
 from tosa_jax.models.vit import VisionTransformer
 from tosa_jax.models.weight_checks import (
     SILENT_FIELDS,
@@ -67,19 +66,16 @@ def load_pretrained(
     if selectors is not None:
         params |= selector_params(model, selectors)
     own = get_params(model)
-    nested: dict[Any, Any] = {}
-    for name, value in params.items():
-        node = nested
-        *parents, last = [int(key) if key.isdigit() else key for key in name.split("/")]
-        for key in parents:
-            node = node.setdefault(key, {})
+
+    def place(name, value):
         old = own[name]
-        node[last] = (
+        return (
             jax.device_put(value, old.sharding)
             if isinstance(old, jax.Array)
             else jnp.asarray(value)
         )
-    nnx.update(model, nested)
+
+    nnx.update(model, nest({name: place(name, value) for name, value in params.items()}))
     return model
 
 
