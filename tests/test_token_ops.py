@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tosa_jax import token_ops
+from tosa_jax import attention_ops, token_ops
 
 
 def random(seed, *shape):
@@ -86,7 +86,7 @@ def test_walk_equals_the_whole_map_in_any_chunks_forward_and_backward(chunk):
         return {"sums": attn_map.sum(axis=2), "rows": jnp.einsum("bhqk,bq->bhk", logits, rows)}
 
     def walked(query, key, value):
-        return token_ops.walk_map(query, key, value, summarise, rows=extra, chunk=chunk)
+        return attention_ops.walk_map(query, key, value, summarise, rows=extra, chunk=chunk)
 
     def plain(query, key, value):
         out, sums, logits = plain_walk(query, key, value)
@@ -114,7 +114,7 @@ def test_a_chunked_walk_never_holds_the_map():
             def summarise(logits, attn_map, rows):
                 return attn_map.sum(axis=2)
 
-            out, sums = token_ops.walk_map(query, query, query, summarise, chunk=chunk)
+            out, sums = attention_ops.walk_map(query, query, query, summarise, chunk=chunk)
             return (out**2).sum() + (sums**2).sum()
 
         compiled = jax.jit(jax.grad(loss)).lower(query).compile()

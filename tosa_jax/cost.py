@@ -17,10 +17,7 @@ def macs(model: VisionTransformer) -> int:
     config = model.config
     patch_weights = config.patch_size**2 * config.in_chans * config.embed_dim
     heads = (1 + config.distilled) * config.embed_dim * config.num_classes
-    layers = sum(
-        kind.macs(block, config.num_tokens)
-        for kind, block in zip(model.kinds, model.blocks, strict=True)
-    )
+    layers = sum(kind.macs(block) for kind, block in zip(model.kinds, model.blocks, strict=True))
     return config.num_patches * patch_weights + layers + heads
 
 

@@ -19,6 +19,7 @@ from tosa_jax.data.pipeline import DatasetFacts, open_dataset
 from tosa_jax.errors import ConfigError
 from tosa_jax.evaluate import Evaluator, shard, throughput
 from tosa_jax.models.params import Params, get_params, set_params, split
+from tosa_jax.models.plan import places
 from tosa_jax.models.pretrained import load_pretrained, save_selectors
 from tosa_jax.models.vit import VisionTransformer
 from tosa_jax.models.vit_config import ViTConfig, with_plan
@@ -168,7 +169,7 @@ class Runner:
         batch = next(iter(evaluator.batches()))
         selected = jax.jit(evaluator.selected)(params, batch)
         model, count = row.model, self.run.eval.figure_images
-        opens = [i for i, kind in enumerate(model.plan) if kind != "standard" and model.group(i)[0]]
+        opens = [place.layer for place in places(model) if place.opens]
         classes = self.dataset.class_names
         return figures.selected_tokens_figure(
             np.asarray(batch["image"])[:count],

@@ -1,17 +1,16 @@
-"""The idea in pure functions: score tokens, select them, gather them, put them back, walk an attention map.
+"""The idea in pure functions: select tokens by score, gather them, put them back.
 
 All counts are Python ints, so that every shape is static under `jit`. Nothing here knows a model.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int32, PyTree
+from jaxtyping import Array, Bool, Float, Int32
 
-from tosa_jax.array_types import AttnLogits, AttnMap, Heads, PerExample, Scores, Tokens
+from tosa_jax.array_types import PerExample, Scores, Tokens
 
 
 class Selection(NamedTuple):
@@ -19,7 +18,8 @@ class Selection(NamedTuple):
 
     indices  int32 [b s], ascending, prefix tokens included.
     mask     bool  [b n], true for selected tokens.
-    slot     int32 [b n], the place of a selected token among the selected ones; in [0, s) everywhere.
+    slot     int32 [b n], the place of a selected token among the selected ones; of a bypassed token, the place of
+             the one that stands in for it, where stand-ins were looked for. In [0, s) everywhere.
     """
 
     indices: Int32[Array, "b s"]
@@ -27,9 +27,15 @@ class Selection(NamedTuple):
     slot: Int32[Array, "b n"]
 
 
-def num_selected(num_patches: int, num_prefix_tokens: int, keep_rate: float) -> int:
-    """Static token count `prefix + ceil(keep_rate * patches)`; rounding first keeps .7 * 10 at 7."""
-    return num_prefix_tokens + math.ceil(round(keep_rate * num_patches, 6))
+def num_selected(
+    num_patches: int, num_prefix_tokens: int, keep_rate: float, multiple: int = 1
+) -> int:
+    """Static token count `prefix + ceil(keep_rate * patches)`; rounding first keeps .7 * 10 at 7.
+
+    The count is rounded up to a multiple, as far as there are tokens.
+    """
+    count = num_prefix_tokens + math.ceil(round(keep_rate * num_patches, 6))
+    return min(math.ceil(count / multiple) * multiple, num_prefix_tokens + num_patches)
 
 
 def selection_from_indices(indices: Int32[Array, "b s"], num_tokens: int) -> Selection:
@@ -50,6 +56,15 @@ def select_tokens(scores: Scores, count: int, num_prefix_tokens: int) -> Selecti
     prefix = jnp.broadcast_to(jnp.arange(num_prefix_tokens), (len(scores), num_prefix_tokens))
     indices = jnp.concatenate([prefix, patches], axis=1).astype(jnp.int32)
     return selection_from_indices(indices, scores.shape[1])
+
+
+def complement(selection: Selection) -> Selection:
+    """The tokens that are not selected, as a selection of their own."""
+    n, s = selection.mask.shape[1], selection.indices.shape[1]
+    mask = ~selection.mask
+    indices = jnp.sort(jnp.where(mask, jnp.arange(n, dtype=jnp.int32)[None], n), axis=1)
+    slot = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+    return Selection(indices[:, : n - s], mask, slot)
 
 
 # Gather and scatter are each other's transpose. Written with their own derivatives, each is a gather in both
@@ -104,16 +119,6 @@ gather_tokens.defvjp(_gather_forward, _gather_backward)
 scatter_tokens.defvjp(_scatter_forward, _scatter_backward)
 
 
-def pool_heads(values: Float[Array, "b h n"], how: str) -> Scores:
-    """One value a token from one a head; `how` is "mean" or "max"."""
-    return {"mean": jnp.mean, "max": jnp.max}[how](values, axis=1)
-
-
-def column_sums(attn_map: AttnMap) -> Float[Array, "b h k"]:
-    """How much attention each token is paid by these query rows."""
-    return attn_map.sum(axis=2)
-
-
 def overlap(found: Scores, truth: Scores, count: int, num_prefix_tokens: int) -> PerExample:
     """Share in [0, 1] of the patches that `truth` would select which `found` selects too."""
     if count == num_prefix_tokens:
@@ -122,66 +127,3 @@ def overlap(found: Scores, truth: Scores, count: int, num_prefix_tokens: int) ->
     wanted = select_tokens(truth, count, num_prefix_tokens).mask
     both = (chosen & wanted)[:, num_prefix_tokens:].sum(axis=1)
     return both / (count - num_prefix_tokens)
-
-
-def attention(query: Heads, key: Heads, value: Heads) -> Heads:
-    """Softmax attention whose map nobody reads; logits and softmax in float32."""
-    return jax.nn.dot_product_attention(query, key, value)
-
-
-def attention_logits(query: Float[Array, "b q h dh"], key: Float[Array, "b k h dh"]) -> AttnLogits:
-    """Scaled attention logits `q k^T / sqrt(dh)` in float32."""
-    scale = query.shape[-1] ** -0.5
-    return jnp.einsum("bqhc,bkhc->bhqk", query * scale, key, preferred_element_type=jnp.float32)
-
-
-def walk_map(
-    query: Heads,
-    key: Heads,
-    value: Heads,
-    summarise: Callable[[AttnLogits, AttnMap, Any], PyTree],
-    *,
-    rows: PyTree = None,
-    chunk: int | None = None,
-) -> tuple[Heads, PyTree]:
-    """Exact attention, and a sum over its map, without the map ever leaving this function.
-
-    The walk goes over query rows in chunks. `summarise(logits, attn_map, rows)` sees the float32 logits and map
-    `[b h q k]` of a chunk with the same rows of `rows` (a tree of `[b n ...]`), and returns a tree of arrays
-    that are added up over the chunks. Memory is `h * chunk * n` an example, also backward, where each chunk
-    is computed again; `chunk=None` takes all rows at once and recomputes nothing.
-    """
-
-    def step(query_rows, other_rows):
-        logits = attention_logits(query_rows, key)
-        attn_map = jax.nn.softmax(logits, axis=-1)
-        out = jnp.einsum("bhqk,bkhc->bqhc", attn_map.astype(value.dtype), value)
-        return out, summarise(logits, attn_map, other_rows)
-
-    num_rows = query.shape[1]
-    if chunk is None or chunk >= num_rows:
-        return step(query, rows)
-
-    step = jax.checkpoint(step)
-    full = num_rows // chunk * chunk
-
-    def split(x):
-        chunks = x[:, :full].reshape(len(x), full // chunk, chunk, *x.shape[2:])
-        return jnp.moveaxis(chunks, 1, 0)
-
-    def body(total, chunk_rows):
-        out, part = step(*chunk_rows)
-        return jax.tree.map(jnp.add, total, part), out
-
-    head = jax.tree.map(split, (query, rows))
-    zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype),
-        jax.eval_shape(lambda: step(*jax.tree.map(lambda x: x[0], head))[1]),
-    )
-    total, out = jax.lax.scan(body, zeros, head)
-    out = jnp.moveaxis(out, 0, 1).reshape(len(query), full, *query.shape[2:])
-    if full < num_rows:
-        tail, part = step(*jax.tree.map(lambda x: x[:, full:], (query, rows)))
-        out = jnp.concatenate([out, tail], axis=1)
-        total = jax.tree.map(jnp.add, total, part)
-    return out, total

@@ -14,8 +14,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from tosa_jax.array_types import Heads, Images, Tokens
+from tosa_jax.attention_ops import attention
 from tosa_jax.models.vit_config import ViTConfig
-from tosa_jax.token_ops import attention
 
 Attend = Callable[[Heads, Heads, Heads], tuple[Heads, Any]]
 """`(query, key, value) -> (output, summary)`: how an attention runs, and what it reports of its map."""
@@ -161,4 +161,12 @@ class Block(nnx.Module):
 
     def macs(self, n: int) -> int:
         """Multiply-adds for one example of `n` tokens: projections, attention, MLP."""
-        return n * (4 * self.width**2 + self.mlp_weights) + 2 * n**2 * self.width
+        return self.attn_macs(n) + self.mlp_macs(n)
+
+    def attn_macs(self, n: int) -> int:
+        """Those of the attention branch."""
+        return 4 * n * self.width**2 + 2 * n**2 * self.width
+
+    def mlp_macs(self, n: int) -> int:
+        """Those of the MLP branch."""
+        return n * self.mlp_weights

@@ -11,26 +11,83 @@ from jaxtyping import Array, Float
 
 from tosa_jax.array_types import Indices, PerExample, Tokens
 from tosa_jax.models.layers import Attend, Block, DropPath
-from tosa_jax.token_ops import Selection
+from tosa_jax.stand_ins import spread_groups
+from tosa_jax.token_ops import Selection, scatter_tokens
+
+
+class Group(NamedTuple):
+    """A choice in force: layers run on the selected tokens until the group is closed and the others rejoin.
+
+    selection  which tokens were chosen.
+    bypassed   [b n d], all tokens as they were when the group chose; bypassed ones may have moved on by an estimate.
+    entered    [b s d], what the selected ones went in as, where the others share their updates; else None.
+    sizes      [b s], how many tokens each selected one stands for, itself included; None: one.
+    """
+
+    selection: Selection
+    bypassed: Tokens
+    entered: Float[Array, "b s d"] | None = None
+    sizes: Float[Array, "b s"] | None = None
+
+    def close(self, tokens: Float[Array, "b s d"]) -> Tokens:
+        """The full set [b n d] after the selected tokens became `tokens` [b s d]."""
+        if self.entered is None:
+            return scatter_tokens(self.bypassed, tokens, self.selection)
+        return self.bypassed + spread_groups(tokens - self.entered, self.selection)
 
 
 class Stream(NamedTuple):
-    """The state between two layers; a field that a plan does not use stays None.
+    """The state between two layers; a field that a plan does not use stays empty.
 
-    tokens     [b n' d], what the next layer runs on; `n' < n` while a group of selective layers is open.
-    summary    what the layer before reports of its attention, because this one needs it.
-    selection  the chosen set of the open group.
-    bypassed   [b n d], all tokens as they were when the open group chose.
-    selected   int32 [b s] a selection made so far: the indices.
-    aux        per-example scalars that layers report, by name.
+    tokens    [b n' d], what the next layer runs on; `n' < n` while a group is open.
+    summary   what the layer before reports of its attention, because this one needs it.
+    open      the open groups, the outermost first: a later one chose among the tokens that an earlier one selected.
+    selected  int32 [b s] a selection made so far: indices into all n tokens.
+    aux       per-example scalars that layers report, by name.
     """
 
     tokens: Tokens
     summary: Any = None
-    selection: Selection | None = None
-    bypassed: Tokens | None = None
+    open: tuple[Group, ...] = ()
     selected: tuple[Indices, ...] = ()
     aux: dict[str, PerExample] = {}
+
+    @property
+    def sizes(self) -> Float[Array, "b s"] | None:
+        """How many tokens each of `tokens` stands for; None: one."""
+        return self.open[-1].sizes if self.open else None
+
+    def opened(self, tokens: Tokens, group: Group) -> "Stream":
+        """The stream inside `group`, whose selected tokens enter it as `tokens`."""
+        chosen = group.selection.indices
+        if self.open:
+            chosen = jax.numpy.take_along_axis(self.selected[-1], chosen, axis=1)
+        return self._replace(
+            tokens=tokens, open=(*self.open, group), selected=(*self.selected, chosen)
+        )
+
+    def restored(self) -> "Stream":
+        """The stream with every group closed: all n tokens."""
+        tokens = self.tokens
+        for group in reversed(self.open):
+            tokens = group.close(tokens)
+        return self._replace(tokens=tokens, open=())
+
+
+class Place(NamedTuple):
+    """Where a layer stands in its plan, and what that means for its token counts.
+
+    opens      it is the first of a group, and chooses tokens.
+    closes     it is the last of a group, after which all tokens rejoin.
+    count_in   tokens that reach it.
+    count      tokens that its group selects; `count_in` where nothing is chosen.
+    """
+
+    layer: int
+    opens: bool
+    closes: bool
+    count_in: int
+    count: int
 
 
 class LayerCall(NamedTuple):
@@ -46,30 +103,33 @@ class LayerCall(NamedTuple):
     drop_path: Float[Array, ""] | float
     train: bool
 
+    @property
+    def drop(self) -> DropPath | None:
+        """What branches go through, if anything."""
+        return DropPath(self.drop_path, self.key) if self.train and self.key is not None else None
+
     def run(self, block: Block, tokens: Tokens) -> tuple[Tokens, Any]:
         """The block on `tokens` [b n d]: the tokens after it, and its summary."""
-        drop = DropPath(self.drop_path, self.key) if self.train and self.key is not None else None
-        return block(tokens, self.attend, drop)
+        return block(tokens, self.attend, self.drop)
 
 
 class LayerKind(Protocol):
     """One way to run a transformer block. An NNX module: it may hold parameters, a selector for instance.
 
-    Built as `Kind(config, layer, rngs=rngs)` by the network for layer number `layer` of its plan, and listed
-    under its name in `methods.LAYER_KINDS`. Two class attributes speak of the plan:
+    Built as `Kind(config, place, rngs=rngs)` by the network for each layer of its plan, and listed under its name in
+    `methods.LAYER_KINDS`. Class attributes speak of the plan:
 
-    selects   the kind chooses tokens: neighbours of the same kind form a group that shares one choice.
+    selects   the kind chooses tokens: neighbours of the same kind form a group.
+    nests     each layer of a group chooses, among what the one before it left; else the group shares one choice.
     fit_kind  name of the kind that stands in its place while its own parameters are trained.
     """
 
     selects: bool
+    nests: bool
     fit_kind: str
 
-    def num_tokens(self, n: int) -> int:
-        """Static count of tokens that the block runs on, of `n`."""
-
-    def macs(self, block: Block, n: int) -> int:
-        """Multiply-adds for one example of `n` tokens, the kind's own work included."""
+    def macs(self, block: Block) -> int:
+        """Multiply-adds for one example, the kind's own work included."""
 
     def needs(self) -> Attend | None:
         """What the layer before has to report: the attention it must run for that, or None."""

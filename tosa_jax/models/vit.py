@@ -18,8 +18,9 @@ from tosa_jax.models.layers import (
     token_init,
 )
 from tosa_jax.models.methods import LAYER_KINDS
+from tosa_jax.models.plan import places
 from tosa_jax.models.stream import LayerCall, Stream
-from tosa_jax.models.vit_config import ViTConfig, check, check_choice, variant_config
+from tosa_jax.models.vit_config import ViTConfig, check_choice, variant_config
 
 
 class Output(NamedTuple):
@@ -37,23 +38,6 @@ class Output(NamedTuple):
     aux: dict[str, PerExample]
 
 
-def check_plan(config: ViTConfig) -> None:
-    """Raise a ConfigError for a plan with unknown kinds, a choice at the start, or too many rates."""
-    for kind in config.plan:
-        check_choice("a layer kind of the plan", kind, LAYER_KINDS)
-    selects = [LAYER_KINDS[kind].selects for kind in config.plan]
-    check(not selects[0],
-          f"plan starts with {config.plan[0]!r}, which needs a standard layer before it")  # fmt: skip
-    for i in range(1, config.depth):
-        before, kind = config.plan[i - 1 : i + 1]
-        check(before == kind or not (selects[i - 1] and selects[i]),
-              f"plan has {kind!r} right after {before!r} (layer {i}); put a standard layer between")  # fmt: skip
-    groups = sum(selects[i] and config.group(i)[0] for i in range(config.depth))
-    given = len(config.keep_rates_given)
-    check(given in (1, groups) or not groups,
-          f"keep_rate has {given} values, but the plan makes {groups} selections")  # fmt: skip
-
-
 class VisionTransformer(nnx.Module):
     """A ViT (Dosovitskiy et al. 2021) whose attribute names are timm's, and whose layers come in kinds.
 
@@ -61,7 +45,6 @@ class VisionTransformer(nnx.Module):
     """
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs) -> None:
-        check_plan(config)
         self.config = config
         init, dtype = token_init, config.param_dtype
         positions = config.num_tokens if config.pos_embed_prefix else config.num_patches
@@ -75,7 +58,10 @@ class VisionTransformer(nnx.Module):
         self.patch_embed = PatchEmbed(config, rngs=rngs)
         self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.depth)])
         self.kinds = nnx.List(
-            [LAYER_KINDS[kind](config, i, rngs=rngs) for i, kind in enumerate(config.plan)]
+            [
+                LAYER_KINDS[kind](config, place, rngs=rngs)
+                for kind, place in zip(config.plan, places(config), strict=True)
+            ]
         )
         self.norm = layer_norm(config, rngs)
         self.head = linear(config, config.embed_dim, config.num_classes, rngs)

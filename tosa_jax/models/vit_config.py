@@ -60,6 +60,15 @@ class ViTConfig:
     param_dtype: Any = jnp.float32  # stores
     plan: tuple[str, ...] | None = None  # a layer kind for each layer; None: all standard
     keep_rate: float | tuple[float, ...] = 0.5  # share of patches selected: one, or one a selection
+    budget: str = "uniform"  # one keep_rate for all selections; "linear": falls with depth, keep_rate is the mean
+    count_multiple: int = 1  # counts of selected tokens are rounded up to a multiple of it
+    bypass: str = ""  # "identity", "low_rank" or "shared"; "": the layer kind's own
+    bypass_rank: int = 64  # of "low_rank"
+    bypass_pool: bool = True  # "shared": selected tokens enter as the mean of those they stand for
+    bypass_size_bias: bool = True  # and weigh as much in attention
+    redundancy_weight: float = (
+        0.0  # share in [0, 1] of likeness to more attended tokens in the scores
+    )
     head_pool: str = "mean"  # heads -> one score: "mean" or "max"
     selector_hidden: int = 0  # channels between the selector's convolutions; 0: 2 * num_heads
     kernel_size: int = 1  # of the selector's convolutions, along the keys
@@ -84,6 +93,12 @@ class ViTConfig:
         check_choice("pos_resample", self.pos_resample, ("bicubic_antialias", "bicubic"))
         check_choice("global_pool", self.global_pool, ("token", "avg"))
         check_choice("head_pool", self.head_pool, ("mean", "max"))
+        check(0 <= self.redundancy_weight <= 1,
+              f"redundancy_weight={self.redundancy_weight} is not in [0, 1]")  # fmt: skip
+        check_choice("budget", self.budget, ("uniform", "linear"))
+        check_choice("bypass", self.bypass, ("", "identity", "low_rank", "shared"))
+        for name in ("count_multiple", "bypass_rank"):
+            check(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         check(
             0 <= self.drop_path_rate < 1, f"drop_path_rate={self.drop_path_rate} is not in [0, 1)"
         )
@@ -140,17 +155,17 @@ class ViTConfig:
         into, out_of = self.mlp_dim, self.mlp_dim // 2 if self.mlp == "swiglu" else self.mlp_dim
         return self.embed_dim * (into + out_of)
 
-    def group(self, layer: int) -> tuple[bool, bool]:
-        """Whether `layer` is the first, and the last, of a run of neighbours of its kind."""
-        kind = self.plan[layer]
-        first = layer == 0 or self.plan[layer - 1] != kind
-        last = layer == self.depth - 1 or self.plan[layer + 1] != kind
-        return first, last
+
+EVERY_LAYER = ("redundancy",)
+"""Kinds that need no standard layer before them: a plan of that name has them everywhere."""
 
 
 def alternate(kind: str, depth: int, period: int = 2) -> tuple[str, ...]:
-    """The plan in which a standard layer is followed by `period - 1` layers of `kind`, over and over."""
-    return tuple("standard" if i % period == 0 else kind for i in range(depth))
+    """The plan in which a standard layer is followed by `period - 1` layers of `kind`, over and over.
+
+    With period 0 there are no standard layers.
+    """
+    return tuple("standard" if period and i % period == 0 else kind for i in range(depth))
 
 
 def _vit(size: str, patch: int = 16, image: int = 224, **fields) -> dict[str, Any]:
@@ -211,7 +226,8 @@ def variant_config(name: str, **fields: Any) -> ViTConfig:
         check_choice("model field", field, ViTConfig.__dataclass_fields__)
     merged = {**VARIANTS[name], **fields}
     if isinstance(merged.get("plan"), str):
-        merged["plan"] = alternate(merged["plan"], merged.get("depth", ViTConfig.depth))
+        period = 0 if merged["plan"] in EVERY_LAYER else 2
+        merged["plan"] = alternate(merged["plan"], merged.get("depth", ViTConfig.depth), period)
     return ViTConfig(**merged)
 
 

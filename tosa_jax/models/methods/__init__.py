@@ -1,6 +1,7 @@
 """The layer kinds, by the names that plans use. A method of its own: one file here and its lines in the registry."""
 
 from tosa_jax.models.methods.controls import Previous, Random, Skip
+from tosa_jax.models.methods.redundancy import Redundancy
 from tosa_jax.models.methods.standard import Standard
 from tosa_jax.models.methods.tosa import Selective, SelectiveFit
 from tosa_jax.models.stream import LayerKind
@@ -12,4 +13,5 @@ LAYER_KINDS: dict[str, type[LayerKind]] = {
     "random": Random,
     "previous": Previous,
     "skip": Skip,
+    "redundancy": Redundancy,
 }

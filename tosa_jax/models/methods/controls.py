@@ -3,12 +3,12 @@
 import jax
 
 from tosa_jax.array_types import Heads, Scores
+from tosa_jax.attention_ops import column_sums, pool_heads, walk_map
 from tosa_jax.errors import ConfigError
 from tosa_jax.models.layers import Attend, Block
 from tosa_jax.models.methods.standard import Standard
 from tosa_jax.models.methods.tosa import SelectiveLayer
 from tosa_jax.models.stream import LayerCall, Stream
-from tosa_jax.token_ops import column_sums, pool_heads, walk_map
 
 
 class Random(SelectiveLayer):
@@ -26,7 +26,7 @@ class Previous(SelectiveLayer):
     """Selects by the column sums of the previous layer's own map: ToSA without a selector."""
 
     def needs(self) -> Attend | None:
-        return self._sum_columns if self.opens else None
+        return self._sum_columns if self.place.opens else None
 
     def _sum_columns(self, query: Heads, key: Heads, value: Heads) -> tuple[Heads, Scores]:
         out, sums = walk_map(
@@ -40,10 +40,7 @@ class Skip(Standard):
 
     selects = True
 
-    def num_tokens(self, n: int) -> int:
-        return 0
-
-    def macs(self, block: Block, n: int) -> int:
+    def macs(self, block: Block) -> int:
         return 0
 
     def apply(self, block: Block, stream: Stream, call: LayerCall) -> Stream:

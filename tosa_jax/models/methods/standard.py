@@ -3,7 +3,7 @@
 from flax import nnx
 
 from tosa_jax.models.layers import Attend, Block
-from tosa_jax.models.stream import LayerCall, Stream
+from tosa_jax.models.stream import LayerCall, Place, Stream
 from tosa_jax.models.vit_config import ViTConfig
 
 
@@ -11,16 +11,14 @@ class Standard(nnx.Module):
     """Runs the block on all tokens. Other kinds start from it and change what they must."""
 
     selects = False
+    nests = False
     fit_kind = "standard"
 
-    def __init__(self, config: ViTConfig, layer: int, *, rngs: nnx.Rngs) -> None:
-        self.layer = layer
+    def __init__(self, config: ViTConfig, place: Place, *, rngs: nnx.Rngs) -> None:
+        self.place = place
 
-    def num_tokens(self, n: int) -> int:
-        return n
-
-    def macs(self, block: Block, n: int) -> int:
-        return block.macs(self.num_tokens(n))
+    def macs(self, block: Block) -> int:
+        return block.macs(self.place.count)
 
     def needs(self) -> Attend | None:
         return None
@@ -30,4 +28,4 @@ class Standard(nnx.Module):
         return stream._replace(tokens=tokens, summary=summary)
 
     def restore(self, stream: Stream) -> Stream:
-        return stream
+        return stream.restored()

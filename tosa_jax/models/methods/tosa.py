@@ -12,70 +12,63 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tosa_jax.array_types import Heads, Scores
+from tosa_jax.attention_ops import attention, attention_logits, column_sums, pool_heads, walk_map
 from tosa_jax.losses import map_kl
+from tosa_jax.models.bypass import BYPASSES
 from tosa_jax.models.layers import Attend, Block
 from tosa_jax.models.methods.standard import Standard
 from tosa_jax.models.selector import TokenSelector
-from tosa_jax.models.stream import LayerCall, Stream
+from tosa_jax.models.stream import LayerCall, Place, Stream
 from tosa_jax.models.vit_config import ViTConfig
-from tosa_jax.token_ops import (
-    attention_logits,
-    column_sums,
-    gather_tokens,
-    num_selected,
-    overlap,
-    pool_heads,
-    scatter_tokens,
-    select_tokens,
-    walk_map,
-)
+from tosa_jax.stand_ins import weigh_redundancy
+from tosa_jax.token_ops import overlap, select_tokens
 
 
 class SelectiveLayer(Standard):
     """Runs the block on the tokens of highest score. A method says where scores come from: `needs`, `scores`."""
 
     selects = True
+    default_bypass = "identity"
 
-    def __init__(self, config: ViTConfig, layer: int, *, rngs: nnx.Rngs) -> None:
-        super().__init__(config, layer, rngs=rngs)
-        self.opens, self.closes = config.group(layer)
+    def __init__(self, config: ViTConfig, place: Place, *, rngs: nnx.Rngs) -> None:
+        super().__init__(config, place, rngs=rngs)
         self.num_prefix_tokens = config.num_prefix_tokens
-        self.keep_rate = keep_rate_at(config, layer)
         self.head_pool, self.map_chunk = config.head_pool, config.map_chunk or None
+        path = BYPASSES[config.bypass or self.default_bypass]
+        self.bypass = path(config, place, rngs=rngs) if place.opens else None
+        self.size_bias, self.redundancy_weight = config.bypass_size_bias, config.redundancy_weight
+        self.num_tokens, self.width = config.num_tokens, config.embed_dim
 
     def scores(self, stream: Stream, call: LayerCall) -> Scores:
         """Importance [b n] of each token, higher is better; read only where a group opens."""
         return stream.summary
 
-    def num_tokens(self, n: int) -> int:
-        return num_selected(n - self.num_prefix_tokens, self.num_prefix_tokens, self.keep_rate)
-
     def apply(self, block: Block, stream: Stream, call: LayerCall) -> Stream:
-        if self.opens:
-            count = self.num_tokens(stream.tokens.shape[1])
-            chosen = select_tokens(self.scores(stream, call), count, self.num_prefix_tokens)
-            stream = stream._replace(
-                tokens=gather_tokens(stream.tokens, chosen),
-                bypassed=stream.tokens,
-                selection=chosen,
-                selected=(*stream.selected, chosen.indices),
-            )
-        stream = super().apply(block, stream, call)
-        return self.restore(stream) if self.closes else stream
+        if self.place.opens:
+            scores = self.scores(stream, call)
+            if weight := self.redundancy_weight:
+                scores = weigh_redundancy(scores, stream.tokens, weight, self.num_prefix_tokens)
+            chosen = select_tokens(scores, self.place.count, self.num_prefix_tokens)
+            if self.bypass.needs_stand_ins:
+                chosen = self.bypass.match(stream.tokens, chosen)
+            stream = stream.opened(*self.bypass.open(block, stream.tokens, chosen))
+        stream = super().apply(block, stream, self.weighing_sizes(stream, call))
+        return stream.restored() if self.place.closes else stream
 
-    def restore(self, stream: Stream) -> Stream:
-        if stream.selection is None:
-            return stream
-        tokens = scatter_tokens(stream.bypassed, stream.tokens, stream.selection)
-        return stream._replace(tokens=tokens, bypassed=None, selection=None)
+    def weighing_sizes(self, stream: Stream, call: LayerCall) -> LayerCall:
+        """The call with an attention in which a token counts as often as it stands for others."""
+        if stream.sizes is None or not self.size_bias:
+            return call
+        bias = jnp.log(stream.sizes)
+        # Inside a group nobody reads a map: the next layer has its tokens already, or is a standard one.
+        return call._replace(attend=lambda q, k, v: (attention(q, k, v, bias), None))
 
-
-def keep_rate_at(config: ViTConfig, layer: int) -> float:
-    """The share of patches that the group of `layer` selects."""
-    rates = config.keep_rates_given
-    groups = [i for i in range(config.depth) if config.plan[i] != "standard" and config.group(i)[0]]
-    group = sum(first <= layer for first in groups) - 1
-    return rates[group] if len(rates) > 1 else rates[0]
+    def macs(self, block: Block) -> int:
+        work = super().macs(block)
+        if self.place.opens:
+            work += self.bypass.macs(self.place)
+            work += self.num_tokens**2 * self.width if self.redundancy_weight else 0
+        return work
 
 
 class Selective(SelectiveLayer):
@@ -83,12 +76,12 @@ class Selective(SelectiveLayer):
 
     fit_kind = "selective_fit"
 
-    def __init__(self, config: ViTConfig, layer: int, *, rngs: nnx.Rngs) -> None:
-        super().__init__(config, layer, rngs=rngs)
-        self.selector = TokenSelector(config) if self.opens else None
+    def __init__(self, config: ViTConfig, place: Place, *, rngs: nnx.Rngs) -> None:
+        super().__init__(config, place, rngs=rngs)
+        self.selector = TokenSelector(config) if place.opens else None
 
     def needs(self) -> Attend | None:
-        return self._predict if self.opens else None
+        return self._predict if self.place.opens else None
 
     def _predict(self, query: Heads, key: Heads, value: Heads) -> tuple[Heads, Scores]:
         """Attention of the layer before, and the scores [b n] of the map it lets the selector predict."""
@@ -100,8 +93,9 @@ class Selective(SelectiveLayer):
         out, sums = walk_map(query, key, value, summarise, chunk=self.map_chunk)
         return out, pool_heads(sums, self.head_pool)
 
-    def macs(self, block: Block, n: int) -> int:
-        return super().macs(block, n) + (self.selector.macs(n) if self.opens else 0)
+    def macs(self, block: Block) -> int:
+        own = self.selector.macs(self.num_tokens) if self.place.opens else 0
+        return super().macs(block) + own
 
 
 class SelectiveFit(Selective):
@@ -113,18 +107,19 @@ class SelectiveFit(Selective):
     would have found by its own column sums (`previous/recall/<layer>`).
     """
 
-    def num_tokens(self, n: int) -> int:
-        return n
+    def macs(self, block: Block) -> int:
+        own = self.selector.macs(self.num_tokens) if self.place.opens else 0
+        return block.macs(self.num_tokens) + own
 
     def needs(self) -> Attend | None:
-        return self._hand_over if self.opens else None
+        return self._hand_over if self.place.opens else None
 
     def _hand_over(self, query: Heads, key: Heads, value: Heads) -> tuple[Heads, Any]:
         out, _ = walk_map(query, key, value, lambda *_: None, chunk=self.map_chunk)
         return out, jax.lax.stop_gradient((query, key))
 
     def apply(self, block: Block, stream: Stream, call: LayerCall) -> Stream:
-        if not self.opens:
+        if not self.place.opens:
             return Standard.apply(self, block, stream, call)
         before = stream.summary
 
@@ -136,15 +131,14 @@ class SelectiveFit(Selective):
         tokens, (summary, sums) = call._replace(attend=attend).run(block, stream.tokens)
         n = tokens.shape[1]
         scores = {name: pool_heads(sums[name], self.head_pool) for name in ("true", "found", "own")}
-        count = SelectiveLayer.num_tokens(self, n)
 
         def recall(name):
-            return overlap(scores[name], scores["true"], count, self.num_prefix_tokens)
+            return overlap(scores[name], scores["true"], self.place.count, self.num_prefix_tokens)
 
         aux = {
-            f"selector/kl/{self.layer}": sums["kl"] / n,
-            f"selector/recall/{self.layer}": recall("found"),
-            f"previous/recall/{self.layer}": recall("own"),
+            f"selector/kl/{self.place.layer}": sums["kl"] / n,
+            f"selector/recall/{self.place.layer}": recall("found"),
+            f"previous/recall/{self.place.layer}": recall("own"),
         }
         return stream._replace(tokens=tokens, summary=summary, aux=stream.aux | aux)
 

@@ -1,0 +1,114 @@
+"""What becomes of bypassed tokens: left as they were, as in the paper, or moved on by a cheap estimate.
+
+The network after a selective layer expects every token updated. An estimate is made when a group of layers opens, or
+when it closes, from the updates that the selected tokens got; every one counts in multiply-adds.
+"""
+
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from tosa_jax.array_types import Tokens
+from tosa_jax.models.layers import Block, linear
+from tosa_jax.models.stream import Group, Place
+from tosa_jax.models.vit_config import ViTConfig
+from tosa_jax.stand_ins import sum_groups, with_stand_ins
+from tosa_jax.token_ops import Selection, complement, gather_tokens, scatter_tokens
+
+Sizes = Float[Array, "b s"] | None
+
+
+class Bypass(Protocol):
+    """A path around a group of layers: an NNX module, built as `Path(config, place, rngs=rngs)`."""
+
+    needs_stand_ins: bool
+
+    def open(
+        self, block: Block, tokens: Tokens, selection: Selection, sizes: Sizes = None
+    ) -> tuple[Tokens, Group]:
+        """The selected tokens [b s d] as they enter, and the group; `block` is the first that they go through.
+
+        tokens  [b n d]; `sizes` [b n], how many tokens each stands for already.
+        """
+
+    def macs(self, place: Place) -> int:
+        """Multiply-adds of one example."""
+
+
+class Identity(nnx.Module):
+    """The paper's: bypassed tokens rejoin unchanged."""
+
+    needs_stand_ins = False
+
+    def __init__(self, config: ViTConfig, place: Place, *, rngs: nnx.Rngs) -> None:
+        self.width = config.embed_dim
+
+    def open(self, block, tokens, selection, sizes=None):
+        return gather_tokens(tokens, selection), Group(selection, tokens)
+
+    def macs(self, place: Place) -> int:
+        return 0
+
+
+class LowRank(Identity):
+    """`x + norm1(x) A B + b`, with A B of rank `bypass_rank`: what is linear in the update that is missed.
+
+    Starts at the identity; fitted in closed form in the selector stage (`fit_bypass`), trained in fine-tuning.
+    """
+
+    def __init__(self, config: ViTConfig, place: Place, *, rngs: nnx.Rngs) -> None:
+        super().__init__(config, place, rngs=rngs)
+        self.rank = config.bypass_rank
+        self.down = linear(config, config.embed_dim, self.rank, rngs, use_bias=False)
+        zeros = nnx.initializers.zeros_init()
+        self.up = linear(config, self.rank, config.embed_dim, rngs, kernel_init=zeros)
+
+    def open(self, block, tokens, selection, sizes=None):
+        others = complement(selection)
+        missed = gather_tokens(tokens, others)
+        moved = missed + self.up(self.down(block.norm1(missed)))
+        group = Group(selection, scatter_tokens(tokens, moved, others))
+        return gather_tokens(tokens, selection), group
+
+    def macs(self, place: Place) -> int:
+        return (place.count_in - place.count) * 2 * self.width * self.rank
+
+
+class Shared(Identity):
+    """A bypassed token gets the update of the selected token most like it, and keeps what sets it apart.
+
+    With `bypass_pool` that token enters as the mean of those it stands for; with `bypass_size_bias` attention weighs it
+    by their number. Both are ToMe's (Bolya et al. 2023); that every token keeps its own difference is not.
+    """
+
+    needs_stand_ins = True
+
+    def __init__(self, config: ViTConfig, place: Place, *, rngs: nnx.Rngs) -> None:
+        super().__init__(config, place, rngs=rngs)
+        self.num_prefix_tokens = config.num_prefix_tokens
+        self.pool = config.bypass_pool
+
+    def open(self, block, tokens, selection, sizes=None):
+        if not self.pool:
+            entered = gather_tokens(tokens, selection)
+            return entered, Group(selection, tokens, entered)
+        weights = jnp.ones(tokens.shape[:2]) if sizes is None else sizes
+        weights = jax.lax.stop_gradient(weights)[:, :, None]
+        total = sum_groups(weights, selection)
+        entered = sum_groups(tokens * weights.astype(tokens.dtype), selection)
+        entered = entered / total.astype(tokens.dtype)
+        return entered, Group(selection, tokens, entered, total[:, :, 0])
+
+    def match(self, tokens: Tokens, selection: Selection) -> Selection:
+        """The selection with stand-ins, found by the cosine of the tokens themselves."""
+        return with_stand_ins(tokens, selection, self.num_prefix_tokens)
+
+    def macs(self, place: Place) -> int:
+        pairs = (place.count_in - place.count) * place.count
+        return pairs * self.width * (1 if not self.pool else 2)
+
+
+BYPASSES: dict[str, type[Bypass]] = {"identity": Identity, "low_rank": LowRank, "shared": Shared}

@@ -1,0 +1,77 @@
+"""What a plan means: which layers form groups, how many tokens each one runs on, and whether that can be."""
+
+from collections.abc import Sequence
+
+from tosa_jax.models.methods import LAYER_KINDS
+from tosa_jax.models.stream import Place
+from tosa_jax.models.vit_config import ViTConfig, check, check_choice
+from tosa_jax.token_ops import num_selected
+
+
+def places(config: ViTConfig) -> tuple[Place, ...]:
+    """Each layer's place in the plan.
+
+    Raises ConfigError for an unknown kind, a choice at the start, neighbours that choose differently, a `keep_rate`
+    of another length than there are selections, and counts that the kind cannot reach.
+    """
+    for kind in config.plan:
+        check_choice("a layer kind of the plan", kind, LAYER_KINDS)
+    _check_neighbours(config)
+    rates = iter(_rates(config, sum(_opens(config, i) for i in range(config.depth))))
+    found, count, n = [], config.num_tokens, config.num_tokens
+    for layer, name in enumerate(config.plan):
+        kind = LAYER_KINDS[name]
+        opens, closes = _opens(config, layer), _closes(config, layer)
+        count_in = count
+        if opens:
+            count = num_selected(
+                config.num_patches, config.num_prefix_tokens, next(rates), config.count_multiple
+            )
+            count = min(count, count_in)
+            if kind.nests:
+                least = kind.least_count(count_in, config.num_prefix_tokens)
+                check(count >= least,
+                      f"keep_rate={config.keep_rate} leaves layer {layer} {count} of {count_in} tokens; "
+                      f"{name!r} can bypass every second patch at most and leaves {least}")  # fmt: skip
+                opens = count < count_in
+        found.append(Place(layer, opens, closes, count_in, count))
+        if closes or not kind.selects:
+            count = n
+    return tuple(found)
+
+
+def _opens(config: ViTConfig, layer: int) -> bool:
+    name = config.plan[layer]
+    kind = LAYER_KINDS[name]
+    return kind.selects and (kind.nests or layer == 0 or config.plan[layer - 1] != name)
+
+
+def _closes(config: ViTConfig, layer: int) -> bool:
+    last = layer == config.depth - 1 or config.plan[layer + 1] != config.plan[layer]
+    return LAYER_KINDS[config.plan[layer]].selects and last
+
+
+def _check_neighbours(config: ViTConfig) -> None:
+    kinds = [LAYER_KINDS[name] for name in config.plan]
+    check(not kinds[0].selects or kinds[0].nests,
+          f"plan starts with {config.plan[0]!r}, which needs a standard layer before it")  # fmt: skip
+    for i in range(1, config.depth):
+        before, name = config.plan[i - 1 : i + 1]
+        check(before == name or not (kinds[i - 1].selects and kinds[i].selects),
+              f"plan has {name!r} right after {before!r} (layer {i}); put a standard layer between")  # fmt: skip
+
+
+def _rates(config: ViTConfig, selections: int) -> Sequence[float]:
+    """The keep rate of each selection, in order."""
+    given = config.keep_rates_given
+    check(len(given) in (1, selections) or not selections,
+          f"keep_rate has {len(given)} values, but the plan makes {selections} selections")  # fmt: skip
+    if len(given) > 1:
+        return given
+    if config.budget == "uniform":
+        return given * selections
+    falling = [1 - (1 - given[0]) * 2 * (i + 1) / (selections + 1) for i in range(selections)]
+    check(not selections or falling[-1] > 0,
+          f"keep_rate={given[0]} with budget='linear' leaves the last of {selections} selections no patch; "
+          f"the mean must be above {1 - (selections + 1) / (2 * max(selections, 1)):.3f}")  # fmt: skip
+    return falling

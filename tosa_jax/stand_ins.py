@@ -1,0 +1,124 @@
+"""Stand-ins: the selected token most like a bypassed one, whose update it shares.
+
+A selected token and those it stands in for are a group. Similarity is the cosine of features; no gradient passes
+through any choice.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int32
+
+from tosa_jax.array_types import Scores, Tokens
+from tosa_jax.token_ops import Selection, complement, gather_tokens
+
+# Summing groups and spreading over them are each other's transpose, with derivatives of their own: no float
+# scatter-add is compiled.
+
+
+@jax.custom_vjp
+def sum_groups(values: Tokens, selection: Selection) -> Float[Array, "b s d"]:
+    """values [b n d] -> the sum over each selected token and those it stands in for [b s d]."""
+    sums = gather_tokens(values, selection)
+    others = complement(selection)
+    if not others.indices.shape[1]:
+        return sums
+    places = jnp.take_along_axis(selection.slot, others.indices, axis=1)
+    hot = jax.nn.one_hot(places, sums.shape[1], dtype=values.dtype)
+    return sums + jnp.einsum("bms,bmd->bsd", hot, gather_tokens(values, others))
+
+
+@jax.custom_vjp
+def spread_groups(values: Float[Array, "b s d"], selection: Selection) -> Tokens:
+    """values [b s d] -> [b n d]: each token gets that of the selected token it is or has as its stand-in."""
+    return jnp.take_along_axis(values, selection.slot[:, :, None], axis=1, mode="promise_in_bounds")
+
+
+def _sum_forward(values, selection):
+    return sum_groups(values, selection), selection
+
+
+def _spread_forward(values, selection):
+    return spread_groups(values, selection), selection
+
+
+sum_groups.defvjp(_sum_forward, lambda selection, grad: (spread_groups(grad, selection), None))
+spread_groups.defvjp(_spread_forward, lambda selection, grad: (sum_groups(grad, selection), None))
+
+
+def cosines(a: Float[Array, "b n f"], b: Float[Array, "b m f"]) -> Float[Array, "b n m"]:
+    """Cosine similarity of each row of `a` with each of `b`, in float32; no gradient passes."""
+
+    def unit(x):
+        x = jax.lax.stop_gradient(x).astype(jnp.float32)
+        return x * jax.lax.rsqrt((x * x).sum(axis=-1, keepdims=True) + 1e-12)
+
+    return jnp.einsum("bnf,bmf->bnm", unit(a), unit(b))
+
+
+def with_stand_ins(
+    features: Float[Array, "b n f"], selection: Selection, num_prefix_tokens: int
+) -> Selection:
+    """The selection in which each bypassed token has the selected patch most like it as its stand-in."""
+    others = complement(selection)
+    similarity = cosines(gather_tokens(features, others), gather_tokens(features, selection))
+    nearest = _argmax_patch(similarity, num_prefix_tokens)
+    slot = jnp.take_along_axis(nearest, others.slot, axis=1)
+    return selection._replace(slot=jnp.where(selection.mask, selection.slot, slot))
+
+
+def select_dissimilar(
+    features: Float[Array, "b n f"], count: int, num_prefix_tokens: int
+) -> Selection:
+    """Bypasses the `n - count` most redundant patches, each with the one most like it as its stand-in.
+
+    Every second patch may be bypassed, the others stand in for them, as in ToMe's bipartite matching (Bolya et al.
+    2023, "Token Merging: Your ViT But Faster"). `count` is at least `least_dissimilar(n, prefix)`.
+    """
+    n = features.shape[1]
+    candidates = jnp.arange(num_prefix_tokens, n, 2)
+    stay = np.setdiff1d(np.arange(n), np.arange(num_prefix_tokens, n, 2))
+    similarity = cosines(features[:, candidates], features[:, stay])
+    nearest = jnp.asarray(stay)[_argmax_patch(similarity, num_prefix_tokens)]
+    best = similarity[:, :, num_prefix_tokens:].max(axis=-1)
+    _, most = jax.lax.top_k(best, n - count)
+    bypassed = candidates[most]
+    mask = ~(bypassed[:, :, None] == jnp.arange(n)[None, None]).any(axis=1)
+    indices = jnp.sort(jnp.where(mask, jnp.arange(n, dtype=jnp.int32)[None], n), axis=1)[:, :count]
+    place = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+    stand_in = jnp.tile(jnp.arange(n)[None], (len(features), 1)).at[:, candidates].set(nearest)
+    owner = jnp.where(mask, jnp.arange(n)[None], stand_in)
+    return Selection(indices, mask, jnp.take_along_axis(place, owner, axis=1))
+
+
+def weigh_redundancy(
+    scores: Scores, features: Float[Array, "b n f"], weight: float, num_prefix_tokens: int
+) -> Scores:
+    """Scores that are low for tokens of little attention, and for those that a more attended token resembles.
+
+    scores  [b n], predicted attention; `features` are compared by cosine; `weight` in [0, 1] is redundancy's share.
+    Both count by rank in their example, so that neither's scale matters. A token is safe to bypass when a selected
+    one resembles it; to look among the more attended alone keeps two alike from both leaving.
+    """
+    scores = jax.lax.stop_gradient(scores)
+
+    def rank(x):
+        return jnp.argsort(jnp.argsort(x, axis=1), axis=1)
+
+    place = rank(-scores)  # 0 for the most attended; of two alike the first comes first
+    more = place[:, None, :] < place[:, :, None]
+    prefix = jnp.arange(scores.shape[1]) < num_prefix_tokens
+    similarity = jnp.where(more & ~prefix[None, None], cosines(features, features), -1.0)
+    redundancy = similarity.max(axis=-1)
+    return -((1 - weight) * place + weight * rank(redundancy)).astype(jnp.float32)
+
+
+def least_dissimilar(num_tokens: int, num_prefix_tokens: int) -> int:
+    """The fewest tokens that `select_dissimilar` can leave: one candidate at least needs a stand-in."""
+    candidates = (num_tokens - num_prefix_tokens + 1) // 2
+    return num_tokens - (candidates if num_tokens - num_prefix_tokens > 1 else 0)
+
+
+def _argmax_patch(similarity: Float[Array, "b n m"], num_prefix_tokens: int) -> Int32[Array, "b n"]:
+    patches = similarity[:, :, num_prefix_tokens:]
+    return (jnp.argmax(patches, axis=-1) + num_prefix_tokens).astype(jnp.int32)
