@@ -4,6 +4,7 @@ import dataclasses
 import io
 import itertools
 import logging
+import threading
 import time
 
 import grain
@@ -147,6 +148,22 @@ def test_copies_of_an_image_are_decoded_once(pictures, workers, monkeypatch):
     for batch in batches:
         assert (batch["label"].reshape(5, 3) == batch["label"][::3, None]).all()
         assert len({image.tobytes() for image in batch["image"]}) == 15
+
+
+def test_a_failure_to_read_reaches_every_copy():
+    copies, caught = sources._Copies(2), []
+
+    def ask():
+        try:
+            copies.get(5, lambda: open("/no such file"))
+        except OSError as error:
+            caught.append(error)
+
+    for _ in range(2):
+        thread = threading.Thread(target=ask, daemon=True)
+        thread.start()
+        thread.join(timeout=5)
+    assert len(caught) == 2 and caught[0] is caught[1]
 
 
 def test_evaluation_crops_as_it_is_told(pictures):
