@@ -82,11 +82,9 @@ def _kind(path: Path) -> str:
         start = file.read(256)
     if not start:
         raise WeightsError(f"{path} is empty; get it again")
-    if start.startswith(b"PK\x03\x04") and zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-        return "npz" if all(name.endswith(".npy") for name in names) else "torch"
-    if start.startswith((b"PK\x03\x04", LEGACY_START)):
+    if start.startswith(b"PK\x03\x04"):
+        return "npz" if _holds_npy(path) else "torch"
+    if start.startswith(LEGACY_START):
         return "torch"
     if start[8:9] == b"{":
         return "safetensors"
@@ -104,6 +102,15 @@ def _kind(path: Path) -> str:
     raise WeightsError(
         f"{path} is neither a .pth, a .safetensors nor an .npz file (it starts with {start[:12]!r})"
     )
+
+
+def _holds_npy(path: Path) -> bool:
+    """Whether a zip file is NumPy's; a broken one is not, and `read_torch_file` says how."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return all(name.endswith(".npy") for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return False
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
