@@ -156,10 +156,9 @@ class _Copies:
 class Repeated(grain.MapDataset):
     """Each example `repeats` times in a row, in epochs as long as without, each shuffled anew.
 
-    The parent is asked once for the copies that stand in one process.
-
     An epoch thus has the first 1 / repeats of the parent's order, as DeiT's RASampler does. The
-    parent is the endless stream of epochs of `epoch_size`.
+    parent is the endless stream of epochs of `epoch_size`; it is asked once for those copies of an
+    example that stand in one process.
     """
 
     def __init__(self, parent: grain.MapDataset, repeats: int, epoch_size: int) -> None:
