@@ -31,7 +31,7 @@ def deit(size: str, variant: str = ""):
         repeats=3,
         eval_resize="crop",
         eval_crop_pct=1.0 if large else 0.875,
-        num_threads=16,
+        workers="threads:16",
     )
     config.eval.batch_size = 1024
     regularised = {

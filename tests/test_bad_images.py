@@ -4,6 +4,8 @@ import dataclasses
 import io
 import itertools
 import logging
+import threading
+import time
 
 import grain
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from tosa_jax.data import pipeline
+from tosa_jax.data import pipeline, sources
 from tosa_jax.data.pipeline import DataConfig, eval_batches, train_batches
 from tosa_jax.errors import DataError
 
@@ -115,7 +117,7 @@ def test_too_many_bad_images_and_any_in_evaluation_are_errors(pictures, in_memor
 
 
 @pytest.mark.parametrize(
-    "change", [{"num_threads": 0}, {"in_memory": True}, {"num_workers": 2}], ids=str
+    "change", [{"workers": "threads:0"}, {"in_memory": True}, {"workers": "processes:2"}], ids=str
 )
 def test_large_images_read_one_by_one_are_the_same_batches(pictures, change, monkeypatch):
     config = dataclasses.replace(pictures, augment="deit", repeats=3)
@@ -123,6 +125,45 @@ def test_large_images_read_one_by_one_are_the_same_batches(pictures, change, mon
     monkeypatch.setattr(pipeline, "_LARGE_IMAGE", 1)
     assert_same(take(config, 3, batch_size=8), wanted)
     assert_same(take(dataclasses.replace(config, **change), 3, batch_size=8), wanted)
+
+
+@pytest.mark.parametrize("workers", ["threads:0", "threads:6"])
+def test_copies_of_an_image_are_decoded_once(pictures, workers, monkeypatch):
+    opened = []
+
+    def decode(image, form, whole=False):
+        opened.append(image)
+        time.sleep(0.01)  # other threads come for the copies while this one is at it
+        return decoded(image, form, whole)
+
+    decoded = sources._decoded
+    monkeypatch.setattr(sources, "_decoded", decode)
+    monkeypatch.setattr(pipeline, "_LARGE_IMAGE", 1)
+    good = "train[:7]+train[12:]"
+    config = dataclasses.replace(pictures, train_split=good, augment="deit", repeats=3)
+    config = dataclasses.replace(config, workers=workers, prefetch_batches=1)
+    # 15 places an epoch: five images a batch, of the 15; and what is read ahead.
+    batches = take(config, 3, batch_size=15)
+    assert 15 <= len(opened) <= 15 + 5
+    for batch in batches:
+        assert (batch["label"].reshape(5, 3) == batch["label"][::3, None]).all()
+        assert len({image.tobytes() for image in batch["image"]}) == 15
+
+
+def test_a_failure_to_read_reaches_every_copy():
+    copies, caught = sources._Copies(2), []
+
+    def ask():
+        try:
+            copies.get(5, lambda: open("/no such file"))
+        except OSError as error:
+            caught.append(error)
+
+    for _ in range(2):
+        thread = threading.Thread(target=ask, daemon=True)
+        thread.start()
+        thread.join(timeout=5)
+    assert len(caught) == 2 and caught[0] is caught[1]
 
 
 def test_evaluation_crops_as_it_is_told(pictures):

@@ -85,11 +85,11 @@ def test_processes_hold_contiguous_rows_of_the_same_batches(config, count):
 @pytest.mark.parametrize(
     "change",
     [
-        {"num_threads": 0},
-        {"num_threads": 5, "prefetch_batches": 6},
+        {"workers": "threads:0"},
+        {"workers": "threads:5", "prefetch_batches": 6},
         {"prefetch_batches": 0},
         {"in_memory": False},
-        {"num_workers": 1, "in_memory": False},
+        {"workers": "processes:1", "in_memory": False},
     ],
     ids=str,
 )
@@ -180,7 +180,10 @@ def test_the_cache_cannot_be_written(config):
         ({"augment": "cutmix"}, "known are none, shift"),
         ({"channels": 2}, "must be 1 or 3"),
         ({"image_size": 0}, "image_size=0 must be at least 1"),
-        ({"num_workers": -1}, "num_workers=-1"),
+        ({"workers": "8"}, "workers='8' must be 'threads:N', N from 0, or 'processes:N', N from 1"),
+        ({"workers": "thread:8"}, "workers='thread:8' must be"),
+        ({"workers": "processes:0"}, "workers='processes:0' must be"),
+        ({"workers": "threads:-1"}, "workers='threads:-1' must be"),
         ({"augment": "deit"}, "augment='deit' is for channels=3"),
         ({"eval_resize": "crp"}, "eval_resize='crp' is unknown; did you mean 'crop'"),
         ({"eval_crop_pct": 0.0}, r"eval_crop_pct=0.0 must be in \(0, 1\]"),
@@ -246,10 +249,10 @@ def test_repeats_stand_together_are_drawn_anew_and_reach_their_share(config, rep
         ({"prefetch_mib": 3}, 8, 2, 2),
         ({"prefetch_mib": 1}, 8, 1, 1),
         ({"prefetch_batches": 0}, 8, 0, 0),
-        ({"num_threads": 0}, 8, 0, 0),
+        ({"workers": "threads:0"}, 8, 0, 0),
         ({"large": True}, 8, 2, 32),  # images
         ({"large": True, "prefetch_mib": 1}, 8, 2, 6),  # 147 KiB each
-        ({"large": True, "num_threads": 16, "prefetch_mib": 1}, 8, 6, 6),
+        ({"large": True, "workers": "threads:16", "prefetch_mib": 1}, 8, 6, 6),
     ],
     ids=str,
 )

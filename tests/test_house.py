@@ -18,7 +18,8 @@ FLOORS = [
     "models.methods.controls models.methods.redundancy",
     "models.methods models.plan",
     "models.vit models.bypass_fit",
-    "cost models.torch_files models.weight_names models.weight_files models.weight_checks models.pretrained",
+    "cost models.torch_files models.weight_names models.google_names models.weight_files models.weight_checks "
+    "models.pretrained",
     "data.builders.digits data.builders.idx data.builders.shards data.builders.image_folder",
     "data.builders.imagenet data.builders.tfrecord data.builders.preparing data.decoding data.randaugment",
     "data.transforms",

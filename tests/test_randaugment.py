@@ -1,5 +1,7 @@
 """RandAugment rand-m9-mstd0.5-inc1 against its definition, and the speed code's reference."""
 
+import itertools
+import types
 from collections import Counter
 
 import numpy as np
@@ -160,6 +162,26 @@ def test_rows_of_the_measurement():
     whole = rows[3]
     assert whole["cores"] == np.ceil(1e4 / whole["images_per_second_per_core"])
     assert whole["speedup"] == pytest.approx(rows[4]["milliseconds"] / whole["milliseconds"], 0.01)
+
+
+def test_repeats_are_measured_as_one_decoding_for_all_copies(monkeypatch):
+    clock = itertools.count(step=0.001)
+    worked = []
+
+    def working(step, seconds):
+        return lambda *args, **kwargs: worked.append(seconds) or step(*args, **kwargs)
+
+    monkeypatch.setattr(
+        speed, "time", types.SimpleNamespace(thread_time=lambda: next(clock) + sum(worked))
+    )
+    monkeypatch.setattr(speed, "open_image", working(speed.open_image, 3.0))
+    monkeypatch.setattr(speed, "deit", working(speed.deit, 1.0))
+    sizes = {"image_size": 32, "rounds": 1, "accelerator_rate": 10.0}
+    rows = speed.measure(speed.sample_jpegs(1), repeats=3, **sizes)
+    whole, repeated = rows[3], rows[5]
+    assert whole["milliseconds"] == pytest.approx(4000, rel=0.01) and "cores" not in whole
+    assert repeated["step"] == "repeated" and repeated["cores"] == 21
+    assert repeated["milliseconds"] == pytest.approx((3000 + 3 * 1000) / 3, rel=0.01)
 
 
 def test_measuring_a_config(digits_dir):

@@ -13,7 +13,7 @@ from tosa_jax.models.params import get_params
 from tosa_jax.models.pretrained import load_pretrained, save_weights
 
 TINY = ["--config.model.depth=2", "--config.model.image_size=32", "--config.batch_size=8",
-        "--config.data.num_threads=2", "--config.eval.batch_size=8"]  # fmt: skip
+        "--config.data.workers=threads:2", "--config.eval.batch_size=8"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -45,8 +45,9 @@ class DataConfig:
     exif_rotate: bool = False  # turn images upright by EXIF; published ImageNet numbers did not
     max_bad_fraction: float = 0.0  # of a split's images that training may skip as not decodable
     in_memory: bool = False  # decode the set once and keep it as uint8 (small sets)
-    num_threads: int = 2  # reader threads a process, where there are no workers
-    num_workers: int = 0  # worker processes of one thread each (0: threads)
+    # Who reads and augments: "threads:8" of this process ("threads:0": the one that takes the batches),
+    # or "processes:8", each with one thread. The batches are the same.
+    workers: str = "threads:2"
     prefetch_batches: int = 4  # finished batches that wait
     prefetch_mib: int = 512  # and how much memory they may take; a worker always has one
 
@@ -65,10 +66,23 @@ class DataConfig:
         if not 0 <= self.max_bad_fraction < 1:
             raise ConfigError(f"max_bad_fraction={self.max_bad_fraction} must be in [0, 1)")
         lowest_values = {"image_size": 1, "repeats": 1, "prefetch_mib": 1}
-        lowest_values |= {"num_threads": 0, "num_workers": 0, "prefetch_batches": 0}
+        lowest_values |= {"prefetch_batches": 0}
         for field, lowest in lowest_values.items():
             if getattr(self, field) < lowest:
                 raise ConfigError(f"{field}={getattr(self, field)} must be at least {lowest}")
+        self.readers  # noqa: B018  # its own check
+
+    @property
+    def readers(self) -> tuple[str, int]:
+        """`workers` as ("threads" or "processes", how many)."""
+        kind, _, count = self.workers.partition(":")
+        lowest = {"threads": 0, "processes": 1}
+        if kind in lowest and count.isdecimal() and int(count) >= lowest[kind]:
+            return kind, int(count)
+        raise ConfigError(
+            f"workers={self.workers!r} must be 'threads:N', N from 0, or 'processes:N', N from 1: "
+            "for example 'threads:8'"
+        )
 
     @property
     def form(self) -> Form:
@@ -170,10 +184,11 @@ def train_batches(
     order_seed, draw_seed = np.random.SeedSequence(seed).generate_state(2).tolist()
     # repeat() before random_map(): the draws then differ from epoch to epoch.
     dataset = grain.MapDataset.source(source).shuffle(seed=order_seed).repeat(None)
+    dataset = dataset.map(sources.Opened(config.form, whole=config.augment in CROPS))
     if config.repeats > 1:
         dataset = sources.Repeated(dataset, config.repeats, len(source))
     bad = sources.BadImages(source.name, len(source), config.max_bad_fraction)
-    example = sources.TrainExample(config.form, config.augment, bad)
+    example = sources.TrainExample(config.augment, config.image_size, bad)
     dataset = sources.Following(dataset).random_map(example, seed=draw_seed)
     dataset = sources.ProcessRows(dataset, batch_size, local_size, process_index)
     # A slice, not the iterator's state: that is tied to the number of workers.
@@ -217,8 +232,9 @@ def _iterate(
     budget = config.prefetch_mib * 2**20 // image_bytes  # images
     waiting = min(config.prefetch_batches, max(1, budget // local_size))
     batches = examples.batch(local_size, drop_remainder=True)
-    workers = min(config.num_workers, len(batches))
-    if workers:
+    kind, count = config.readers
+    workers = min(count, len(batches))
+    if kind == "processes" and workers:
         # Grain hands absl's flags on to its workers, which fails if nothing has parsed them.
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
@@ -227,9 +243,9 @@ def _iterate(
         return iter(stream.mp_prefetch(options))
     if image_bytes < _LARGE_IMAGE:
         # An element is a batch here, and Grain's default is to read 500 elements ahead.
-        return iter(batches.to_iter_dataset(_read_options(config.num_threads, waiting)))
+        return iter(batches.to_iter_dataset(_read_options(count, waiting)))
     waiting = min(config.prefetch_batches * local_size, max(1, budget))
-    stream = examples.to_iter_dataset(_read_options(config.num_threads, waiting))
+    stream = examples.to_iter_dataset(_read_options(count, waiting))
     return iter(stream.batch(local_size, drop_remainder=True))
 
 

@@ -1,11 +1,14 @@
 """Between a TFDS split and batches: encoded or cached images, bad ones, repeats, process's rows.
 
-A record is {"image": bytes, or an array where it is cached, or the BadImageError that caching met;
+A record is {"image": bytes, or an array where it is cached, or the BadImageError that decoding met;
 "label": int32; "index": its place in the split; "name": of its file, or ""}.
 """
 
 import functools
 import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import grain
@@ -99,16 +102,69 @@ class EvalExamples:
         return {"image": image, "label": record["label"], "mask": np.float32(1)}
 
 
+class Opened(grain.transforms.Map):
+    """A record with its image decoded: in its form, or whole (as PIL's) for who crops it.
+
+    In the place of a bad image stands its BadImageError.
+    """
+
+    def __init__(self, form: Form, whole: bool) -> None:
+        self._form, self._whole = form, whole
+
+    def map(self, record: dict) -> dict:
+        try:
+            return {**record, "image": _decoded(record["image"], self._form, self._whole)}
+        except BadImageError as error:
+            return {**record, "image": error}
+
+
+class _Copies:
+    """Makes a value once for all copies that are asked for soon after each other, by any threads.
+
+    A value is let go with its last copy; of those whose other copies go to other processes, the
+    latest few are kept.
+    """
+
+    _MOST_KEPT = 8
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._lock = threading.Lock()
+        self._made: dict[int, tuple[Future, int]] = {}  # and how often it was asked for
+
+    def __reduce__(self) -> tuple:
+        return _Copies, (self._count,)  # a worker process makes its own
+
+    def get(self, key: int, make: Callable[[], Any]) -> Any:
+        """What `make` returns; a thread that comes while another one makes it waits."""
+        with self._lock:
+            future, asked = self._made.pop(key, (None, 0))
+            mine = future is None
+            future = future or Future()
+            if asked + 1 < self._count:
+                self._made[key] = future, asked + 1
+                if len(self._made) > self._MOST_KEPT:
+                    del self._made[next(iter(self._made))]
+        if mine:
+            try:
+                future.set_result(make())
+            except BaseException as error:
+                future.set_exception(error)
+        return future.result()
+
+
 class Repeated(grain.MapDataset):
     """Each example `repeats` times in a row, in epochs as long as without, each shuffled anew.
 
     An epoch thus has the first 1 / repeats of the parent's order, as DeiT's RASampler does. The
-    parent is the endless stream of epochs of `epoch_size`.
+    parent is the endless stream of epochs of `epoch_size`; it is asked once for those copies of an
+    example that stand in one process.
     """
 
     def __init__(self, parent: grain.MapDataset, repeats: int, epoch_size: int) -> None:
         super().__init__(parent)
         self._repeats, self._epoch_size = repeats, epoch_size
+        self._copies = _Copies(repeats)
 
     def __len__(self) -> int:
         return len(self._parent)
@@ -117,7 +173,8 @@ class Repeated(grain.MapDataset):
         if isinstance(index, slice):
             return self.slice(index)
         epoch, place = divmod(index, self._epoch_size)
-        return self._parent[epoch * self._epoch_size + place // self._repeats]
+        example = epoch * self._epoch_size + place // self._repeats
+        return self._copies.get(example, lambda: self._parent[example])
 
 
 class Following(grain.MapDataset):
@@ -162,28 +219,22 @@ class BadImages:
 
 
 class TrainExample(grain.transforms.RandomMap):
-    """What `Following` gives -> {"image": uint8 [s, s, c], "label"}, decoded and augmented.
+    """What `Following` gives of `Opened` records -> {"image": uint8 [s, s, c], "label"}, augmented.
 
     A bad image is replaced by the next of the stream, under the draws of the place that it fills.
     """
 
-    def __init__(self, form: Form, augment: str, bad: BadImages) -> None:
-        self._form, self._bad = form, bad
+    def __init__(self, augment: str, image_size: int, bad: BadImages) -> None:
+        self._bad = bad
         make = AUGMENTATIONS[augment]
-        self._crops = augment in CROPS
-        self._augment = make(form.image_size) if self._crops else make and make()
+        self._augment = make(image_size) if augment in CROPS else make and make()
 
     def random_map(self, element: tuple, rng: np.random.Generator) -> dict:
         stream, index = element
-        while True:
-            record = stream[index]
-            try:
-                image = _decoded(record["image"], self._form, whole=self._crops)
-                break
-            except BadImageError as error:
-                self._bad.add(record, error)
-                index += 1
-        example = {"image": image, "label": record["label"]}
+        while isinstance(error := (record := stream[index])["image"], BadImageError):
+            self._bad.add(record, error)
+            index += 1
+        example = {"image": record["image"], "label": record["label"]}
         return self._augment.random_map(example, rng) if self._augment else example
 
 

@@ -69,10 +69,19 @@ def example(encoded: bytes, image_size: int, rng: np.random.Generator) -> np.nda
     return np.asarray(deit(open_image(encoded, channels=3), image_size, rng))
 
 
+def copies(
+    encoded: bytes, image_size: int, rng: np.random.Generator, repeats: int
+) -> list[np.ndarray]:
+    """What `train_batches` does with repeated augmentation: one decoding, each copy drawn anew."""
+    image = open_image(encoded, channels=3)
+    return [np.asarray(deit(image, image_size, rng)) for _ in range(repeats)]
+
+
 def measure(
     images: Sequence[bytes],
     *,
     image_size: int = 224,
+    repeats: int = 1,
     rounds: int = 5,
     accelerator_rate: float = 0.0,
     seed: int = 0,
@@ -81,10 +90,11 @@ def measure(
 
     Every part is timed on every image in each round, in turn with the others; the best time of
     each image counts, since other programs only ever slow it down. Steps: decode, crop (and flip),
-    randaugment, whole, and reference (the straightforward pipeline). "whole" has more: "speedup"
-    over the reference; the pixel difference to it under the same draws ("mean_difference",
-    "difference_99th_percentile"); and, with `accelerator_rate` in images/s, the "cores" that keep
-    such an accelerator fed.
+    randaugment, whole, reference (the straightforward pipeline) and, with more than one, repeated
+    (whole, when each image is decoded once for `repeats` copies). "whole" has more: "speedup" over
+    the reference; the pixel difference to it under the same draws ("mean_difference",
+    "difference_99th_percentile"). With `accelerator_rate` in images/s, "cores" keep such an
+    accelerator fed: by "repeated" where there is one, else by "whole".
     """
     opened = [open_image(image, channels=3) for image in images]
     small = [
@@ -98,6 +108,8 @@ def measure(
         "whole": (lambda image, rng: example(image, image_size, rng), images),
         "reference": (lambda image, rng: reference_example(image, image_size, rng), images),
     }
+    if repeats > 1:
+        steps["repeated"] = (lambda image, rng: copies(image, image_size, rng, repeats), images)
     times = {name: np.full(len(images), np.inf) for name in steps}
     for _ in range(rounds):
         for i in range(len(images)):
@@ -106,6 +118,8 @@ def measure(
                 rng = np.random.default_rng((seed, i))
                 times[name][i] = min(times[name][i], _seconds(step, inputs[i], rng))
     best = {name: float(seconds.mean()) for name, seconds in times.items()}
+    if repeats > 1:
+        best["repeated"] /= repeats
     rows = [
         {
             "step": name,
@@ -114,11 +128,12 @@ def measure(
         }
         for name, seconds in best.items()
     ]
-    whole = next(row for row in rows if row["step"] == "whole")
-    whole["speedup"] = round(best["reference"] / best["whole"], 3)
-    whole |= difference(images, image_size=image_size, seed=seed)
+    by_step = {row["step"]: row for row in rows}
+    by_step["whole"]["speedup"] = round(best["reference"] / best["whole"], 3)
+    by_step["whole"] |= difference(images, image_size=image_size, seed=seed)
     if accelerator_rate:
-        whole["cores"] = math.ceil(accelerator_rate * best["whole"])
+        used = "repeated" if repeats > 1 else "whole"
+        by_step[used]["cores"] = math.ceil(accelerator_rate * best[used])
     return rows
 
 
@@ -139,7 +154,7 @@ def difference(
 
 
 def measure_config(config: DataConfig, *, count: int = 200, **kwargs) -> list[dict]:
-    """`measure` on the first `count` images of a config's training split, at its image size.
+    """`measure` on the first `count` images of a config's training split, with its size and repeats.
 
     The parts are those of augment="deit", whichever the config has. Raises as `open_dataset`.
     """
@@ -147,7 +162,7 @@ def measure_config(config: DataConfig, *, count: int = 200, **kwargs) -> list[di
     num_examples(builder, config.train_split, "train_split")  # checks the split
     source = Encoded(str(builder.data_path), config.train_split)
     images = [source[i]["image"] for i in range(min(count, len(source)))]
-    return measure(images, image_size=config.image_size, **kwargs)
+    return measure(images, image_size=config.image_size, repeats=config.repeats, **kwargs)
 
 
 def _seconds(step: Step, image: object, rng: np.random.Generator) -> float:
@@ -197,9 +212,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measures the training input on one core.")
     parser.add_argument("--images", type=Path, help="folder of image files")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=1, help="copies of each image; DeiT's is 3")
     parser.add_argument("--accelerator_rate", type=float, default=2500.0, help="images/s to feed")
     args = parser.parse_args()
-    run = functools.partial(measure, rounds=args.rounds, accelerator_rate=args.accelerator_rate)
+    run = functools.partial(
+        measure,
+        repeats=args.repeats,
+        rounds=args.rounds,
+        accelerator_rate=args.accelerator_rate,
+    )
     if args.images:
         files = sorted(path for path in args.images.rglob("*") if path.is_file())
         figures = {"images": run([path.read_bytes() for path in files])}

@@ -17,9 +17,10 @@ import numpy as np
 from flax import nnx
 
 from tosa_jax.errors import WeightsError
-from tosa_jax.models import weight_names
+from tosa_jax.models import google_names, weight_names
 from tosa_jax.models.params import Params, get_params, nest
 from tosa_jax.models.vit import VisionTransformer
+from tosa_jax.models.vit_config import ViTConfig
 from tosa_jax.models.weight_checks import (
     SILENT_FIELDS,
     WEIGHTS_FORMAT,
@@ -44,12 +45,14 @@ def load_pretrained(
 
     path        a `.pth` of DeiT, timm, DINOv2 or MAE (plain, or under `model`, `state_dict`,
                 `model_ema`); a `.safetensors`; either with the names of Hugging Face transformers
-                (ViT, DeiT, Dinov2, with registers or not), or a folder that `save_pretrained`
-                wrote; a file of `save_weights`; a work directory of a run, or one of its
-                checkpoints; `hf:owner/name[/file]`.
+                (ViT, DeiT, Dinov2 with registers or not, ViTMAE), or a folder that
+                `save_pretrained` wrote; an `.npz` of Google's ViT (AugReg); a file of
+                `save_weights`; a work directory of a run, or one of its checkpoints;
+                `hf:owner/name[/file]`.
     selectors   a file of `save_selectors`.
     on_message  is told, a line each, what did not go over as it was: a head that stays random
-                because the file has none of that class count, positions that were resampled.
+                because the file has none of that class count, positions that were resampled, parts
+                of the file that only pretraining uses (MAE's decoder, mask tokens).
 
     Parameters take the dtype and the sharding of the model's own. Selectors are in no released file
     and stay as they are.
@@ -94,20 +97,35 @@ def pretrained_params(
         messages.append(f"the averaged weights are taken ({file.under})")
     elif "/" in file.under:
         messages.append(f"weights of the stage {file.under.split('/')[0]}")
-    arrays = file.arrays
-    if not any("/" in name for name in arrays):
-        arrays = weight_names.to_ours(weight_names.to_timm(arrays))
+    arrays = _to_ours(file.arrays, config, messages.append)
     arrays, moved = weight_names.fit_positions(arrays, config)
     if moved:
         theirs = weight_names.resampling_of(file.arrays, config)
         same = f"; pass pos_resample={theirs!r} to create_model for what transformers computes"
         messages.append(moved + (same if theirs not in (None, config.pos_resample) else ""))
-    kept = _kept_head(arrays, own, messages.append) | _kept_kinds(arrays, own, messages.append)
+    kept = _kept_head(arrays, own, messages.append)
+    kept |= _kept_norm(file.path, arrays, own, "head/kernel" in kept, messages.append)
+    kept |= _kept_kinds(arrays, own, messages.append)
     arrays = {name: x for name, x in arrays.items() if name not in kept}
     check_fit(file.path, arrays, {name: x for name, x in own.items() if name not in kept})
     for message in messages:  # only now: a file that is refused says one line, the error
         on_message(f"{file.path}: {message}")
     return {name: np.asarray(x).astype(own[name].dtype) for name, x in arrays.items()}
+
+
+def _to_ours(arrays: weight_names.Arrays, config: ViTConfig, say: Say) -> weight_names.Arrays:
+    """A file's arrays under this project's paths, in its layouts."""
+    if google_names.is_google(arrays):
+        if config.mlp == "gelu":
+            say("Google's own code computes GELU by tanh, timm and transformers do not: pass "
+                "mlp='gelu_tanh' to create_model for the former")  # fmt: skip
+        return google_names.to_ours(arrays)
+    if any("/" in name for name in arrays):
+        return arrays
+    arrays, unused = weight_names.to_timm(arrays)
+    if unused:
+        say(f"left out, as only pretraining uses them: {', '.join(unused)}")
+    return weight_names.to_ours(arrays)
 
 
 def _kept_head(arrays: Mapping[str, np.ndarray], own: Params, say: Say) -> set[str]:
@@ -130,6 +148,32 @@ def _kept_head(arrays: Mapping[str, np.ndarray], own: Params, say: Say) -> set[s
     if kept:
         say(f"the head stays as the model has it, untrained: {reasons[0]}")
     return kept
+
+
+def _kept_norm(
+    path: str, arrays: Mapping[str, np.ndarray], own: Params, no_head: bool, say: Say
+) -> set[str]:
+    """The last norm's names, of both sides, where pretrained weights get a head on the mean.
+
+    As in MAE's fine-tuning. Raises WeightsError where the file's head is taken over and reads
+    another pooling than the model's.
+    """
+    norms = ("norm/scale", "norm/bias", "fc_norm/scale", "fc_norm/bias")
+    theirs, ours = ({name for name in norms if name in x} for x in (arrays, own))
+    if theirs == ours or len(theirs) != 2 or len(ours) != 2:
+        return set()
+    if "fc_norm/scale" in theirs:
+        raise WeightsError(
+            f"{path} classifies the patches' mean (it has fc_norm, as MAE's fine-tuned models): "
+            "pass global_pool='avg' to create_model"
+        )
+    if not no_head:
+        raise WeightsError(
+            f"{path} classifies the class token, the model the patches' mean: pass "
+            "global_pool='token' to create_model"
+        )
+    say("fc_norm stays as the model has it, untrained: the file has none (its norm is left out)")
+    return theirs | ours
 
 
 def _kept_kinds(arrays: Mapping[str, np.ndarray], own: Params, say: Say) -> set[str]:

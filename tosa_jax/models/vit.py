@@ -27,7 +27,8 @@ class Output(NamedTuple):
     """What a model returns.
 
     logits    [b c].
-    tokens    [b n d] after the final norm, prefix included, as timm's `forward_features`.
+    tokens    [b n d] after the final norm, prefix included, as timm's `forward_features`; that norm comes after the
+              mean with `global_pool="avg"`, and they are as the last layer left them.
     selected  a tuple with one int32 [b s] a selection: indices into the n tokens, ascending, prefix included.
     aux       per-example scalars [b] that layers report, by name.
     """
@@ -63,7 +64,10 @@ class VisionTransformer(nnx.Module):
                 for kind, place in zip(config.plan, places(config), strict=True)
             ]
         )
-        self.norm = layer_norm(config, rngs)
+        if config.global_pool == "avg":
+            self.fc_norm = layer_norm(config, rngs)
+        else:
+            self.norm = layer_norm(config, rngs)
         self.head = linear(config, config.embed_dim, config.num_classes, rngs)
         if config.distilled:
             self.head_dist = linear(config, config.embed_dim, config.num_classes, rngs)
@@ -99,10 +103,10 @@ class VisionTransformer(nnx.Module):
         return stream
 
     def classify(self, tokens: Tokens) -> Float[Array, "b c"]:
-        """Logits of the normalised tokens [b n d]."""
+        """Logits of `Output.tokens` [b n d]."""
         config = self.config
         if config.global_pool == "avg":
-            return self.head(tokens[:, config.num_prefix_tokens :].mean(axis=1))
+            return self.head(self.fc_norm(tokens[:, config.num_prefix_tokens :].mean(axis=1)))
         logits = self.head(tokens[:, 0])
         return (logits + self.head_dist(tokens[:, 1])) / 2 if config.distilled else logits
 
@@ -111,7 +115,7 @@ class VisionTransformer(nnx.Module):
     ) -> Output:
         """images [b height width c], normalised. `key` feeds drop path (with `train`) and random selection."""
         stream = self.layers(self.embed(images), key=key, train=train)
-        tokens = self.norm(stream.tokens)
+        tokens = stream.tokens if self.config.global_pool == "avg" else self.norm(stream.tokens)
         return Output(self.classify(tokens), tokens, stream.selected, stream.aux)
 
 

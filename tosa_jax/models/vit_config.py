@@ -54,7 +54,8 @@ class ViTConfig:
     pos_resample: str = (
         "bicubic_antialias"  # or "bicubic": what positions of another grid go through
     )
-    global_pool: str = "token"  # "token": the class token is classified; "avg": the patches' mean
+    # "token": the class token is normalised and classified; "avg": the patches' mean is, as in MAE
+    global_pool: str = "token"
     drop_path_rate: float = 0.0  # of the last layer; rises linearly from 0
     dtype: Any = jnp.float32  # computes
     param_dtype: Any = jnp.float32  # stores

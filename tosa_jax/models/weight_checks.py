@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from tosa_jax.errors import WeightsError
+from tosa_jax.models import google_names
 from tosa_jax.models.vit_config import VARIANTS, ViTConfig
 from tosa_jax.models.weight_files import WeightFile
 
@@ -14,6 +15,17 @@ WEIGHTS_FORMAT = "tosa_jax weights"
 # Fields that change the function and leave no (or no readable) trace in the shapes of its
 # parameters.
 SILENT_FIELDS = ("num_heads", "mlp", "norm_eps", "patch_size")
+# transformers' `hidden_act` -> `ViTConfig.mlp`.
+_ACTIVATIONS = {
+    **dict.fromkeys(("gelu", "gelu_python"), "gelu"),
+    **dict.fromkeys(
+        ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh"),
+        "gelu_tanh",
+    ),
+}
+# LayerNorm's epsilon where a config.json leaves it out, by `model_type`.
+_DEFAULT_EPS = {"vit": 1e-12, "deit": 1e-12, "vit_mae": 1e-12}
+_DEFAULT_EPS |= {"dinov2": 1e-6, "dinov2_with_registers": 1e-6}
 
 
 def check_fit(path: str, arrays: Mapping[str, np.ndarray], own: Mapping[str, Any]) -> None:
@@ -43,29 +55,31 @@ def _listed(names: Iterable[str], most: int = 8) -> str:
 
 
 def stated_fields(file: WeightFile) -> dict[str, Any]:
-    """The `SILENT_FIELDS` that the file's metadata or the config.json beside it state."""
+    """The `SILENT_FIELDS` that the file, its metadata or the config.json beside it state.
+
+    Raises WeightsError for an activation that no model here has.
+    """
+    if google_names.is_google(file.arrays):
+        return google_names.stated_by(file.arrays)
     if file.metadata.get("format") == WEIGHTS_FORMAT:
         return json.loads(file.metadata.get("fields", "{}"))
     config = file.config
     if config.get("architecture") in VARIANTS:  # timm's folders
         variant = ViTConfig(**VARIANTS[config["architecture"]])
         return {name: getattr(variant, name) for name in SILENT_FIELDS}
-    if config.get("model_type") not in ("vit", "deit", "dinov2", "dinov2_with_registers"):
+    if config.get("model_type") not in _DEFAULT_EPS:
         return {}
-    activations = {"gelu": "gelu"} | dict.fromkeys(
-        ("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), "gelu_tanh"
-    )
-    mlp = (
-        "swiglu"
-        if config.get("use_swiglu_ffn")
-        else activations.get(config.get("hidden_act", "gelu"), config.get("hidden_act"))
-    )
     # transformers writes every field; the defaults are those of its versions that did not.
-    eps = 1e-6 if config["model_type"].startswith("dinov2") else 1e-12
+    activation = config.get("hidden_act", "gelu")
+    if activation not in _ACTIVATIONS and not config.get("use_swiglu_ffn"):
+        raise WeightsError(
+            f"{file.path}: the config.json beside it says hidden_act={activation!r}, which no model "
+            f"here computes; known: {', '.join(_ACTIVATIONS)}"
+        )
     return {
         "num_heads": config.get("num_attention_heads", 12),
-        "mlp": mlp,
-        "norm_eps": config.get("layer_norm_eps", eps),
+        "mlp": "swiglu" if config.get("use_swiglu_ffn") else _ACTIVATIONS[activation],
+        "norm_eps": config.get("layer_norm_eps", _DEFAULT_EPS[config["model_type"]]),
         "patch_size": config.get("patch_size", 16),
     }
 

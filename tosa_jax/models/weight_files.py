@@ -4,10 +4,13 @@ Nothing here knows a model; names are as the file has them (`weight_names.py` tr
 """
 
 import json
+import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -65,20 +68,23 @@ def read_weights(path: str | Path) -> WeightFile:
     config = _read_json(path.parent / "config.json")
     if path.name.endswith(".index.json"):
         return _read_shards(path, config)
-    if _kind(path) == "torch":
+    kind = _kind(path)
+    if kind == "torch":
         arrays, under = read_torch_file(path)
         return WeightFile(str(path), arrays, under, {}, config)
-    arrays, metadata = _read_safetensors(path)
+    arrays, metadata = (_read_npz(path), {}) if kind == "npz" else _read_safetensors(path)
     return WeightFile(str(path), arrays, "", metadata, config)
 
 
 def _kind(path: Path) -> str:
-    """Says "torch" or "safetensors", by the first bytes; a WeightsError says what else it is."""
+    """Says "torch", "npz" or "safetensors", by the content; a WeightsError says what else it is."""
     with open(path, "rb") as file:
         start = file.read(256)
     if not start:
         raise WeightsError(f"{path} is empty; get it again")
-    if start.startswith((b"PK\x03\x04", LEGACY_START)):
+    if start.startswith(b"PK\x03\x04"):
+        return "npz" if _holds_npy(path) else "torch"
+    if start.startswith(LEGACY_START):
         return "torch"
     if start[8:9] == b"{":
         return "safetensors"
@@ -94,8 +100,33 @@ def _kind(path: Path) -> str:
     if start[:1] == b"\x80":
         raise WeightsError(f"{path} is a pickle, but not one that torch.save wrote")
     raise WeightsError(
-        f"{path} is neither a .pth nor a .safetensors file (it starts with {start[:12]!r})"
+        f"{path} is neither a .pth, a .safetensors nor an .npz file (it starts with {start[:12]!r})"
     )
+
+
+def _holds_npy(path: Path) -> bool:
+    """Whether a zip file is NumPy's; a broken one is not, and `read_torch_file` says how."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return all(name.endswith(".npy") for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return False
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        reason = str(error).splitlines()[0][:160]
+        raise WeightsError(
+            f"{path} is damaged or holds more than numbers ({reason}); get it again"
+        ) from error
+    # NumPy has no bfloat16 of its own and stores it as two bytes without a type.
+    return {
+        name: x.view(ml_dtypes.bfloat16) if x.dtype == np.dtype("V2") else x
+        for name, x in arrays.items()
+    }
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:

@@ -19,9 +19,9 @@ Arrays = dict[str, np.ndarray]
 # Parts of released files that no classifier or backbone uses: DINOv2's and MAE's training
 # leftovers, and the tanh pooler that transformers adds to ViT and DeiT. Anything else that is left
 # over is an error.
-IGNORED = re.compile(
-    r"(embeddings\.)?mask_token$|dino_head\.|ibot_head\.|pooler\.dense\."
-    r"|decoder_(embed|pos_embed|blocks|norm|pred)\b"
+_UNUSED = re.compile(
+    r"(?:embeddings\.)?(mask_token)$|(dino_head|ibot_head|decoder)\.|(pooler)\.dense\."
+    r"|(decoder)_(?:embed|pos_embed|blocks|norm|pred)\b"
 )
 
 _WRAPPER_PREFIX = re.compile(r"^(module\.|_orig_mod\.|backbone\.)+")
@@ -85,18 +85,19 @@ def resampling_of(arrays: Arrays, config: ViTConfig) -> str | None:
     return "bicubic_antialias" if config.reg_tokens else "bicubic"
 
 
-def to_timm(arrays: Arrays) -> Arrays:
-    """The same arrays under timm's names; leftovers of training (`IGNORED`) are dropped."""
+def to_timm(arrays: Arrays) -> tuple[Arrays, list[str]]:
+    """The same arrays under timm's names; and the parts left out that only pretraining uses."""
     rules = _HF if is_hugging_face(arrays) else _ORIGINAL
-    renamed = {}
+    renamed, unused = {}, set()
     for name, array in arrays.items():
         name = _HF_PREFIX.sub("", _WRAPPER_PREFIX.sub("", name))
-        if IGNORED.match(name):
+        if match := _UNUSED.match(name):
+            unused.add(match[match.lastindex])
             continue
         for pattern, replacement in rules:
             name = re.sub(pattern, replacement, name)
         renamed[name] = array
-    return _fuse(renamed)
+    return _fuse(renamed), sorted(unused)
 
 
 def _fuse(arrays: Arrays) -> Arrays:
