@@ -91,7 +91,7 @@ class DepthAugment(grain.transforms.RandomMap):
 
 def trust_box(
     image: Picture, depth: Depth, size: Size, box: tuple[int, ...]
-) -> tuple[Picture, Depth]:
+) -> tuple[UInt8[np.ndarray, "new_h new_w c"], Float[np.ndarray, "new_h new_w"]]:
     """Depth outside of a box set to 0 where the image has `size`; else both cut to the box.
 
     NYU's pictures have white borders, where colour and depth do not cover each other: rows 45:472, columns 43:608.

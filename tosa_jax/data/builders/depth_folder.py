@@ -98,20 +98,27 @@ def check_pairs(items: list[Item], say: Say) -> None:
     """
     progress = Progress(say, "checking")
     for i, item in enumerate(items, 1):
-        try:
-            with pil_errors(), Image.open(item.path) as image:
-                size = image.size
-            with pil_errors(), Image.open(item.beside.path) as depth:
+        with _opened(item) as image, _opened(item.beside) as depth:
+            size, depth_size = image.size, depth.size
+            try:
                 check_depth_png(depth)
-                depth_size = depth.size
-        except BadImageError as error:
-            raise DataError(f"{item.path} and {item.beside.path}: {error}") from None
+            except BadImageError as error:
+                raise DataError(f"{item.beside.path}: {error}") from None
         if size != depth_size:
             raise DataError(
                 f"{item.beside.path}: {depth_size[1]}x{depth_size[0]} pixels, but its picture "
                 f"{item.name} has {size[1]}x{size[0]}; bring both to one size"
             )
         progress(f"{i} of {len(items)} pairs")
+
+
+def _opened(item: Item) -> Image.Image:
+    """An image of which only the header is read."""
+    try:
+        with pil_errors():
+            return Image.open(item.path)
+    except BadImageError as error:
+        raise DataError(f"{item.path}: {error}") from None
 
 
 def _folder_pairs(folder: Path) -> list[Pair]:

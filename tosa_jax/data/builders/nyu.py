@@ -20,6 +20,7 @@ NAME = "nyu_depth_v2"
 CONTENT = "nyudepthv2.tar.gz, unpacked (train/SCENE/*.h5, val/official/*.h5)"
 
 _SPLITS = {"train": "train", "validation": "val"}
+_COUNTS = {"train": 47_584, "validation": 654}
 _SHAPES = {"rgb": (3, 480, 640), "depth": (480, 640)}
 # TFDS's schema writes each float16 as a float32: about 1.6 MB of files of .65 MB.
 _GROWTH = 2.5
@@ -55,6 +56,8 @@ def prepare_nyu(
             say(f"{split}: complete already, {done[split].num_examples} examples")
         elif found := _list(root / folder, say):
             items[split] = found
+            if len(found) != _COUNTS[split]:
+                say(f"{split}: {len(found)} examples of the {_COUNTS[split]} of the whole set")
         else:
             say(f"{split}: no {folder}/*/*.h5 in {root}, left out")
     if not items and not done:
