@@ -20,6 +20,7 @@ from golden import make_pretrained as golden
 
 from tosa_jax.cost import abstract_model
 from tosa_jax.errors import WeightsError
+from tosa_jax.models.networks import create_model
 from tosa_jax.models.params import get_params, split
 from tosa_jax.models.positions import resample_positions
 from tosa_jax.models.pretrained import (
@@ -29,7 +30,6 @@ from tosa_jax.models.pretrained import (
     save_weights,
 )
 from tosa_jax.models.torch_files import read_torch_file
-from tosa_jax.models.vit import create_model
 from tosa_jax.models.vit_config import variant_config
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -251,9 +251,9 @@ def our_logits(name: str, size: int, path, weights, **fields) -> np.ndarray:
     import jax
     from flax import nnx
 
+    from tosa_jax.models.networks import create_model
     from tosa_jax.models.params import set_params, split
     from tosa_jax.models.pretrained import load_pretrained
-    from tosa_jax.models.vit import create_model
 
     model = create_model(name, rngs=nnx.Rngs(0), **({"image_size": size} | fields))
     messages: list[str] = []

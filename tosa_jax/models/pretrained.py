@@ -49,7 +49,8 @@ def load_pretrained(
                 checkpoints; `hf:owner/name[/file]`.
     selectors   a file of `save_selectors`.
     on_message  is told, a line each, what did not go over as it was: a head that stays random
-                because the file has none of that class count, positions that were resampled.
+                because the file has none of that class count, or no decoder; positions that were
+                resampled.
 
     Parameters take the dtype and the sharding of the model's own. Selectors are in no released file
     and stay as they are.
@@ -103,6 +104,7 @@ def pretrained_params(
         same = f"; pass pos_resample={theirs!r} to create_model for what transformers computes"
         messages.append(moved + (same if theirs not in (None, config.pos_resample) else ""))
     kept = _kept_head(arrays, own, messages.append) | _kept_kinds(arrays, own, messages.append)
+    kept |= _other_heads(arrays, own, messages.append)
     arrays = {name: x for name, x in arrays.items() if name not in kept}
     check_fit(file.path, arrays, {name: x for name, x in own.items() if name not in kept})
     for message in messages:  # only now: a file that is refused says one line, the error
@@ -130,6 +132,21 @@ def _kept_head(arrays: Mapping[str, np.ndarray], own: Params, say: Say) -> set[s
     if kept:
         say(f"the head stays as the model has it, untrained: {reasons[0]}")
     return kept
+
+
+def _other_heads(arrays: Mapping[str, np.ndarray], own: Params, say: Say) -> set[str]:
+    """Names of heads and decoders that only the file or only the model has: it was made for another task."""
+
+    def of(names, part):
+        return {name for name in names if name.startswith(f"{part}/")}
+
+    unused = {p: of(arrays, p) for p in ("head", "head_dist", "decoder") if not of(own, p)}
+    if any(unused.values()):
+        say(f"its {' and '.join(p for p in unused if unused[p])} is not used: the model has none")
+    fresh = of(own, "decoder") if not of(arrays, "decoder") else set()
+    if fresh:
+        say("the decoder stays as the model has it, untrained: the file has none")
+    return set().union(fresh, *unused.values())
 
 
 def _kept_kinds(arrays: Mapping[str, np.ndarray], own: Params, say: Say) -> set[str]:

@@ -23,6 +23,7 @@ class Stream(NamedTuple):
     bypassed   [b n d], all tokens as they were when the open group chose.
     selected   int32 [b s] a selection made so far: the indices.
     aux        per-example scalars that layers report, by name.
+    taps       by layer, all tokens [b n d] after the layers that the head reads.
     """
 
     tokens: Tokens
@@ -31,6 +32,7 @@ class Stream(NamedTuple):
     bypassed: Tokens | None = None
     selected: tuple[Indices, ...] = ()
     aux: dict[str, PerExample] = {}
+    taps: dict[int, Tokens] = {}
 
 
 class LayerCall(NamedTuple):
