@@ -3,10 +3,10 @@
     python results/no_finetuning.py --weights=FILE --fit=DIR --score=DIR > results/no_finetuning.json
 
 Rows: selective layers with each choice and bypass, redundancy at falling budgets, and beside them ToMe (Bolya et al.
-2023; written here from the paper: bipartite matching of keys, size-weighted means, proportional attention), which merges
-for good and copies at the end. What is fitted (the low-rank bypass) is fitted on the pictures under --fit and scored on
-those under --score. `share` is of the dense network's multiply-adds; cosines are means over images, to the dense network's
-final tokens: of the class token, and of the patches.
+2023), which merges for good and copies at the end; it is written here from the paper: bipartite matching of keys,
+size-weighted means, proportional attention. What is fitted (the low-rank bypass) is fitted on the pictures under --fit
+and scored on those under --score. `share` is of the dense network's multiply-adds; cosines are means over images, to
+the dense network's final tokens: of the class token, and of the patches.
 """
 
 import argparse

@@ -4,8 +4,9 @@ import jax
 from flax import nnx
 
 from tosa_jax.config import RunConfig, default_config, make_run_config
+from tosa_jax.models.networks import create_model
 from tosa_jax.models.params import set_params, split
-from tosa_jax.models.vit import Output, VisionTransformer, create_model
+from tosa_jax.models.vit import Output, VisionTransformer
 
 SIZES = {
     "embed_dim": 16,

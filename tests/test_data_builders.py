@@ -171,7 +171,7 @@ def test_an_error_half_way_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_what_is_not_ours(tmp_path):
-    with pytest.raises(ConfigError, match="it prepares digits, and IDX files"):
+    with pytest.raises(ConfigError, match="it prepares digits, rooms, and IDX files"):
         prepare_own("mnist", tmp_path)
     with pytest.raises(ConfigError, match="digits has no files"):
         prepare_own("digits", tmp_path, tmp_path)
@@ -212,5 +212,7 @@ def test_a_set_without_labels_is_refused(tmp_path, digits_dir):
         (folder / file.name).write_text(file.read_text()) if file.suffix == ".json" else None
     text = (folder / "features.json").read_text().replace('"label"', '"species"')
     (folder / "features.json").write_text(text)
-    with pytest.raises(DataError, match="no feature 'label' of kind ClassLabel"):
+    with pytest.raises(
+        DataError, match="no feature 'image' with a 'label' of kind ClassLabel or a 'depth'"
+    ):
         open_builder("birds", str(tmp_path))

@@ -53,9 +53,9 @@ def assert_same(got, wanted):
 
 def test_facts(config):
     names = tuple(str(i) for i in range(10))
-    assert open_dataset(config) == DatasetFacts(1437, 360, 10, names)
+    assert open_dataset(config) == DatasetFacts(1437, 360, 10, names, "classification", (8, 8))
     part = dataclasses.replace(config, train_split="train[:100]", eval_split="train[100:]")
-    assert open_dataset(part) == DatasetFacts(100, 1337, 10, names)
+    assert open_dataset(part) == DatasetFacts(100, 1337, 10, names, "classification", (8, 8))
 
 
 def test_train_batches_have_the_declared_form(config):

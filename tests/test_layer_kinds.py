@@ -18,7 +18,8 @@ from tosa_jax.models.methods.standard import Standard
 from tosa_jax.models.params import get_params, set_params, split
 from tosa_jax.models.stream import LayerCall, Stream
 from tosa_jax.models.vit import VisionTransformer
-from tosa_jax.tasks.classification import Classification, SelectorFitting
+from tosa_jax.tasks.classification import Classification
+from tosa_jax.tasks.selector_fitting import SelectorFitting
 
 PLANS = {
     "pairs": "selective",

@@ -6,12 +6,15 @@
 Training, from the command line: `python -m tosa_jax.main --config=configs/digits.py`.
 """
 
+from tosa_jax.models.depth import DepthConfig
+from tosa_jax.models.networks import create_model
 from tosa_jax.models.pretrained import load_pretrained, save_selectors, save_weights
-from tosa_jax.models.vit import Output, VisionTransformer, create_model
+from tosa_jax.models.vit import Output, VisionTransformer
 from tosa_jax.models.vit_config import VARIANTS, ViTConfig, alternate
 
 __all__ = [
     "VARIANTS",
+    "DepthConfig",
     "Output",
     "ViTConfig",
     "VisionTransformer",

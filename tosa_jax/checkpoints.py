@@ -24,11 +24,16 @@ log = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """Checkpoints `<directory>/<step>/` of one stage, written in the background; the newest and the best are kept."""
+    """Checkpoints `<directory>/<step>/` of one stage, written in the background; the newest and the best are kept.
 
-    def __init__(self, directory: Path, best_metric: str) -> None:
+    The best is that of highest `best_metric`, or of lowest where `lower_is_better`.
+    """
+
+    def __init__(self, directory: Path, best_metric: str, lower_is_better: bool = False) -> None:
         def score(metrics):
-            return metrics.get(best_metric, float("-inf"))
+            if best_metric not in metrics:
+                return float("-inf")
+            return -metrics[best_metric] if lower_is_better else metrics[best_metric]
 
         keep = policies.AnyPreservationPolicy(
             [

@@ -15,9 +15,11 @@ import ml_collections
 from tosa_jax.data.mixing import MixingConfig
 from tosa_jax.data.pipeline import DataConfig
 from tosa_jax.errors import ConfigError
-from tosa_jax.models.vit_config import ViTConfig, check, check_choice, variant_config
-from tosa_jax.optim import OptimConfig
+from tosa_jax.models.networks import network_config
+from tosa_jax.models.vit_config import ViTConfig, check, check_choice
+from tosa_jax.optim import SCHEDULES, OptimConfig
 from tosa_jax.sharding import MeshConfig
+from tosa_jax.tasks import TASKS
 
 CONTROLS = ("dense", "random", "previous", "skip")
 
@@ -36,6 +38,9 @@ class StageConfig:
     warmup_steps: int = 0
     warmup_learning_rate: float = 0.0
     min_learning_rate: float = 0.0
+    schedule: str = "cosine"  # or "polynomial"
+    schedule_power: float = 0.9  # of the polynomial
+    head_lr_scale: float = 1.0  # the head's or decoder's learning rate over the backbone's
     weight_decay: float = 0.05
     clip_norm: float = 0.0
     ema_decay: float = 0.0
@@ -61,6 +66,8 @@ class StageConfig:
             f"label_smoothing={self.label_smoothing} is not in [0, 1)",
         )
         check(0 <= self.ema_decay < 1, f"ema_decay={self.ema_decay} is not in [0, 1)")
+        check_choice("schedule", self.schedule, SCHEDULES)
+        check(self.head_lr_scale > 0, f"head_lr_scale={self.head_lr_scale} must be above 0")
         check(self.learning_rate >= 0, f"learning_rate={self.learning_rate} is negative")
         self.mixing  # noqa: B018  # its own checks
 
@@ -120,8 +127,10 @@ class InputConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A whole run: what `default_config()` describes field by field."""
+    """A whole run: what `default_config()` describes field by field; `options` are the task's own fields."""
 
+    task: str = "classification"
+    options: Any = None
     seed: int = 0
     batch_size: int = 256
     log_steps: int = 50
@@ -139,6 +148,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         for name in ("batch_size", "log_steps"):
             check(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        TASKS[self.task].check_run(self)
 
     def has_stage(self, stage: str) -> bool:
         """Whether a stage takes part in the run."""
@@ -169,16 +179,22 @@ def _defaults(cls: type, skip: tuple[str, ...] = ()) -> dict[str, Any]:
     }
 
 
-def default_config(model: str = "vit") -> ml_collections.ConfigDict:
-    """Every field of a run with its default value, for a model of this name (`VARIANTS`).
+def default_config(model: str = "vit", task: str = "classification") -> ml_collections.ConfigDict:
+    """Every field of a run with its default value, for a model of this name (`VARIANTS`) and a task (`TASKS`).
 
-    `model.plan` is the name of a layer kind for every second layer, or a name for each layer with commas between.
+    The section `task` holds the task's own fields. Where a network takes images of any shape, as for depth,
+    `model.image_size` is (height, width). `model.plan` is the name of a layer kind for every second layer, or a name
+    for each layer with commas between.
     `model.keep_rate` is a tuple: one share, or one a selection.
     """
-    config = ml_collections.ConfigDict(_defaults(RunConfig))
-    variant = dataclasses.asdict(variant_config(model))
+    check_choice("task", task, TASKS)
+    config = ml_collections.ConfigDict(_defaults(RunConfig, skip=("task", "options")))
+    config.task = {"name": task} | _defaults(TASKS[task].options)
+    vit = network_config(task, model)
+    variant = {k: v for k, v in dataclasses.asdict(vit).items() if k not in vit.unused}
     variant |= {"name": model, "plan": "selective", "keep_rate": (0.5,)}
     variant |= {name: str(variant[name]) for name in ("dtype", "param_dtype")}
+    variant |= {"image_size": vit.image_shape} if vit.resizes else {}
     config.model = variant
     config.data = {"name": ""} | _defaults(DataConfig)
     for name, cls in SECTIONS.items():
@@ -195,19 +211,23 @@ def _build(cls: type, section: str, values: Mapping[str, Any]) -> Any:
 
 def make_run_config(config: ml_collections.ConfigDict) -> RunConfig:
     """Checks a recipe and freezes it. Raises ConfigError, one line that names the field."""
-    template = default_config(config.get("model", {}).get("name", "vit"))
+    name, task = (config.get(section, {}).get("name") for section in ("model", "task"))
+    template = default_config(name or "vit", task or "classification")
     values = config.to_dict()
     _check_fields("", values, template.to_dict())
     model = values.pop("model")
     name, plan = model.pop("name"), model.pop("plan")
+    options = values.pop("task")
+    options = _build(TASKS[options.pop("name")].options, "task", options)
     try:
         fields = model | {"plan": tuple(plan.split(",")) if "," in plan else plan}
-        vit = variant_config(name, **fields)
+        vit = network_config(task, name, **fields)
     except ConfigError as error:
         raise ConfigError(f"config.model: {error}") from error
     data = values.pop("data") | {"image_size": vit.image_size, "channels": vit.in_chans}
     built = {name: _build(cls, name, values.pop(name)) for name, cls in SECTIONS.items()}
-    return RunConfig(model=vit, data=_build(DataConfig, "data", data), **built, **values)
+    data = _build(DataConfig, "data", data)
+    return RunConfig(task=task, options=options, model=vit, data=data, **built, **values)
 
 
 def _check_fields(where: str, values: Mapping[str, Any], template: Mapping[str, Any]) -> None:

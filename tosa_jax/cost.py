@@ -5,6 +5,7 @@ import math
 import jax
 from flax import nnx
 
+from tosa_jax.models.networks import build
 from tosa_jax.models.vit import VisionTransformer
 from tosa_jax.models.vit_config import ViTConfig
 
@@ -16,9 +17,20 @@ def macs(model: VisionTransformer) -> int:
     """
     config = model.config
     patch_weights = config.patch_size**2 * config.in_chans * config.embed_dim
-    heads = (1 + config.distilled) * config.embed_dim * config.num_classes
-    layers = sum(kind.macs(block) for kind, block in zip(model.kinds, model.blocks, strict=True))
-    return config.num_patches * patch_weights + layers + heads
+    layers = sum(
+        kind.block_macs(block) + kind.own_macs(block)
+        for kind, block in zip(model.kinds, model.blocks, strict=True)
+    )
+    return config.num_patches * patch_weights + layers + model.head_macs()
+
+
+def macs_by_part(model: VisionTransformer) -> dict[str, int]:
+    """`macs` in three parts: backbone, selection (what layer kinds do besides running blocks), head (or decoder)."""
+    selection = sum(
+        kind.own_macs(block) for kind, block in zip(model.kinds, model.blocks, strict=True)
+    )
+    head = model.head_macs()
+    return {"backbone": macs(model) - selection - head, "selection": selection, "head": head}
 
 
 def gmacs(config: ViTConfig) -> float:
@@ -33,4 +45,4 @@ def num_params(model: VisionTransformer) -> int:
 
 def abstract_model(config: ViTConfig) -> VisionTransformer:
     """The model with shapes for arrays: nothing is allocated."""
-    return nnx.eval_shape(lambda: VisionTransformer(config, rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0)))

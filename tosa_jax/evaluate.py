@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from tosa_jax.data.pipeline import DataConfig, eval_batches
 from tosa_jax.metrics import add, means
 from tosa_jax.models.params import Params, set_params
+from tosa_jax.models.vit import Output
 from tosa_jax.sharding import replicated, to_global, tree_shardings
 from tosa_jax.steps import eval_step
 
@@ -36,19 +37,23 @@ class Evaluator:
         return jax.jit(step, out_shardings=replicated(self.mesh))
 
     def batches(self):
-        """Global batches of the split."""
+        """Global batches of the split. Raises DataError at an example that cannot be scored."""
+        index, count = jax.process_index(), jax.process_count()
         host = eval_batches(
             self.data,
             batch_size=self.batch_size,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process_index=index,
+            process_count=count,
         )
-        return (to_global(batch, self.mesh) for batch in host)
+        for number, batch in enumerate(host):
+            first = number * self.batch_size + index * (self.batch_size // count)
+            self.task.check_batch(batch, first)
+            yield to_global(batch, self.mesh)
 
-    def selected(self, params: Params, batch) -> tuple[jax.Array, ...]:
-        """The tokens that the network selects on a batch: int32 [b s] a selection."""
-        images = self.task.inputs(batch["image"])
-        return set_params(self.graphdef, params)(images, key=jax.random.key(self.seed)).selected
+    def output(self, params: Params, batch) -> Output:
+        """What the network makes of a batch."""
+        model = set_params(self.graphdef, params)
+        return self.task.predict(model, batch["image"], jax.random.key(self.seed))
 
     def __call__(self, params: Params) -> tuple[dict[str, float], int]:
         """Mean of each metric, and the number of examples."""

@@ -1,11 +1,11 @@
-"""Pictures of what a model did, drawn with Pillow alone: no display, no plotting backend."""
+"""Pictures of what a model did, drawn with Pillow; matplotlib lends its colours. No display, no plotting backend."""
 
 import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Integer, UInt8
+from jaxtyping import Float, Integer, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from tosa_jax.progress import write_atomically
@@ -18,6 +18,8 @@ _GAP = 10
 _FONT_SIZE = 13
 _TEXT_HEIGHT = 20
 _PAPER, _INK, _OUTLINE = (255, 255, 255), (40, 40, 40), (200, 60, 30)
+_NOT_MEASURED = np.uint8(128)
+_LANCZOS = Image.Resampling.LANCZOS
 _FADE_TO, _GRID_DEPTH = 225.0, 20.0  # grey levels: pale, but not the white of the paper
 
 
@@ -53,12 +55,84 @@ def selected_tokens_figure(
         picture = _resize(image, grid)
         panels = [picture]
         for selection in selections:
-            patches = selection[row][selection[row] >= num_prefix_tokens] - num_prefix_tokens
-            selected = np.zeros(grid[0] * grid[1], bool)
-            selected[patches] = True
-            panels.append(_fade(picture, selected.reshape(grid)))
+            panels.append(_fade(picture, _patch_mask(selection[row], grid, num_prefix_tokens)))
         rows.append(panels)
     return _assemble(rows, titles, labels)
+
+
+def depth_panel(
+    images: UInt8[np.ndarray, "b height width c"],
+    depth: Float[np.ndarray, "b height width"],
+    *,
+    truth: Float[np.ndarray, "b height width"] | None = None,
+    selections: Sequence[Integer[np.ndarray, "b _"]] = (),
+    grid: tuple[int, int],
+    num_prefix_tokens: int,
+    titles: Sequence[str] = (),
+    labels: Sequence[str] | None = None,
+) -> UInt8[np.ndarray, "rows columns 3"]:
+    """A row an image: the picture, the true depth and the error where truth is given, the depth, each selection.
+
+    Args:
+        images: uint8 [b, height, width, 1 or 3].
+        depth: the prediction in metres, at the images' size.
+        truth: metres, 0 where nothing was measured; such pixels are grey. Truth and prediction of a row share their
+            colours: near is blue, far is red.
+        selections: one int [b, s] a selection: indices into the tokens, prefix included.
+        grid: patches down and across, which cover the images.
+        num_prefix_tokens: prefix tokens, which come first and are nowhere in the picture.
+        titles: one text a selection; "selection 1", ... if empty.
+        labels: one text a row, written below it; the range of its colours and its mean relative error if None.
+
+    Returns:
+        The figure, uint8 RGB.
+
+    Raises:
+        ValueError: shapes, indices or texts do not fit together.
+    """
+    titles = list(titles) or [f"selection {i + 1}" for i in range(len(selections))]
+    columns = ["input", "true depth", "depth", "error"] if truth is not None else ["input", "depth"]
+    patch = max(1, _LARGE_SIDE // max(grid))
+    size = (grid[1] * patch, grid[0] * patch)
+    fitted = [np.asarray(Image.fromarray(_rgb(x)).resize(size, _LANCZOS)) for x in images]
+    _check(np.stack(fitted), selections, grid, num_prefix_tokens, ["", *titles], labels)
+    rows, notes = [], []
+    for row, picture in enumerate(fitted):
+        seen = depth[row] if truth is None else truth[row][truth[row] > 0]
+        near, far = (float(seen.min()), float(seen.max())) if seen.size else (0.0, 1.0)
+        shown = [colour_map(depth[row], near, far)]
+        note = f"{near:.2f} to {far:.2f} m"
+        if truth is not None:
+            measured = truth[row] > 0
+            error = np.abs(depth[row] - truth[row]) / np.where(measured, truth[row], 1)
+            grey = ~measured[..., None]
+            true_map = np.where(grey, _NOT_MEASURED, colour_map(truth[row], near, far))
+            shown = [true_map, *shown, np.where(grey, _NOT_MEASURED, colour_map(error, 0, 0.5))]
+            note += f", mean error {100 * error[measured].mean():.1f} %" if measured.any() else ""
+        nearest = [Image.fromarray(x).resize(size, Image.Resampling.NEAREST) for x in shown]
+        masks = [_patch_mask(x[row], grid, num_prefix_tokens) for x in selections]
+        rows.append([picture, *map(np.asarray, nearest), *(_fade(picture, m) for m in masks)])
+        notes.append(note)
+    return _assemble(rows, columns + titles, labels or notes)
+
+
+def colour_map(
+    values: Float[np.ndarray, "height width"], low: float, high: float
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Values as colours, blue at `low` or below to red at `high` or above (the map "turbo")."""
+    import matplotlib
+
+    share = (values - low) / max(high - low, 1e-9)
+    return matplotlib.colormaps["turbo"](share.clip(0, 1), bytes=True)[..., :3]
+
+
+def save_depth_png(path: str | Path, metres: Float[np.ndarray, "height width"]) -> None:
+    """Writes depth as a 16-bit PNG in millimetres, 0 where not finite or not above 0; 65.535 m is the most."""
+    known = np.where(np.isfinite(metres) & (metres > 0), metres, 0)
+    millimetres = (known * 1000).round().clip(0, 2**16 - 1).astype(np.uint16)
+    data = io.BytesIO()
+    Image.fromarray(millimetres).save(data, format="png")
+    write_atomically(path, data.getvalue())
 
 
 def write_png(path: str | Path, array: UInt8[np.ndarray, "rows columns 3"]) -> None:
@@ -91,10 +165,20 @@ def _check(
             raise ValueError(f"a selection has indices outside the {tokens} tokens")
 
 
+def _patch_mask(indices: np.ndarray, grid: tuple[int, int], num_prefix_tokens: int) -> np.ndarray:
+    """Whether each patch of the grid is selected, bool [rows, columns]."""
+    selected = np.zeros(grid[0] * grid[1], bool)
+    selected[indices[indices >= num_prefix_tokens] - num_prefix_tokens] = True
+    return selected.reshape(grid)
+
+
+def _rgb(image: np.ndarray) -> np.ndarray:
+    return np.repeat(image, 3, axis=-1) if image.shape[-1] == 1 else image
+
+
 def _resize(image: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     """RGB at a size people can look at, every patch a whole number of pixels."""
-    if image.shape[-1] == 1:
-        image = np.repeat(image, 3, axis=-1)
+    image = _rgb(image)
     side = max(image.shape[:2])
     if side < _SMALL_SIDE:
         factor = round(_SMALL_SIDE / side)
@@ -102,7 +186,7 @@ def _resize(image: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     if side > _LARGE_SIDE:
         patch = max(1, _LARGE_SIDE // max(grid))
         size = (grid[1] * patch, grid[0] * patch)
-        return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
+        return np.asarray(Image.fromarray(image).resize(size, _LANCZOS))
     return image
 
 

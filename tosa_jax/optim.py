@@ -1,4 +1,4 @@
-"""How parameters change: AdamW with warm-up and cosine, decay and freezing by path, the moving average."""
+"""How parameters change: AdamW and its schedules, weight decay, rates and freezing by path, the moving average."""
 
 import re
 from collections.abc import Mapping
@@ -15,6 +15,12 @@ NO_DECAY = r"(bias|gamma|scale|cls_token|dist_token|reg_token|pos_embed)$"
 """Paths without weight decay: biases, norms, layer scales, tokens and positions, as in DeiT (timm)."""
 
 
+HEAD = r"^(head|head_dist|decoder)/"
+"""Paths of what turns tokens into the prediction, which may learn faster than the backbone."""
+
+SCHEDULES = ("cosine", "polynomial")
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """AdamW (Loshchilov & Hutter 2019) over `steps` updates; the first `warmup_steps` rise linearly."""
@@ -23,7 +29,10 @@ class OptimConfig:
     learning_rate: float  # peak
     warmup_steps: int = 0
     warmup_learning_rate: float = 0.0  # where the warm-up starts
-    min_learning_rate: float = 0.0  # where the cosine ends
+    min_learning_rate: float = 0.0  # where the schedule ends
+    schedule: str = "cosine"  # a value of `SCHEDULES`
+    schedule_power: float = 0.9  # of the polynomial
+    head_lr_scale: float = 1.0  # the learning rate of `HEAD` over that of the backbone
     weight_decay: float = 0.05
     b1: float = 0.9
     b2: float = 0.999
@@ -33,18 +42,23 @@ class OptimConfig:
 
 
 def learning_rate(config: OptimConfig) -> optax.Schedule:
-    """Update count -> learning rate: a linear warm-up, and a cosine down to `min_learning_rate`.
+    """Update count -> learning rate: a linear warm-up, and a cosine or (1 - share)^power down to `min_learning_rate`.
 
-    As in timm's scheduler, which DeiT uses, the cosine counts from step 0, the warm-up included.
+    As in timm's scheduler, which DeiT uses, the cosine counts from step 0, the warm-up included; the polynomial is
+    that of BTS and NeWCRFs.
     """
 
     def rate(step):
         share = jnp.minimum(step / max(config.steps, 1), 1.0)
         span = config.learning_rate - config.min_learning_rate
-        cosine = config.min_learning_rate + span * (1 + jnp.cos(jnp.pi * share)) / 2
+        left = {
+            "cosine": (1 + jnp.cos(jnp.pi * share)) / 2,
+            "polynomial": (1 - share) ** config.schedule_power,
+        }[config.schedule]
+        decayed = config.min_learning_rate + span * left
         climb = config.learning_rate - config.warmup_learning_rate
         warmup = config.warmup_learning_rate + climb * step / max(config.warmup_steps, 1)
-        return jnp.where(step < config.warmup_steps, warmup, cosine)
+        return jnp.where(step < config.warmup_steps, warmup, decayed)
 
     return rate
 
@@ -55,7 +69,7 @@ def decay_mask(params: Params) -> dict[str, bool]:
 
 
 def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
-    """AdamW with the schedule, the decay mask and, if asked for, clipping by global norm."""
+    """AdamW with the schedule, the decay mask and, if asked for, clipping by global norm and a rate for the head."""
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     adamw = optax.adamw(
         learning_rate(config),
@@ -65,7 +79,16 @@ def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
         weight_decay=config.weight_decay,
         mask=decay_mask,
     )
-    return optax.chain(clip, adamw)
+    if config.head_lr_scale == 1:
+        return optax.chain(clip, adamw)
+
+    def scale_head(updates, params=None):
+        return {
+            path: x * config.head_lr_scale if re.search(HEAD, path) else x
+            for path, x in updates.items()
+        }
+
+    return optax.chain(clip, adamw, optax.stateless(scale_head))
 
 
 def split_trainable(params: Mapping[str, Any], trainable: str) -> tuple[Params, Params]:

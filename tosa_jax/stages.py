@@ -2,6 +2,7 @@
 
 import dataclasses
 import platform
+import re
 import sys
 import zlib
 from pathlib import Path
@@ -18,17 +19,19 @@ from tosa_jax.config import RunConfig, StageConfig, to_json
 from tosa_jax.data.pipeline import DatasetFacts, open_dataset
 from tosa_jax.errors import ConfigError
 from tosa_jax.evaluate import Evaluator, shard, throughput
+from tosa_jax.models.networks import build
 from tosa_jax.models.params import Params, get_params, set_params, split
 from tosa_jax.models.plan import places
 from tosa_jax.models.pretrained import load_pretrained, save_selectors
-from tosa_jax.models.vit import VisionTransformer
 from tosa_jax.models.vit_config import ViTConfig, with_plan
-from tosa_jax.optim import learning_rate, make_optimizer, split_trainable
+from tosa_jax.optim import HEAD, learning_rate, make_optimizer, split_trainable
 from tosa_jax.progress import MetricWriter
 from tosa_jax.run_plan import BUDGETLESS, Row, Stage, plan_stages, uses_labels
 from tosa_jax.sharding import check_batch, make_mesh
 from tosa_jax.steps import StepSetup, init_state, trained_params
-from tosa_jax.tasks.classification import Classification, SelectorFitting
+from tosa_jax.tasks import TASKS
+from tosa_jax.tasks.selector_fitting import SelectorFitting
+from tosa_jax.tasks.task import Task
 from tosa_jax.train import StageRun, StopRequest, catch_signals, train_stage
 
 
@@ -41,8 +44,10 @@ class Runner:
         check_batch("batch_size", run.batch_size, self.mesh)
         check_batch("eval.batch_size", run.eval.batch_size, self.mesh)
         self.dataset: DatasetFacts = open_dataset(run.data)
-        check_classes(run, self.dataset)
-        self.networks: dict[str, Params] = {"init": shard(load_init(run), self.mesh)}
+        if uses_labels(run):
+            TASKS[run.task].check_dataset(run, self.dataset)
+        params, self.init_is_trained = load_init(run)
+        self.networks: dict[str, Params] = {"init": shard(params, self.mesh)}
         self.facts: dict[str, dict[str, Any]] = {}
 
     @property
@@ -54,19 +59,9 @@ class Runner:
         """The dense network that the other stages start from."""
         return "pretrain" if self.run.has_stage("pretrain") else "init"
 
-    def task(self, stage: StageConfig = StageConfig()) -> Classification:  # noqa: B008
-        """The task, with this stage's smoothing and mixing."""
-        channels = self.run.model.in_chans
-        mean, std = (
-            x * channels if len(x) == 1 else x for x in (self.run.inputs.mean, self.run.inputs.std)
-        )
-        return Classification(
-            num_classes=self.run.model.num_classes,
-            mean=mean,
-            std=std,
-            label_smoothing=stage.label_smoothing,
-            mixing=stage.mixing,
-        )
+    def task(self, stage: StageConfig = StageConfig()) -> Task:  # noqa: B008
+        """The task, as this stage has it."""
+        return TASKS[self.run.task].from_run(self.run, stage)
 
     def evaluator(self, model: ViTConfig, task: Any) -> Evaluator:
         """Scores networks of this configuration on the evaluation split."""
@@ -86,6 +81,11 @@ class Runner:
             task = SelectorFitting(task=task)
         teacher, teacher_params = None, {}
         if config.distill_weight:
+            if self.trunk == "init" and not self.init_is_trained:
+                raise ConfigError(
+                    f"config.{stage.kind}.distill_weight={config.distill_weight} needs a trained dense network: "
+                    "init_from has no head for this task, and there is no pretrain stage"
+                )
             dense = with_plan(self.run.model, "standard")
             teacher, names = split(cost.abstract_model(dense))
             teacher_params = {name: self.networks[self.trunk][name] for name in names}
@@ -99,7 +99,7 @@ class Runner:
             params = start
             if own.keys() - start.keys():
                 rngs = jax.random.key(self.run.seed)
-                fresh = get_params(VisionTransformer(model, rngs=flax.nnx.Rngs(params=rngs)))
+                fresh = get_params(build(model, rngs=flax.nnx.Rngs(params=rngs)))
                 params = {name: start.get(name, fresh[name]) for name in own}
             return init_state(setup, *split_trainable(params, stage.trainable), teacher_params)
 
@@ -118,8 +118,9 @@ class Runner:
     def train(self, stage: Stage, writer: MetricWriter) -> None:
         """Trains one stage, or goes on with it, or loads it when it is done."""
         stage_run = self.stage_run(stage)
+        task = stage_run.setup.task
         checkpoints = Checkpoints(
-            self.workdir / "checkpoints" / stage.name, stage_run.setup.task.best_metric
+            self.workdir / "checkpoints" / stage.name, task.best_metric, task.lower_is_better
         )
         try:
             state, facts = train_stage(
@@ -143,10 +144,11 @@ class Runner:
         return evaluator, shard({name: params[name] for name in names}, self.mesh)
 
     def compare(self, rows: list[Row]) -> list[dict[str, Any]]:
-        """The rows of the report, scored and timed."""
+        """The rows of the report, scored and timed; an untrained head has a cost and a speed, but no score."""
         results, contestants = [], [self.contestant(row) for row in rows]
         for row, (evaluator, params) in zip(rows, contestants, strict=True):
-            metrics, count = evaluator(params)
+            scored = row.network != "init" or self.init_is_trained
+            metrics, count = evaluator(params) if scored else ({}, self.dataset.num_eval)
             result = {
                 "name": row.name,
                 "keep_rate": None if _is_budgetless(row) else _plain(row.model.keep_rate),
@@ -160,25 +162,17 @@ class Runner:
             result["img_per_sec"] = speed
         return results
 
-    def draw_tokens(self, rows: list[Row]) -> np.ndarray | None:
-        """The figure of selected tokens on the first test images; None where nothing selects."""
-        row = next((row for row in rows if row.name == "tosa"), None)
-        if row is None:
-            return None
+    def draw(self, rows: list[Row]) -> dict[str, np.ndarray]:
+        """Figures of what ToSA, or else the last row, makes of the first test images, by file name."""
+        row = next((row for row in rows if row.name == "tosa"), rows[-1])
         evaluator, params = self.contestant(row)
         batch = next(iter(evaluator.batches()))
-        selected = jax.jit(evaluator.selected)(params, batch)
-        model, count = row.model, self.run.eval.figure_images
-        opens = [place.layer for place in places(model) if place.opens]
-        classes = self.dataset.class_names
-        return figures.selected_tokens_figure(
-            np.asarray(batch["image"])[:count],
-            tuple(np.asarray(x)[:count] for x in selected),
-            grid=model.grid,
-            num_prefix_tokens=model.num_prefix_tokens,
-            titles=["input"] + [f"layer {i + 1}" for i in opens],
-            labels=[classes[i] for i in np.asarray(batch["label"])[:count]],
-        )
+        shown = (dict(batch), jax.jit(evaluator.output)(params, batch))
+        count = self.run.eval.figure_images
+        batch, out = jax.tree.map(lambda x: np.asarray(x)[:count], shown)
+        opens = [place.layer for place in places(row.model) if place.opens]
+        titles = [f"layer {i + 1}" for i in opens[: len(out.selected)]]
+        return evaluator.task.pictures(batch, out, self.dataset, titles, row.model)
 
 
 def _is_budgetless(row: Row) -> bool:
@@ -192,20 +186,13 @@ def _plain(keep_rate: Any) -> Any:
     return keep_rate
 
 
-def check_classes(run: RunConfig, dataset: DatasetFacts) -> None:
-    """Raise a ConfigError if labels are needed and the head does not fit them."""
-    if uses_labels(run) and run.model.num_classes != dataset.num_classes:
-        raise ConfigError(
-            f"config.model.num_classes={run.model.num_classes}, but {run.data.name!r} has "
-            f"{dataset.num_classes} classes: set it to that"
-        )
-
-
-def load_init(run: RunConfig) -> Params:
-    """The parameters that `init_from` and `init_selectors` hold, read for the run's own network."""
+def load_init(run: RunConfig) -> tuple[Params, bool]:
+    """The parameters of the run's own network with what `init_from` and `init_selectors` hold, and whether its head
+    is among that; a head that is not is random."""
     if not (run.init_from or run.init_selectors):
-        return {}
-    model = VisionTransformer(run.model, rngs=flax.nnx.Rngs(run.seed))
+        return {}, False
+    model = build(run.model, rngs=flax.nnx.Rngs(run.seed))
+    fresh = get_params(model)
     load_pretrained(
         model,
         run.init_from or None,
@@ -214,7 +201,8 @@ def load_init(run: RunConfig) -> Params:
     )
     params = get_params(model)
     wanted = r"^kinds/" if not run.init_from else "." if run.init_selectors else r"^(?!kinds/)"
-    return split_trainable(params, wanted)[0]
+    trained = all(params[name] is not fresh[name] for name in params if re.search(HEAD, name))
+    return split_trainable(params, wanted)[0], trained
 
 
 def run_stages(run: RunConfig, workdir: Path) -> dict[str, Any]:
@@ -229,9 +217,9 @@ def run_stages(run: RunConfig, workdir: Path) -> dict[str, Any]:
         if not uses_labels(run):
             rows = []  # labels that mean nothing here are not scored
         results = runner.compare(rows) if rows else []
-        if (figure := runner.draw_tokens(rows)) is not None:
-            figures.write_png(workdir / "selected_tokens.png", figure)
-            writer.image("eval", 0, "selected_tokens", figure)
+        for name, figure in (runner.draw(rows) if rows else {}).items():
+            figures.write_png(workdir / f"{name}.png", figure)
+            writer.image("eval", 0, name, figure)
     result = {
         "config": to_json(run),
         "device": describe_device(),

@@ -120,5 +120,5 @@ def eval_step(
     `number` of the batch and `seed` give the key of random selections.
     """
     key = jax.random.fold_in(jax.random.key(seed), number)
-    out = set_params(graphdef, params)(task.inputs(batch["image"]), key=key)
+    out = task.predict(set_params(graphdef, params), batch["image"], key)
     return totals(task.metrics(out, batch), batch["mask"])

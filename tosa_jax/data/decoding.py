@@ -5,10 +5,12 @@ dropped, CMYK converted, of several frames the first one taken. The EXIF orienta
 there, unless `exif_rotate` asks for it: published numbers were made without.
 """
 
+import contextlib
 import dataclasses
 import io
 import struct
 import zlib
+from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import UInt8
@@ -28,6 +30,15 @@ _PIL_ERRORS = (
 
 class BadImageError(ValueError):
     """The bytes of one image cannot be decoded; the text says why, not which image it is."""
+
+
+@contextlib.contextmanager
+def pil_errors() -> Iterator[None]:
+    """Turns what PIL raises for a broken file into BadImageError."""
+    try:
+        yield
+    except _PIL_ERRORS as error:
+        raise BadImageError(f"{type(error).__name__}: {error}"[:200]) from error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,14 +104,12 @@ def open_image(encoded: bytes, *, channels: int, exif_rotate: bool = False) -> I
     """
     # No `draft` (JPEG decoded at 1/2 or 1/4): it moves pixels of noise and print by 1.6 grey levels
     # on average even where the halved crop is still three times as wide as the target.
-    try:
+    with pil_errors():
         image = Image.open(io.BytesIO(encoded))
         kind = image.format
         image.load()
         if exif_rotate:
             image = ImageOps.exif_transpose(image)
-    except _PIL_ERRORS as error:
-        raise BadImageError(f"{type(error).__name__}: {error}"[:200]) from error
     if image.mode.startswith(("I", "F")):
         image = _to_8_bits(image, kind)
     if image.mode == _MODES[channels]:

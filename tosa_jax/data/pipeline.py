@@ -6,6 +6,7 @@ processes: every draw belongs to an index of the global, infinite stream of exam
 
 import atexit
 import dataclasses
+import math
 import weakref
 from collections.abc import Iterator
 from typing import ClassVar
@@ -15,95 +16,30 @@ import numpy as np
 from absl import flags
 
 from tosa_jax.data import sources
-from tosa_jax.data.builders import nearest, num_examples, open_builder
-from tosa_jax.data.decoding import RESIZES, Form
-from tosa_jax.data.transforms import AUGMENTATIONS, CROPS
+from tosa_jax.data.builders import num_examples, open_builder
+from tosa_jax.data.settings import DataConfig, augmentation, example_kind
 from tosa_jax.errors import ConfigError
 
+_SPLIT_FIELDS = ("train_split", "eval_split")
 # Images of at least this many bytes are read one by one by the threads; smaller ones a batch at a
 # time, since handing one from thread to thread then costs as much as reading it.
 _LARGE_IMAGE = 2**15
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Which images, in which form, read how. Wrong values raise ConfigError when it is made."""
-
-    name: str  # TFDS name ("imagenet2012", "set/config"), "digits", or an IDX set with source_dir
-    data_dir: str = "~/tensorflow_datasets"
-    source_dir: str = ""  # raw files that the set is prepared from, when it is one of ours
-    train_split: str = "train"
-    eval_split: str = "test"
-    image_size: int  # square, pixels
-    channels: int  # 1 or 3; grey is repeated, colour becomes luma
-    augment: str = "none"  # a key of transforms.AUGMENTATIONS
-    repeats: int = 1  # copies of each example in a row, each drawn anew; DeiT's is 3
-    # How images that no augmentation crops are brought to size: "squeeze" (bilinear to the square)
-    # or "crop" (DeiT's evaluation: short side to image_size / eval_crop_pct, bicubic, centre crop).
-    eval_resize: str = "squeeze"
-    eval_crop_pct: float = 0.875
-    exif_rotate: bool = False  # turn images upright by EXIF; published ImageNet numbers did not
-    max_bad_fraction: float = 0.0  # of a split's images that training may skip as not decodable
-    in_memory: bool = False  # decode the set once and keep it as uint8 (small sets)
-    # Who reads and augments: "threads:8" of this process ("threads:0": the one that takes the batches),
-    # or "processes:8", each with one thread. The batches are the same.
-    workers: str = "threads:2"
-    prefetch_batches: int = 4  # finished batches that wait
-    prefetch_mib: int = 512  # and how much memory they may take; a worker always has one
-
-    def __post_init__(self) -> None:
-        choices = {"augment": AUGMENTATIONS, "eval_resize": RESIZES}
-        for field, known in choices.items():
-            if (value := getattr(self, field)) not in known:
-                raise ConfigError(f"{field}={value!r} is unknown{nearest(value, known)}")
-        if self.channels not in (1, 3):
-            use = 1 if self.channels < 2 else 3
-            raise ConfigError(f"channels={self.channels} must be 1 or 3: use {use}")
-        if self.augment == "deit" and self.channels != 3:
-            raise ConfigError("augment='deit' is for channels=3: use 'crop_flip' for grey images")
-        if not 0 < self.eval_crop_pct <= 1:
-            raise ConfigError(f"eval_crop_pct={self.eval_crop_pct} must be in (0, 1]")
-        if not 0 <= self.max_bad_fraction < 1:
-            raise ConfigError(f"max_bad_fraction={self.max_bad_fraction} must be in [0, 1)")
-        lowest_values = {"image_size": 1, "repeats": 1, "prefetch_mib": 1}
-        lowest_values |= {"prefetch_batches": 0}
-        for field, lowest in lowest_values.items():
-            if getattr(self, field) < lowest:
-                raise ConfigError(f"{field}={getattr(self, field)} must be at least {lowest}")
-        self.readers  # noqa: B018  # its own check
-
-    @property
-    def readers(self) -> tuple[str, int]:
-        """`workers` as ("threads" or "processes", how many)."""
-        kind, _, count = self.workers.partition(":")
-        lowest = {"threads": 0, "processes": 1}
-        if kind in lowest and count.isdecimal() and int(count) >= lowest[kind]:
-            return kind, int(count)
-        raise ConfigError(
-            f"workers={self.workers!r} must be 'threads:N', N from 0, or 'processes:N', N from 1: "
-            "for example 'threads:8'"
-        )
-
-    @property
-    def form(self) -> Form:
-        """The form of images that are not cropped by an augmentation."""
-        return Form(
-            image_size=self.image_size,
-            channels=self.channels,
-            resize=self.eval_resize,
-            crop_pct=self.eval_crop_pct,
-            exif_rotate=self.exif_rotate,
-        )
-
-
 @dataclasses.dataclass(frozen=True)
 class DatasetFacts:
-    """What the model and the schedule need to know of a data set."""
+    """What the model and the schedule need to know of a data set.
+
+    kind       "classification" or "depth", which has no classes.
+    eval_size  height and width of evaluation images.
+    """
 
     num_train: int
     num_eval: int
     num_classes: int
     class_names: tuple[str, ...]
+    kind: str
+    eval_size: tuple[int, int]
 
 
 class BatchStream(Iterator[dict[str, np.ndarray]]):
@@ -138,16 +74,20 @@ def open_dataset(config: DataConfig) -> DatasetFacts:
     """Prepares the set if it is one of the project's own cheap ones, and says what is in it.
 
     Raises:
-      ConfigError: a split does not exist.
-      DataError: the set is not prepared, is only there as tfrecord, has no "image" and "label", or
-        one of its files is missing or broken.
+      ConfigError: a split does not exist, or a setting does not go with a set of this kind.
+      DataError: the set is not prepared, is only there as tfrecord, has no "image" and "label" or
+        "depth", or one of its files is missing or broken.
     """
     builder = open_builder(config.name, config.data_dir, config.source_dir)
+    counts = [num_examples(builder, getattr(config, field), field) for field in _SPLIT_FIELDS]
+    kind = example_kind(config, builder, config.eval_split, train=False)
+    labels = builder.info.features["label"] if kind.name == "classification" else None
     return DatasetFacts(
-        num_train=num_examples(builder, config.train_split, "train_split"),
-        num_eval=num_examples(builder, config.eval_split, "eval_split"),
-        num_classes=builder.info.features["label"].num_classes,
-        class_names=tuple(builder.info.features["label"].names),
+        *counts,
+        num_classes=labels.num_classes if labels else 0,
+        class_names=tuple(labels.names) if labels else (),
+        kind=kind.name,
+        eval_size=kind.blank()["image"].shape[:2],
     )
 
 
@@ -170,29 +110,34 @@ def train_batches(
     the order; each process or worker stops at more than `max_bad_fraction` of the split.
 
     Returns:
-      An iterator of {"image": uint8 [local_b, s, s, c], "label": int32 [local_b]}.
+      An iterator of {"image": uint8 [local_b, height, width, c]} and, by the kind of the set,
+      "label": int32 [local_b], or "depth": float32 [local_b, height, width] in metres, 0 where
+      nothing was measured (everywhere, in some crops).
     Raises:
-      ConfigError: `batch_size` does not divide, a number is negative, or the split does not exist.
+      ConfigError: `batch_size` does not divide, a number is negative, the split does not exist, or
+        a setting does not go with a set of this kind.
       DataError: see `open_dataset`; from the iterator: too many images cannot be decoded.
     """
     local_size = _local_size(batch_size, process_index, process_count)
     if seed < 0 or start_step < 0:
         raise ConfigError(f"seed={seed} and start_step={start_step} must be 0 or more")
-    source = _source(config, "train_split", config.train_split)
+    source = _source(config, "train_split", config.train_split, train=True)
     # Seeds of their own, not Grain's default ones: those change with the place in the pipeline, so
     # that another augmentation would bring another order of the examples.
     order_seed, draw_seed = np.random.SeedSequence(seed).generate_state(2).tolist()
     # repeat() before random_map(): the draws then differ from epoch to epoch.
     dataset = grain.MapDataset.source(source).shuffle(seed=order_seed).repeat(None)
-    dataset = dataset.map(sources.Opened(config.form, whole=config.augment in CROPS))
+    dataset = dataset.map(sources.Opened(source.kind))
     if config.repeats > 1:
         dataset = sources.Repeated(dataset, config.repeats, len(source))
     bad = sources.BadImages(source.name, len(source), config.max_bad_fraction)
-    example = sources.TrainExample(config.augment, config.image_size, bad)
+    example = sources.TrainExample(augmentation(config, source.kind), bad)
     dataset = sources.Following(dataset).random_map(example, seed=draw_seed)
     dataset = sources.ProcessRows(dataset, batch_size, local_size, process_index)
     # A slice, not the iterator's state: that is tied to the number of workers.
-    return BatchStream(_iterate(dataset[start_step * local_size :], local_size, config), bad)
+    values = math.prod(config.size) * (config.channels + (4 if source.kind.name == "depth" else 0))
+    dataset = dataset[start_step * local_size :]
+    return BatchStream(_iterate(dataset, local_size, values, config), bad)
 
 
 def eval_batches(
@@ -205,6 +150,8 @@ def eval_batches(
 ) -> BatchStream:
     """Each example of a split (default: `eval_split`) once, in the set's order, not augmented.
 
+    A depth set's examples keep their size, and their depth maps every value.
+
     The last global batch is filled up with zeros, so that all batches have one shape and each
     process has as many of them as the others.
 
@@ -213,22 +160,22 @@ def eval_batches(
       examples, 0 for padding.
     Raises:
       ConfigError: `batch_size` does not divide, or the split does not exist.
-      DataError: see `open_dataset`; from the iterator: an image cannot be decoded.
+      DataError: see `open_dataset`; from the iterator: an image cannot be decoded, or has a depth
+        map of another size, without a measurement, or with values that are no distance.
     """
     local_size = _local_size(batch_size, process_index, process_count)
     where = ("eval_split", config.eval_split) if split is None else ("split", split)
-    source = _source(config, *where)
-    examples = sources.EvalExamples(source, config.form, batch_size)
-    dataset = grain.MapDataset.source(examples)
+    source = _source(config, *where, train=False)
+    dataset = grain.MapDataset.source(sources.EvalExamples(source, batch_size))
     dataset = sources.ProcessRows(dataset, batch_size, local_size, process_index)
-    return BatchStream(_iterate(dataset, local_size, config))
+    num_bytes = sum(array.nbytes for array in source.kind.blank().values())
+    return BatchStream(_iterate(dataset, local_size, num_bytes, config))
 
 
 def _iterate(
-    examples: grain.MapDataset, local_size: int, config: DataConfig
+    examples: grain.MapDataset, local_size: int, image_bytes: int, config: DataConfig
 ) -> grain.DatasetIterator:
     """Batches of examples, read ahead by as many as `prefetch_batches` and `prefetch_mib` allow."""
-    image_bytes = config.image_size**2 * config.channels
     budget = config.prefetch_mib * 2**20 // image_bytes  # images
     waiting = min(config.prefetch_batches, max(1, budget // local_size))
     batches = examples.batch(local_size, drop_remainder=True)
@@ -274,11 +221,11 @@ def _local_size(batch_size: int, process_index: int, process_count: int) -> int:
     return batch_size // process_count
 
 
-def _source(config: DataConfig, field: str, split: str) -> sources.Encoded | sources.Cached:
+def _source(
+    config: DataConfig, field: str, split: str, *, train: bool
+) -> sources.Encoded | sources.Cached:
     builder = open_builder(config.name, config.data_dir, config.source_dir)
     num_examples(builder, split, field)  # checks the split
-    path = str(builder.data_path)
-    if not config.in_memory:
-        return sources.Encoded(path, split)
-    whole = field == "train_split" and config.augment in CROPS
-    return sources.cached(path, split, config.form, whole)
+    kind = example_kind(config, builder, split, train=train)
+    make = sources.cached if config.in_memory else sources.Encoded
+    return make(str(builder.data_path), split, kind)

@@ -1,7 +1,7 @@
-"""Between a TFDS split and batches: encoded or cached images, bad ones, repeats, process's rows.
+"""Between a TFDS split and batches: encoded or cached records, bad ones, repeats, a process's rows.
 
-A record is {"image": bytes, or an array where it is cached, or the BadImageError that decoding met;
-"label": int32; "index": its place in the split; "name": of its file, or ""}.
+A record holds what its `ExampleKind` takes from the set, "image" among it (bytes, or an array where it is cached, or
+the BadImageError that decoding met), and "index", its place in the split, and "name", that of its file, or "".
 """
 
 import functools
@@ -9,55 +9,75 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import numpy as np
 import tensorflow_datasets as tfds
-from PIL import Image
 
-from tosa_jax.data.decoding import BadImageError, Form, to_array
-from tosa_jax.data.transforms import AUGMENTATIONS, CROPS
+from tosa_jax.data.decoding import BadImageError
 from tosa_jax.errors import DataError
 
 _log = logging.getLogger(__name__)
 
 
+@runtime_checkable
+class ExampleKind(Protocol):
+    """What the examples of a set are, and how its records become them: hashable, and sent to workers.
+
+    Where an example cannot be made of a record, its methods raise BadImageError.
+    """
+
+    name: str
+    encoded: tuple[str, ...]  # features that TFDS must not decode
+
+    def fields(self, features: dict) -> dict:
+        """What a record keeps of a set's features."""
+
+    def cached(self, record: dict) -> dict:
+        """The record with arrays that cannot be written, for the memory."""
+
+    def training_example(self, record: dict) -> dict:
+        """The example, checked, before its augmentation."""
+
+    def evaluation_example(self, record: dict) -> dict:
+        """The example as it is scored, all of one size."""
+
+    def blank(self) -> dict:
+        """Zeros in the form of `evaluation_example`."""
+
+
 class Encoded:
     """A TFDS split as a source of records that are not decoded."""
 
-    def __init__(self, path: str, split: str) -> None:
+    def __init__(self, path: str, split: str, kind: ExampleKind) -> None:
+        self.kind, self.name = kind, f"{path}, split {split}"
         # Skipped: TFDS would decode every image, grey ones too, to its own form.
-        decoders = {"image": tfds.decode.SkipDecoding()}
-        builder = tfds.builder_from_directory(path)
-        self._records = builder.as_data_source(split, decoders=decoders)
-        self.name = f"{path}, split {split}"
+        decoders = {key: tfds.decode.SkipDecoding() for key in kind.encoded}
+        self._records = tfds.builder_from_directory(path).as_data_source(split, decoders=decoders)
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> dict:
-        record = self._records[index]
-        name = record.get("file_name", b"")
+        features = self._records[index]
+        name = features.get("file_name", b"")
         name = name.decode(errors="replace") if isinstance(name, bytes) else str(name)
-        label = np.int32(record["label"])
-        return {"image": record["image"], "label": label, "index": index, "name": name}
+        return {**self.kind.fields(features), "index": index, "name": name}
 
 
 class Cached:
-    """A whole split in memory, decoded once: in its form, or whole for augmentations that crop."""
+    """A whole split in memory, decoded once."""
 
-    def __init__(self, source: Encoded, form: Form, whole: bool) -> None:
-        self.name = source.name
-        self._records = [source[i] for i in range(len(source))]
-        for record in self._records:
-            try:
-                encoded = record["image"]
-                record["image"] = to_array(form.open(encoded)) if whole else form.decode(encoded)
-                # Shared by every stream of this process: a transform that wrote would spoil it.
-                record["image"].flags.writeable = False
-            except BadImageError as error:
-                record["image"] = error
+    def __init__(self, source: Encoded) -> None:
+        self.kind, self.name = source.kind, source.name
+        self._records = [self._cached(source[i]) for i in range(len(source))]
+
+    def _cached(self, record: dict) -> dict:
+        try:
+            return self.kind.cached(record)
+        except BadImageError as error:
+            return {**record, "image": error}
 
     def __len__(self) -> int:
         return len(self._records)
@@ -68,54 +88,55 @@ class Cached:
 
 # Four: train and eval of two sets, or two forms. An evaluation each epoch must not decode again.
 @functools.lru_cache(maxsize=4)
-def cached(path: str, split: str, form: Form, whole: bool) -> Cached:
+def cached(path: str, split: str, kind: ExampleKind) -> Cached:
     """The one `Cached` of its arguments in this process."""
-    return Cached(Encoded(path, split), form, whole)
+    return Cached(Encoded(path, split, kind))
 
 
 class EvalExamples:
-    """A split as {"image", "label", "mask"}, and zeros behind its end up to whole batches.
+    """A split as examples with "mask", and blank ones behind its end up to whole batches.
 
     A bad image is a DataError: a score without it would be the score of another set.
     """
 
-    def __init__(self, source: Encoded | Cached, form: Form, batch_size: int) -> None:
-        self._source, self._form = source, form
+    def __init__(self, source: Encoded | Cached, batch_size: int) -> None:
+        self._source = source
         self._length = -(-len(source) // batch_size) * batch_size
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, index: int) -> dict:
-        size = self._form.image_size
+        kind = self._source.kind
         if index >= len(self._source):
-            blank = np.zeros((size, size, self._form.channels), np.uint8)
-            return {"image": blank, "label": np.int32(0), "mask": np.float32(0)}
+            return {**kind.blank(), "mask": np.float32(0)}
         record = self._source[index]
         try:
-            image = _decoded(record["image"], self._form)
+            _check_cached(record)
+            return {**kind.evaluation_example(record), "mask": np.float32(1)}
         except BadImageError as error:
             raise DataError(
                 f"{self._source.name}: {_called(record)} cannot be decoded ({error}): evaluation "
                 "leaves nothing out; mend or remove it and prepare the set again"
             ) from None
-        return {"image": image, "label": record["label"], "mask": np.float32(1)}
 
 
 class Opened(grain.transforms.Map):
-    """A record with its image decoded: in its form, or whole (as PIL's) for who crops it.
+    """A record -> its example, decoded and checked, with "index" and "name"; augmentation comes later.
 
     In the place of a bad image stands its BadImageError.
     """
 
-    def __init__(self, form: Form, whole: bool) -> None:
-        self._form, self._whole = form, whole
+    def __init__(self, kind: ExampleKind) -> None:
+        self._kind = kind
 
     def map(self, record: dict) -> dict:
+        known = {"index": record["index"], "name": record["name"]}
         try:
-            return {**record, "image": _decoded(record["image"], self._form, self._whole)}
+            _check_cached(record)
+            return {**self._kind.training_example(record), **known}
         except BadImageError as error:
-            return {**record, "image": error}
+            return {"image": error, **known}
 
 
 class _Copies:
@@ -219,22 +240,20 @@ class BadImages:
 
 
 class TrainExample(grain.transforms.RandomMap):
-    """What `Following` gives of `Opened` records -> {"image": uint8 [s, s, c], "label"}, augmented.
+    """What `Following` gives of `Opened` records -> an example, augmented.
 
     A bad image is replaced by the next of the stream, under the draws of the place that it fills.
     """
 
-    def __init__(self, augment: str, image_size: int, bad: BadImages) -> None:
-        self._bad = bad
-        make = AUGMENTATIONS[augment]
-        self._augment = make(image_size) if augment in CROPS else make and make()
+    def __init__(self, augment: grain.transforms.RandomMap | None, bad: BadImages) -> None:
+        self._augment, self._bad = augment, bad
 
     def random_map(self, element: tuple, rng: np.random.Generator) -> dict:
         stream, index = element
         while isinstance(error := (record := stream[index])["image"], BadImageError):
             self._bad.add(record, error)
             index += 1
-        example = {"image": record["image"], "label": record["label"]}
+        example = {key: value for key, value in record.items() if key not in ("index", "name")}
         return self._augment.random_map(example, rng) if self._augment else example
 
 
@@ -261,16 +280,10 @@ class ProcessRows(grain.MapDataset):
         return self._parent[batch * self._global_size + self._first_row + row]
 
 
-def _decoded(
-    image: bytes | np.ndarray | BadImageError, form: Form, whole: bool = False
-) -> np.ndarray | Image.Image:
-    """A record's image in its form, or the whole as PIL's; raises BadImageError."""
-    if isinstance(image, BadImageError):
+def _check_cached(record: dict) -> None:
+    if isinstance(record["image"], BadImageError):
         # A new one: raised again and again, one error would gather tracebacks without end.
-        raise BadImageError(*image.args)
-    if whole:
-        return form.open(image)
-    return image if isinstance(image, np.ndarray) else form.decode(image)
+        raise BadImageError(*record["image"].args)
 
 
 def _called(record: dict) -> str:

@@ -25,6 +25,7 @@ from tosa_jax.data import randaugment
 from tosa_jax.data.builders import num_examples, open_builder
 from tosa_jax.data.decoding import open_image
 from tosa_jax.data.pipeline import DataConfig
+from tosa_jax.data.settings import example_kind
 from tosa_jax.data.sources import Encoded
 from tosa_jax.data.transforms import crop_flip, deit, draw_crop, random_resized_crop
 
@@ -160,7 +161,8 @@ def measure_config(config: DataConfig, *, count: int = 200, **kwargs) -> list[di
     """
     builder = open_builder(config.name, config.data_dir, config.source_dir)
     num_examples(builder, config.train_split, "train_split")  # checks the split
-    source = Encoded(str(builder.data_path), config.train_split)
+    kind = example_kind(config, builder, config.train_split, train=True)
+    source = Encoded(str(builder.data_path), config.train_split, kind)
     images = [source[i]["image"] for i in range(min(count, len(source)))]
     return measure(images, image_size=config.image_size, repeats=config.repeats, **kwargs)
 

@@ -51,8 +51,8 @@ def load_pretrained(
                 `hf:owner/name[/file]`.
     selectors   a file of `save_selectors`.
     on_message  is told, a line each, what did not go over as it was: a head that stays random
-                because the file has none of that class count, positions that were resampled, parts
-                of the file that only pretraining uses (MAE's decoder, mask tokens).
+                because the file has none of that class count, or no decoder; positions that were
+                resampled; parts of the file that only pretraining uses (MAE's decoder, mask tokens).
 
     Parameters take the dtype and the sharding of the model's own. Selectors are in no released file
     and stay as they are.
@@ -103,9 +103,9 @@ def pretrained_params(
         theirs = weight_names.resampling_of(file.arrays, config)
         same = f"; pass pos_resample={theirs!r} to create_model for what transformers computes"
         messages.append(moved + (same if theirs not in (None, config.pos_resample) else ""))
-    kept = _kept_head(arrays, own, messages.append)
+    kept = _kept_head(arrays, own, messages.append) | _kept_kinds(arrays, own, messages.append)
     kept |= _kept_norm(file.path, arrays, own, "head/kernel" in kept, messages.append)
-    kept |= _kept_kinds(arrays, own, messages.append)
+    kept |= _other_heads(arrays, own, messages.append)
     arrays = {name: x for name, x in arrays.items() if name not in kept}
     check_fit(file.path, arrays, {name: x for name, x in own.items() if name not in kept})
     for message in messages:  # only now: a file that is refused says one line, the error
@@ -174,6 +174,21 @@ def _kept_norm(
         )
     say("fc_norm stays as the model has it, untrained: the file has none (its norm is left out)")
     return theirs | ours
+
+
+def _other_heads(arrays: Mapping[str, np.ndarray], own: Params, say: Say) -> set[str]:
+    """Names of heads and decoders that only the file or only the model has: it was made for another task."""
+
+    def of(names, part):
+        return {name for name in names if name.startswith(f"{part}/")}
+
+    unused = {p: of(arrays, p) for p in ("head", "head_dist", "decoder") if not of(own, p)}
+    if any(unused.values()):
+        say(f"its {' and '.join(p for p in unused if unused[p])} is not used: the model has none")
+    fresh = of(own, "decoder") if not of(arrays, "decoder") else set()
+    if fresh:
+        say("the decoder stays as the model has it, untrained: the file has none")
+    return set().union(fresh, *unused.values())
 
 
 def _kept_kinds(arrays: Mapping[str, np.ndarray], own: Params, say: Say) -> set[str]:

@@ -44,6 +44,7 @@ class Stream(NamedTuple):
     open      the open groups, the outermost first: a later one chose among the tokens that an earlier one selected.
     selected  int32 [b s] a selection made so far: indices into all n tokens.
     aux       per-example scalars that layers report, by name.
+    taps      by layer, all tokens [b n d] after the layers that the head reads.
     """
 
     tokens: Tokens
@@ -51,6 +52,7 @@ class Stream(NamedTuple):
     open: tuple[Group, ...] = ()
     selected: tuple[Indices, ...] = ()
     aux: dict[str, PerExample] = {}
+    taps: dict[int, Tokens] = {}
 
     @property
     def sizes(self) -> Float[Array, "b s"] | None:
@@ -128,8 +130,11 @@ class LayerKind(Protocol):
     nests: bool
     fit_kind: str
 
-    def macs(self, block: Block) -> int:
-        """Multiply-adds for one example, the kind's own work included."""
+    def block_macs(self, block: Block) -> int:
+        """Multiply-adds of the block for one example, on the tokens that this kind runs it on."""
+
+    def own_macs(self, block: Block) -> int:
+        """Multiply-adds of what the kind does beside it: selector, stand-ins, estimates."""
 
     def needs(self) -> Attend | None:
         """What the layer before has to report: the attention it must run for that, or None."""

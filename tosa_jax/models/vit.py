@@ -1,6 +1,6 @@
 """The vision transformer: patches in, a plan of layer kinds, logits out."""
 
-from typing import Any, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,30 +20,40 @@ from tosa_jax.models.layers import (
 from tosa_jax.models.methods import LAYER_KINDS
 from tosa_jax.models.plan import places
 from tosa_jax.models.stream import LayerCall, Stream
-from tosa_jax.models.vit_config import ViTConfig, check_choice, variant_config
+from tosa_jax.models.vit_config import ViTConfig
 
 
 class Output(NamedTuple):
     """What a model returns.
 
-    logits    [b c].
+    logits    [b c]; None for a network that predicts depth.
     tokens    [b n d] after the final norm, prefix included, as timm's `forward_features`; that norm comes after the
               mean with `global_pool="avg"`, and they are as the last layer left them.
     selected  a tuple with one int32 [b s] a selection: indices into the n tokens, ascending, prefix included.
     aux       per-example scalars [b] that layers report, by name.
+    depth     [b height width] in metres, at the images' size; None for a classifier.
     """
 
-    logits: Float[Array, "b c"]
+    logits: Float[Array, "b c"] | None
     tokens: Tokens
     selected: tuple[Indices, ...]
     aux: dict[str, PerExample]
+    depth: Float[Array, "b height width"] | None = None
+
+    @property
+    def prediction(self) -> Array:
+        """Logits or depth: what the network is for."""
+        return self.logits if self.depth is None else self.depth
 
 
 class VisionTransformer(nnx.Module):
     """A ViT (Dosovitskiy et al. 2021) whose attribute names are timm's, and whose layers come in kinds.
 
     `blocks` are the pretrained layers; `kinds` says how each is run and holds what methods add to the network.
+    Networks of other tasks are subclasses with a head of their own (`models/depth.py`).
     """
+
+    config_class: ClassVar[type[ViTConfig]] = ViTConfig
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
@@ -68,25 +78,42 @@ class VisionTransformer(nnx.Module):
             self.fc_norm = layer_norm(config, rngs)
         else:
             self.norm = layer_norm(config, rngs)
+        self.add_head(rngs)
+
+    def add_head(self, rngs: nnx.Rngs) -> None:
+        """Makes the modules that turn the normalised tokens into the prediction."""
+        config = self.config
         self.head = linear(config, config.embed_dim, config.num_classes, rngs)
         if config.distilled:
             self.head_dist = linear(config, config.embed_dim, config.num_classes, rngs)
 
+    def head_macs(self) -> int:
+        """Multiply-adds of those modules for one example."""
+        return (1 + self.config.distilled) * self.config.embed_dim * self.config.num_classes
+
+    def positions(self, size: tuple[int, int]) -> Float[Array, "1 m d"]:
+        """Positions for images of (height, width) pixels, of the prefix tokens too where those have some."""
+        if size != self.config.image_shape:
+            raise ConfigError(
+                f"images are {size[0]}x{size[1]}, but the model was made for "
+                f"{'x'.join(map(str, self.config.image_shape))} (height x width)"
+            )
+        return self.pos_embed[...]
+
     def embed(self, images: Images) -> Tokens:
         """Normalised images -> tokens [b n d] with positions, prefix first."""
         config, dtype = self.config, self.config.dtype
-        expected = (config.image_size, config.image_size, config.in_chans)
-        if images.shape[1:] != expected:
+        if images.shape[3] != config.in_chans:
             raise ConfigError(
-                f"images are {images.shape[1:]}, but the model was made for {expected}"
+                f"images have {images.shape[3]} channels, but the model was made for {config.in_chans}"
             )
+        positions = self.positions(images.shape[1:3]).astype(dtype)
         patches = self.patch_embed(images.astype(dtype))
         prefix = [self.cls_token]
         prefix += [self.dist_token] if config.distilled else []
         prefix += [self.reg_token] if config.reg_tokens else []
         prefix = jnp.concatenate([token[...].astype(dtype) for token in prefix], axis=1)
         prefix = jnp.broadcast_to(prefix, (len(patches), *prefix.shape[1:]))
-        positions = self.pos_embed[...].astype(dtype)
         if not config.pos_embed_prefix:
             return jnp.concatenate([prefix, patches + positions], axis=1)
         return jnp.concatenate([prefix, patches], axis=1) + positions
@@ -100,6 +127,8 @@ class VisionTransformer(nnx.Module):
             layer_key = None if key is None else jax.random.fold_in(key, i)
             call = LayerCall(attend or attend_plainly, layer_key, rates[i], train and rates[i] > 0)
             stream = kind.apply(block, stream, call)
+            if i in self.config.taps:
+                stream = stream._replace(taps=stream.taps | {i: kind.restore(stream).tokens})
         return stream
 
     def classify(self, tokens: Tokens) -> Float[Array, "b c"]:
@@ -123,43 +152,3 @@ def drop_path_rates(config: ViTConfig) -> list[float]:
     """A rate a layer, rising linearly from 0 to `drop_path_rate`, as in DeiT."""
     last = max(config.depth - 1, 1)
     return [config.drop_path_rate * i / last for i in range(config.depth)]
-
-
-def create_model(
-    name: str,
-    *,
-    keep_rate: float | tuple[float, ...] | None = None,
-    num_classes: int = 1000,
-    image_size: int | None = None,
-    task: str = "classification",
-    plan: tuple[str, ...] | str | None = None,
-    dtype: Any = jnp.float32,
-    param_dtype: Any = jnp.float32,
-    rngs: nnx.Rngs,
-    **fields: Any,
-) -> VisionTransformer:
-    """A model by timm's name, or "vit" with sizes of your own; random weights, initialised as DeiT.
-
-    keep_rate  share in (0, 1] of the patches that selective layers take: one number, or one a selection.
-               None, without a plan, makes the plain dense network.
-    plan       a layer kind for each layer, or the name of one for every second layer; by default every second
-               layer is selective.
-    fields     any field of `ViTConfig`.
-
-    Raises ConfigError (one line, with what is known) for unknown names and sizes that do not fit.
-
-    >>> model = create_model("vit", embed_dim=32, depth=2, num_heads=2, image_size=8, patch_size=4,
-    ...                      num_classes=10, keep_rate=0.5, rngs=nnx.Rngs(0))
-    >>> out = model(jnp.zeros((1, 8, 8, 3)))
-    >>> out.logits.shape, [s.shape for s in out.selected]
-    ((1, 10), [(1, 3)])
-    """
-    check_choice("task", task, ("classification",))
-    fields |= {"num_classes": num_classes, "dtype": dtype, "param_dtype": param_dtype}
-    if image_size is not None:
-        fields["image_size"] = image_size
-    if keep_rate is not None:
-        fields["keep_rate"] = keep_rate
-    if plan is None and keep_rate is not None:
-        plan = "selective"
-    return VisionTransformer(variant_config(name, plan=plan, **fields), rngs=rngs)

@@ -6,7 +6,7 @@ A plan is a tuple with the name of a layer kind for each layer, `("standard", "s
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -34,9 +34,18 @@ def check(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ViTConfig:
-    """Sizes are timm's; the fields from `plan` on are this project's (README, "Deviations from the paper")."""
+    """Sizes are timm's; the fields from `plan` on are this project's (README, "Deviations from the paper").
 
-    image_size: int = 224
+    task      whose network this describes: a key of `networks.NETWORKS`.
+    resizes   images that the patch does not divide are brought to the next multiple; else they are refused.
+    unused    fields that this task's network does not read.
+    """
+
+    task: ClassVar[str] = "classification"
+    resizes: ClassVar[bool] = False
+    unused: ClassVar[tuple[str, ...]] = ()
+
+    image_size: int | tuple[int, int] = 224  # pixels: the side of a square, or (height, width)
     patch_size: int = 16
     in_chans: int = 3
     num_classes: int = 1000
@@ -81,13 +90,10 @@ class ViTConfig:
             if isinstance(value, str):
                 check_choice(name, value, DTYPES)
             object.__setattr__(self, name, jnp.dtype(value))
-        for name in ("image_size", "patch_size", "in_chans", "num_classes", "embed_dim", "depth",
-                     "num_heads"):  # fmt: skip
+        for name in ("patch_size", "in_chans", "num_classes", "embed_dim", "depth", "num_heads"):
             value = getattr(self, name)
             check(value >= 1, f"{name}={value!r} must be at least 1")
-        check(self.image_size % self.patch_size == 0,
-              f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}; the nearest "
-              f"that is: {max(1, round(self.image_size / self.patch_size)) * self.patch_size}")  # fmt: skip
+        self._check_image_size()
         check(self.embed_dim % self.num_heads == 0,
               f"num_heads={self.num_heads} does not divide embed_dim={self.embed_dim}")  # fmt: skip
         check_choice("mlp", self.mlp, ("gelu", "gelu_tanh", "swiglu"))
@@ -121,6 +127,29 @@ class ViTConfig:
         for rate in self.keep_rates_given:
             check(0 < rate <= 1, f"keep_rate={rate} is not in (0, 1]")
 
+    def _check_image_size(self) -> None:
+        """One form for each size (a square is an int), and the patch divides it unless the network resizes."""
+        size, patch = self.image_size, self.patch_size
+        if isinstance(size, list | tuple):
+            object.__setattr__(self, "image_size", size[0] if len(set(size)) == 1 else tuple(size))
+            check(len(size) == 2, f"image_size={size!r} must be one number, or (height, width)")
+        check(min(self.image_shape) >= 1, f"image_size={size!r} must be at least 1")
+        nearest = [max(1, round(side / patch)) * patch for side in self.image_shape]
+        check(self.resizes or self.image_shape == tuple(nearest),
+              f"image_size={self.image_size} is not a multiple of patch_size={patch}; the nearest that is: "
+              f"{nearest[0] if nearest[0] == nearest[-1] else tuple(nearest)}")  # fmt: skip
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        size = self.image_size
+        return (size, size) if isinstance(size, int) else size
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Layers, counted from 0, whose tokens the head reads beside those of the last one."""
+        return ()
+
     @property
     def keep_rates_given(self) -> tuple[float, ...]:
         """`keep_rate` as a tuple, however it was given."""
@@ -130,7 +159,11 @@ class ViTConfig:
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches."""
-        return (self.image_size // self.patch_size,) * 2
+        return self.grid_of(self.image_shape)
+
+    def grid_of(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of the patches that cover an image of (height, width) pixels."""
+        return -(-size[0] // self.patch_size), -(-size[1] // self.patch_size)
 
     @property
     def num_patches(self) -> int:
@@ -216,7 +249,9 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def variant_config(name: str, **fields: Any) -> ViTConfig:
+def variant_config(
+    name: str, config_class: type[ViTConfig] = ViTConfig, **fields: Any
+) -> ViTConfig:
     """The configuration of a released variant (timm's names), or of "vit", with `fields` on top.
 
     A `plan` may also be the name of a layer kind, which then takes every second layer.
@@ -224,12 +259,12 @@ def variant_config(name: str, **fields: Any) -> ViTConfig:
     """
     check_choice("model name", name, VARIANTS)
     for field in fields:
-        check_choice("model field", field, ViTConfig.__dataclass_fields__)
+        check_choice("model field", field, config_class.__dataclass_fields__)
     merged = {**VARIANTS[name], **fields}
     if isinstance(merged.get("plan"), str):
         period = 0 if merged["plan"] in EVERY_LAYER else 2
         merged["plan"] = alternate(merged["plan"], merged.get("depth", ViTConfig.depth), period)
-    return ViTConfig(**merged)
+    return config_class(**merged)
 
 
 def with_plan(config: ViTConfig, kind: str, **fields: Any) -> ViTConfig:

@@ -1,37 +1,56 @@
 """Image classification: batches of `image` uint8 [b height width c] and `label` int32 [b]."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
-from tosa_jax import losses
-from tosa_jax.array_types import Images, PerExample, RawImages
+from tosa_jax import figures, losses
+from tosa_jax.array_types import Images, PerExample
 from tosa_jax.data.mixing import MixingConfig, erase, mix
+from tosa_jax.errors import ConfigError
 from tosa_jax.metrics import top_k_correct
 from tosa_jax.models.vit import Output
+from tosa_jax.tasks.task import Batch, HostBatch, Task, input_fields
 
-Batch = Mapping[str, jax.Array]
 Targets = Float[Array, "b classes"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Classification:
-    """Softmax cross-entropy with label smoothing; `best_metric` is what the best checkpoint is chosen by."""
+class Classification(Task):
+    """Softmax cross-entropy with label smoothing. Batches hold `image` and `label`."""
 
-    mean: tuple[float, ...]  # a channel, of pixels in [0, 1]
-    std: tuple[float, ...]
+    best_metric: ClassVar[str] = "acc1"
+
     num_classes: int
     label_smoothing: float = 0.0
     mixing: MixingConfig = MixingConfig()
-    best_metric: str = "acc1"
 
-    def inputs(self, images: RawImages) -> Images:
-        """uint8 pixels -> normalised float32."""
-        mean, std = (jnp.asarray(x).reshape(1, 1, 1, -1) for x in (self.mean, self.std))
-        return (images.astype(jnp.float32) / 255 - mean) / std
+    @classmethod
+    def from_run(cls, run: Any, stage: Any) -> "Classification":
+        """The task with this stage's smoothing and mixing."""
+        return cls(
+            num_classes=run.model.num_classes,
+            label_smoothing=stage.label_smoothing,
+            mixing=stage.mixing,
+            **input_fields(run),
+        )
+
+    @classmethod
+    def check_dataset(cls, run: Any, facts: Any) -> None:
+        if facts.kind != "classification":
+            raise ConfigError(
+                f"config.data.name={run.data.name!r} has no classes: name another set, or a recipe for {facts.kind}"
+            )
+        if run.model.num_classes != facts.num_classes:
+            raise ConfigError(
+                f"config.model.num_classes={run.model.num_classes}, but {run.data.name!r} has "
+                f"{facts.num_classes} classes: set it to that"
+            )
 
     def training_batch(self, batch: Batch, key: jax.Array) -> tuple[Images, Targets]:
         """Normalised images and their targets, smoothed, erased and mixed."""
@@ -60,29 +79,17 @@ class Classification:
             values["acc5"] = top_k_correct(logits, labels, 5).astype(jnp.float32)
         return values
 
-
-@dataclass(frozen=True, kw_only=True)
-class SelectorFitting:
-    """The objective of the selector stage on top of a task: needs images, no labels."""
-
-    task: Classification
-    best_metric: str = "selector/recall"
-
-    def inputs(self, images: RawImages) -> Images:
-        return self.task.inputs(images)
-
-    def training_batch(self, batch: Batch, key: jax.Array) -> tuple[Images, None]:
-        """Normalised images; there are no targets."""
-        return self.inputs(batch["image"]), None
-
-    def loss(self, out: Output, targets: None = None) -> PerExample:
-        """KL from the true map of each selective layer to its selector's prediction, summed over selectors."""
-        return sum(x for name, x in out.aux.items() if name.startswith("selector/kl/"))
-
-    def metrics(self, out: Output, batch: Batch) -> dict[str, Float[Array, " b"]]:
-        """What the layers report, each and as the mean over selectors."""
-        values = dict(out.aux)
-        for group in sorted({name.rpartition("/")[0] for name in out.aux}):
-            members = [x for name, x in out.aux.items() if name.rpartition("/")[0] == group]
-            values[group] = sum(members) / len(members)
-        return values
+    def pictures(
+        self, batch: HostBatch, out: Output, facts: Any, titles: Sequence[str], network: Any
+    ) -> dict[str, np.ndarray]:
+        if not out.selected:
+            return {}
+        figure = figures.selected_tokens_figure(
+            batch["image"],
+            out.selected,
+            grid=network.grid,
+            num_prefix_tokens=network.num_prefix_tokens,
+            titles=["input", *titles],
+            labels=[facts.class_names[i] for i in batch["label"]],
+        )
+        return {"selected_tokens": figure}

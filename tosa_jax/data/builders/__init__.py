@@ -1,9 +1,12 @@
 """The project's own TFDS builders, and how sets are prepared and found. No TensorFlow is needed."""
 
 import functools
+import io
 import re
 
+import numpy as np
 import tensorflow_datasets as tfds
+from PIL import Image
 
 from tosa_jax.data.builders import digits, idx, image_folder, imagenet, tfrecord
 from tosa_jax.data.builders.preparing import (
@@ -14,6 +17,7 @@ from tosa_jax.data.builders.preparing import (
     prepare_own,
     prepared_dir,
 )
+from tosa_jax.data.decoding import BadImageError, pil_errors
 from tosa_jax.errors import ConfigError, DataError
 
 __all__ = [
@@ -23,9 +27,11 @@ __all__ = [
     "image_folder",
     "imagenet",
     "is_own",
+    "kind_of",
     "nearest",
     "num_examples",
     "open_builder",
+    "picture_size",
     "prepare",
     "prepare_own",
     "prepared_dir",
@@ -36,13 +42,12 @@ __all__ = [
 # Cached: a run stays with the files that it began with, and they are hashed only once.
 @functools.lru_cache(maxsize=16)
 def open_builder(name: str, data_dir: str, source_dir: str = "") -> tfds.core.DatasetBuilder:
-    """The builder of a prepared classification set; one of the project's own is prepared first.
+    """The builder of a prepared set; one of the project's own is prepared first.
 
     A folder of images is prepared here only up to `image_folder.AUTOMATIC_BYTES`.
 
     Raises:
-      ConfigError, DataError: what `prepare_own` or `prepared_dir` raises; the set has no feature
-        "image" (an image) or "label" (a class).
+      ConfigError, DataError: what `prepare_own`, `prepared_dir` or `kind_of` raises.
     """
     if is_own(name, source_dir):
         limit = image_folder.AUTOMATIC_BYTES
@@ -50,14 +55,51 @@ def open_builder(name: str, data_dir: str, source_dir: str = "") -> tfds.core.Da
     else:
         path = prepared_dir(name, data_dir)
     builder = tfds.builder_from_directory(str(path))
-    features = builder.info.features
-    for key, kind in (("image", tfds.features.Image), ("label", tfds.features.ClassLabel)):
-        if key not in features or not isinstance(features[key], kind):
-            raise DataError(
-                f"{path}: no feature {key!r} of kind {kind.__name__} (it has "
-                f"{', '.join(sorted(features))}); name a classification set"
-            )
+    kind_of(builder)
     return builder
+
+
+def kind_of(builder: tfds.core.DatasetBuilder) -> str:
+    """ "classification" or "depth", by what a set has beside its images.
+
+    Raises:
+      DataError: the set has no feature "image" (an image), or neither "label" (a class) nor "depth"
+        (a map of floating numbers, or 16-bit images).
+    """
+    features = dict(builder.info.features.items())
+    if "image" in features and isinstance(features["image"], tfds.features.Image):
+        label, depth = (features.get(key) for key in ("label", "depth"))
+        if isinstance(label, tfds.features.ClassLabel):
+            return "classification"
+        if isinstance(depth, tfds.features.Image) and depth.np_dtype == np.uint16:
+            return "depth"
+        if isinstance(depth, tfds.features.Tensor) and len(depth.shape) == 2:
+            if np.issubdtype(depth.np_dtype, np.floating):
+                return "depth"
+    raise DataError(
+        f"{builder.data_path}: no feature 'image' with a 'label' of kind ClassLabel or a 'depth' map "
+        f"beside it (it has {', '.join(sorted(features))}); name a classification or a depth set"
+    )
+
+
+def picture_size(builder: tfds.core.DatasetBuilder, split: str) -> tuple[int, int]:
+    """Height and width of a split's images: those of the set, or of the split's first image.
+
+    Raises:
+      DataError: the first image is no image.
+    """
+    size = builder.info.features["image"].shape[:2]
+    if None not in size:
+        return size
+    decoders = {key: tfds.decode.SkipDecoding() for key in ("image", "depth")}
+    record = builder.as_data_source(split, decoders=decoders)[0]
+    try:
+        with pil_errors():
+            return Image.open(io.BytesIO(record["image"])).size[::-1]
+    except BadImageError as error:
+        raise DataError(
+            f"{builder.data_path}: the first image of {split} is none: {error}"
+        ) from None
 
 
 def num_examples(builder: tfds.core.DatasetBuilder, split: str, field: str) -> int:

@@ -26,7 +26,9 @@ VERSION = "1.0.0"
 EXTENSIONS = (".jpg", ".jpeg", ".png")
 AUTOMATIC_BYTES = 2_000_000_000  # more than this is prepared only when it is asked for
 
-_SPLITS = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
+SPLITS = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
+"""What people call them -> what TFDS does."""
+
 _VALIDATION_SHARE = 0.1
 _ONE_CLASS = "image"
 _MAX_DEPTH = 8  # folders in a class folder; a link to a folder above it would never end
@@ -97,7 +99,7 @@ def scan(source_dir: Path) -> Tree:
         classes, or one split has two folders; folders are nested too deeply.
     """
     folders, _ = _entries(source_dir)
-    named = [f for f in folders if f.lower() in _SPLITS]
+    named = [f for f in folders if f.lower() in SPLITS]
     has_splits = len(named) > 1 or any(_entries(source_dir / f)[0] for f in named)
     tree = Tree()
     if not has_splits:
@@ -121,7 +123,7 @@ def scan(source_dir: Path) -> Tree:
 
 def _named_splits(tree: Tree, source_dir: Path, named: list[str]) -> None:
     for folder in sorted(named):
-        split = _SPLITS[folder.lower()]
+        split = SPLITS[folder.lower()]
         if split in tree.items:
             raise DataError(f"{source_dir}: two folders for the split {split}; rename one of them")
         found = _classes(source_dir / folder, source_dir, tree.skipped)
@@ -195,15 +197,19 @@ def _entries(folder: Path) -> tuple[list[str], list[os.DirEntry]]:
 
 
 def _divide(tree: Tree, items: list[Item]) -> None:
-    """A tenth of a class's images, by the hash of the name, to "validation"; at least one stays."""
+    for split, part in hold_out(items).items():
+        tree.items.setdefault(split, []).extend(part)
+
+
+def hold_out(items: list[Item]) -> dict[str, list[Item]]:
+    """A tenth to "validation", by the hash of the name, at least one; one at least stays in "train"."""
     hasher = hashing.Hasher("split")
     shuffled = sorted(items, key=lambda item: hasher.hash_key(item.name))
     count = round(len(items) * _VALIDATION_SHARE)
     if len(items) > 1:
         count = max(count, 1)
-    for split, part in (("validation", shuffled[:count]), ("train", shuffled[count:])):
-        if part:
-            tree.items.setdefault(split, []).extend(part)
+    parts = {"validation": shuffled[:count], "train": shuffled[count:]}
+    return {split: part for split, part in parts.items() if part}
 
 
 def _info(path: Path, class_names: list[str]) -> tfds.core.DatasetInfo:

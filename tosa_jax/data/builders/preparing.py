@@ -9,15 +9,24 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download.util import DownloadError
 
-from tosa_jax.data.builders import image_folder, imagenet, tfrecord
+from tosa_jax.data.builders import depth_folder, image_folder, imagenet, nyu, tfrecord
 from tosa_jax.data.builders.digits import Digits
 from tosa_jax.data.builders.idx import Idx, config_name, idx_config
+from tosa_jax.data.builders.rooms import Rooms, rooms_config
 from tosa_jax.data.builders.shards import Say
 from tosa_jax.errors import ConfigError, DataError
 
-GENERATED = {"digits": Digits}  # sets that need no files
+GENERATED = {"digits": Digits, "rooms": Rooms}  # sets that need no files
+# Files of a person's own, in a folder.
+_FOLDERS = {
+    image_folder.NAME: image_folder.prepare_image_folder,
+    depth_folder.NAME: depth_folder.prepare_depth_folder,
+}
 # Sets that are never prepared on the way to training: they take hours.
-_ONLY_ON_REQUEST = (imagenet.NAME,)
+_ONLY_ON_REQUEST = {
+    imagenet.NAME: imagenet.prepare_imagenet,
+    nyu.NAME: nyu.prepare_nyu,
+}
 _PREPARE = "run `python -m tosa_jax.prepare --config=...`"
 
 
@@ -31,7 +40,7 @@ def prepare(
 ) -> Path:
     """Prepares any set, as array_record, unless it is prepared already.
 
-    The project's own sets and ImageNet are made from files; a copy that exists only as TFRecord is
+    The project's own sets, ImageNet and NYU Depth V2 are made from files; a copy that exists only as TFRecord is
     converted beside itself; any other set is made by TFDS, which needs TensorFlow.
 
     Args:
@@ -50,9 +59,9 @@ def prepare(
         if is_own(name, str(source_dir)):
             return prepare_own(name, data_dir, source_dir, overwrite=overwrite, say=say)
         root = Path(data_dir).expanduser()
-        if name == imagenet.NAME and source_dir:
+        if name in _ONLY_ON_REQUEST and source_dir:
             source = Path(source_dir).expanduser()
-            return imagenet.prepare_imagenet(root, source, overwrite=overwrite, say=say)
+            return _ONLY_ON_REQUEST[name](root, source, overwrite=overwrite, say=say)
         return _prepare_other(name, root, overwrite=overwrite, say=say)
     except OSError as error:
         raise DataError(
@@ -61,10 +70,10 @@ def prepare(
 
 
 def is_own(name: str, source_dir: str = "") -> bool:
-    """Whether `prepare_own` makes this set: generated, a folder of images, or IDX files."""
+    """Whether `prepare_own` makes this set: generated, a folder of images or depth, or IDX files."""
     if name in _ONLY_ON_REQUEST:
         return False
-    return name in (*GENERATED, image_folder.NAME) or bool(source_dir)
+    return _base(name) in GENERATED or name in _FOLDERS or bool(source_dir)
 
 
 def prepare_own(
@@ -95,24 +104,25 @@ def prepare_own(
             f"data set {name!r} is not one this project prepares: it prepares "
             f"{', '.join(GENERATED)}, and IDX files when source_dir names their folder"
         )
-    if name in GENERATED and source_dir:
+    generated = _base(name) in GENERATED
+    if generated and source_dir:
         raise ConfigError(f"source_dir={str(source_dir)!r}: {name} has no files; leave it empty")
-    if name == image_folder.NAME and not source_dir:
+    if name in _FOLDERS and not source_dir:
         raise ConfigError("source_dir is empty: set it to the folder of images")
     root = Path(data_dir).expanduser()
     path = None
     try:
-        if name == image_folder.NAME:
+        if name in _FOLDERS:
             source = Path(source_dir).expanduser()
-            return image_folder.prepare_image_folder(
-                root, source, max_bytes=max_bytes, overwrite=overwrite, say=say
-            )
-        relative = (name,) if name in GENERATED else ("idx", config_name(name, source_dir))
-        builder_class = GENERATED.get(name, Idx)
-        path = root.joinpath(*relative, str(builder_class.VERSION))
+            return _FOLDERS[name](root, source, max_bytes=max_bytes, overwrite=overwrite, say=say)
+        config = _generated_config(name) if generated else None
+        relative = name if generated else f"idx/{config_name(name, source_dir)}"
+        builder_class = GENERATED.get(_base(name), Idx)
+        path = root / relative / str(builder_class.VERSION)
         if is_prepared(path) and not overwrite:
             return path
-        config = None if name in GENERATED else idx_config(name, source_dir)
+        if not generated:
+            config = idx_config(name, source_dir)
         if overwrite:
             shutil.rmtree(path, ignore_errors=True)
         _run_builder(builder_class(data_dir=str(root), config=config))
@@ -123,6 +133,20 @@ def prepare_own(
                 f"{root}: cannot prepare {name} there ({error}); set data_dir"
             ) from None
     return path
+
+
+def _base(name: str) -> str:
+    """The set's name without its config."""
+    return name.partition("/")[0]
+
+
+def _generated_config(name: str) -> tfds.core.BuilderConfig | None:
+    base, _, config = name.partition("/")
+    if base == "rooms":
+        return rooms_config(config)
+    if config:
+        raise ConfigError(f"config.data.name={name!r}: {base} has no configs; set it to {base!r}")
+    return None
 
 
 def is_prepared(path: Path) -> bool:
@@ -188,9 +212,11 @@ def _prepare_with_tfds(name: str, root: Path) -> Path:
             f"{name} is not in {root}: set source_dir to the folder of "
             f"{' and '.join(imagenet.TARS.values())}"
         )
+    if name == nyu.NAME:
+        raise DataError(f"{name} is not in {root}: set source_dir to the folder of {nyu.CONTENT}")
     known = tfds.list_builders(with_community_datasets=False)
     if name.partition("/")[0].partition(":")[0] not in known:
-        close = difflib.get_close_matches(name, [*GENERATED, image_folder.NAME, *known], n=1)
+        close = difflib.get_close_matches(name, [*GENERATED, *_FOLDERS, *known], n=1)
         hint = f"did you mean {close[0]!r}?" if close else "see tfds.list_builders()"
         raise ConfigError(f"data set {name!r} is neither ours nor known to TFDS; {hint}")
     if importlib.util.find_spec("tensorflow") is None:

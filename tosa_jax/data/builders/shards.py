@@ -7,6 +7,7 @@ shard lengths are TFDS's (the hash of the example's key, salted with the split's
 like "train[:10%]" is a fair sample, and the same one as of a copy that TFDS made.
 """
 
+import functools
 import hashlib
 import os
 import shutil
@@ -33,7 +34,10 @@ _SAY_EVERY_S = 10.0
 
 
 class Item(NamedTuple):
-    """One example: its key and file name, its class, and the bytes of a file that are its image."""
+    """One example: its key and file name, its class, and the bytes of a file that are its image.
+
+    `beside` is a second file that belongs to it: its depth map.
+    """
 
     name: str
     label: int
@@ -41,6 +45,16 @@ class Item(NamedTuple):
     offset: int
     size: int
     mtime_ns: int
+    beside: "Item | None" = None
+
+
+Encode = Callable[[Item, list[bytes]], dict]
+"""An item, and the bytes of its file and of the one beside it, to the features of its example."""
+
+
+def labelled(item: Item, files: list[bytes]) -> dict:
+    """The `Encode` of image classification."""
+    return {"image": files[0], "label": item.label, "file_name": item.name}
 
 
 class Progress:
@@ -70,7 +84,9 @@ def digest(items: Iterable[Item]) -> str:
     total = hashlib.sha256()
     for item in items:
         # The folder's own place is left out: a tree that was moved is the same tree.
-        total.update(repr((item.name, item.label, *item[3:])).encode())
+        total.update(repr((item.name, item.label, *item[3:6])).encode())
+        if item.beside:
+            total.update(repr((item.beside.name, *item.beside[3:6])).encode())
     return total.hexdigest()[:8]
 
 
@@ -80,6 +96,8 @@ def write_set(
     items: Mapping[str, list[Item]],
     say: Say,
     *,
+    encode: Encode = labelled,
+    growth: float = 1.0,
     overwrite: bool = False,
 ) -> None:
     """Writes the splits that a version folder does not have yet; each appears when it is complete.
@@ -87,8 +105,9 @@ def write_set(
     Args:
       path: The version folder, .../1.0.0. What is unfinished lies beside it in .../1.0.0.incomplete
         and is used by the next call, as long as the source files are the same.
-      info: The set's name, version and features ("image", "label", "file_name").
+      info: The set's name, version and features, which `encode` gives.
       items: The examples of each split, none empty.
+      growth: The size of examples by that of their files.
       overwrite: Splits that are there are made again too, and stay until the new are complete.
     Raises:
       DataError: the disk is too small, or an image is no longer what its item says.
@@ -98,8 +117,8 @@ def write_set(
     for split, examples in items.items():
         if split in prepared_splits(path) and not overwrite:
             continue
-        lengths = _write_split(work, info, split, examples, say)
-        size = sum(item.size for item in examples)
+        lengths = _write_split(work, info, split, examples, say, encode, growth)
+        size = _size(examples, growth)
         _publish(path, work, info, splits.SplitInfo(split, lengths, size))
     shutil.rmtree(work, ignore_errors=True)
 
@@ -111,8 +130,19 @@ def prepared_splits(path: Path) -> Mapping[str, splits.SplitInfo]:
     return tfds.builder_from_directory(str(path)).info.splits
 
 
+def _size(items: Iterable[Item], growth: float) -> int:
+    files = (file for item in items for file in (item, item.beside) if file)
+    return round(growth * sum(file.size for file in files))
+
+
 def _write_split(
-    work: Path, info: tfds.core.DatasetInfo, split: str, items: list[Item], say: Say
+    work: Path,
+    info: tfds.core.DatasetInfo,
+    split: str,
+    items: list[Item],
+    say: Say,
+    encode: Encode,
+    growth: float,
 ) -> list[int]:
     """Writes the shards that are not there yet; returns the examples of each shard."""
     folder = work / f"{split}-{digest(items)}"
@@ -121,9 +151,9 @@ def _write_split(
             say(f"{split}: the source files changed since {other.name} was begun: it is dropped")
             shutil.rmtree(other)
     folder.mkdir(parents=True, exist_ok=True)
-    plan = _plan(folder, info.name, split, items)
+    plan = _plan(folder, info.name, split, items, growth)
     missing = [(path, part) for path, part in plan if not has_records(path, len(part))]
-    all_bytes = sum(item.size for _, part in missing for item in part)
+    all_bytes = sum(_size(part, growth) for _, part in missing)
     _check_space(work, all_bytes)
     if len(missing) < len(plan):
         say(f"{split}: {len(plan) - len(missing)} of {len(plan)} shards are there already")
@@ -133,19 +163,22 @@ def _write_split(
         for i, (path, part) in enumerate(missing, len(plan) - len(missing) + 1):
             # Read in the order of the source: a disk with a moving head is several times faster.
             order = sorted(range(len(part)), key=lambda j, part=part: part[j][2:4])
-            images = dict(zip(order, pool.map(_read, (part[j] for j in order)), strict=True))
-            write_shard(path, (_record(serializer, info, part[j], images.pop(j))
+            read = functools.partial(_example, encode)
+            examples = dict(zip(order, pool.map(read, (part[j] for j in order)), strict=True))
+            write_shard(path, (_record(serializer, info, examples.pop(j))
                                for j in range(len(part))))  # fmt: skip
-            done_bytes += sum(item.size for item in part)
+            done_bytes += _size(part, growth)
             progress(f"{i} of {len(plan)} shards", done_bytes, all_bytes)
     return [len(part) for _, part in plan]
 
 
-def _plan(folder: Path, name: str, split: str, items: list[Item]) -> list[tuple[Path, list[Item]]]:
+def _plan(
+    folder: Path, name: str, split: str, items: list[Item], growth: float
+) -> list[tuple[Path, list[Item]]]:
     """Each shard's file and its examples, in TFDS's order."""
     hasher = hashing.Hasher(split)
     shuffled = sorted(items, key=lambda item: hasher.hash_key(item.name))
-    size = sum(item.size for item in items)
+    size = _size(items, growth)
     count = shard_utils.ShardConfig.calculate_number_shards(size, len(items))
     template = tfds.core.ShardedFileTemplate(
         data_dir=folder, dataset_name=name, split=split, filetype_suffix="array_record"
@@ -154,6 +187,10 @@ def _plan(folder: Path, name: str, split: str, items: list[Item]) -> list[tuple[
     starts = [0, *ends[:-1]]
     parts = [shuffled[start:end] for start, end in zip(starts, ends, strict=True)]
     return list(zip(map(Path, template.sharded_filepaths(count)), parts, strict=True))
+
+
+def _example(encode: Encode, item: Item) -> dict:
+    return encode(item, [_read(file) for file in (item, item.beside) if file])
 
 
 def _read(item: Item) -> bytes:
@@ -172,12 +209,8 @@ def _read(item: Item) -> bytes:
 
 
 def _record(
-    serializer: example_serializer.ExampleSerializer,
-    info: tfds.core.DatasetInfo,
-    item: Item,
-    image: bytes,
+    serializer: example_serializer.ExampleSerializer, info: tfds.core.DatasetInfo, example: dict
 ) -> bytes:
-    example = {"image": image, "label": item.label, "file_name": item.name}
     return serializer.serialize_example(info.features.encode_example(example))
 
 

@@ -40,7 +40,7 @@ class Skip(Standard):
 
     selects = True
 
-    def macs(self, block: Block) -> int:
+    def block_macs(self, block: Block) -> int:
         return 0
 
     def apply(self, block: Block, stream: Stream, call: LayerCall) -> Stream:

@@ -45,11 +45,13 @@ class Redundancy(SelectiveLayer):
         stream = stream._replace(tokens=tokens, summary=summary)
         return stream.restored() if self.place.closes else stream
 
-    def macs(self, block: Block) -> int:
+    def block_macs(self, block: Block) -> int:
+        return block.attn_macs(self.place.count_in) + block.mlp_macs(self.place.count)
+
+    def own_macs(self, block: Block) -> int:
+        if not self.place.opens:
+            return 0
         into, left = self.place.count_in, self.place.count
-        work = block.attn_macs(into) + block.mlp_macs(left)
-        if self.place.opens:
-            candidates = (into - self.num_prefix_tokens + 1) // 2
-            work += candidates * (into - candidates) * (block.width // block.attn.num_heads)
-            work += (into - left) * left * block.width * self.bypass.pool
-        return work
+        candidates = (into - self.num_prefix_tokens + 1) // 2
+        matching = candidates * (into - candidates) * (block.width // block.attn.num_heads)
+        return matching + (into - left) * left * block.width * self.bypass.pool

@@ -17,8 +17,11 @@ class Standard(nnx.Module):
     def __init__(self, config: ViTConfig, place: Place, *, rngs: nnx.Rngs) -> None:
         self.place = place
 
-    def macs(self, block: Block) -> int:
+    def block_macs(self, block: Block) -> int:
         return block.macs(self.place.count)
+
+    def own_macs(self, block: Block) -> int:
+        return 0
 
     def needs(self) -> Attend | None:
         return None

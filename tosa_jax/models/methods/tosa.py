@@ -63,12 +63,11 @@ class SelectiveLayer(Standard):
         # Inside a group nobody reads a map: the next layer has its tokens already, or is a standard one.
         return call._replace(attend=lambda q, k, v: (attention(q, k, v, bias), None))
 
-    def macs(self, block: Block) -> int:
-        work = super().macs(block)
-        if self.place.opens:
-            work += self.bypass.macs(self.place)
-            work += self.num_tokens**2 * self.width if self.redundancy_weight else 0
-        return work
+    def own_macs(self, block: Block) -> int:
+        if not self.place.opens:
+            return 0
+        weighing = self.num_tokens**2 * self.width if self.redundancy_weight else 0
+        return self.bypass.macs(self.place) + weighing
 
 
 class Selective(SelectiveLayer):
@@ -93,9 +92,9 @@ class Selective(SelectiveLayer):
         out, sums = walk_map(query, key, value, summarise, chunk=self.map_chunk)
         return out, pool_heads(sums, self.head_pool)
 
-    def macs(self, block: Block) -> int:
-        own = self.selector.macs(self.num_tokens) if self.place.opens else 0
-        return super().macs(block) + own
+    def own_macs(self, block: Block) -> int:
+        predicting = self.selector.macs(self.num_tokens) if self.place.opens else 0
+        return super().own_macs(block) + predicting
 
 
 class SelectiveFit(Selective):
@@ -107,9 +106,8 @@ class SelectiveFit(Selective):
     would have found by its own column sums (`previous/recall/<layer>`).
     """
 
-    def macs(self, block: Block) -> int:
-        own = self.selector.macs(self.num_tokens) if self.place.opens else 0
-        return block.macs(self.num_tokens) + own
+    def block_macs(self, block: Block) -> int:
+        return block.macs(self.num_tokens)
 
     def needs(self) -> Attend | None:
         return self._hand_over if self.place.opens else None

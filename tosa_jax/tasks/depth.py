@@ -1,0 +1,156 @@
+"""Monocular depth: scale-invariant log loss; Eigen's metrics with their crops and ranges.
+
+Protocol of BTS and NeWCRFs (cleinc/bts, aliyun/NeWCRFs) on NYU Depth V2: depth in (1e-3, 10) m inside Eigen's crop,
+predictions clipped to that range, averaged with the prediction of the mirrored image, errors of each image averaged.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from tosa_jax import figures, losses
+from tosa_jax.array_types import Images, PerExample, RawImages
+from tosa_jax.errors import ConfigError, DataError
+from tosa_jax.metrics import depth_errors
+from tosa_jax.models.vit import Output
+from tosa_jax.models.vit_config import check, check_choice
+from tosa_jax.tasks.task import Batch, HostBatch, Task, input_fields
+
+DepthMaps = Float[Array, "b height width"]
+AnyMaps = Float[Array | np.ndarray, "b height width"]
+AnyMask = Bool[Array | np.ndarray, "b height width"]
+
+CROPS = {
+    "none": (0.0, 1.0, 0.0, 1.0),
+    # Rows 45 to 471 and columns 41 to 601 of 480x640 (Eigen et al. 2014).
+    "eigen": (45 / 480, 471 / 480, 41 / 640, 601 / 640),
+    # For KITTI (Garg et al. 2016).
+    "garg": (0.40810811, 0.99189189, 0.03594771, 0.96405229),
+}
+"""Which part of an image is scored: first row, end row, first column, end column, as shares of the sides."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DepthOptions:
+    """Fields of the section `task`.
+
+    crop             what is scored, a key of `CROPS`.
+    min_depth        metres: nearer truth is not scored, nearer predictions are moved there. The far end is the
+                     network's `max_depth`.
+    min_train_depth  metres: nearer truth is not learnt from.
+    flip_average     scores the mean of the prediction and that of the mirrored image: twice the work.
+    """
+
+    crop: str = "none"
+    min_depth: float = 1e-3
+    min_train_depth: float = 0.1
+    flip_average: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("crop", self.crop, CROPS)
+        for name in ("min_depth", "min_train_depth"):
+            check(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Depth(Task):
+    """Batches hold `image` and `depth`, float32 [b height width] in metres, 0 where nothing was measured."""
+
+    options: ClassVar[type] = DepthOptions
+    best_metric: ClassVar[str] = "abs_rel"
+    lower_is_better: ClassVar[bool] = True
+
+    max_depth: float
+    scoring: DepthOptions = DepthOptions()
+
+    @classmethod
+    def from_run(cls, run: Any, stage: Any) -> "Depth":
+        return cls(max_depth=run.model.max_depth, scoring=run.options, **input_fields(run))
+
+    @classmethod
+    def check_run(cls, run: Any) -> None:
+        for stage in ("pretrain", "selector", "finetune"):
+            for name in ("label_smoothing", "mixup", "cutmix", "erase_prob"):
+                check(getattr(getattr(run, stage), name) == 0,
+                      f"config.{stage}.{name} is for classification: depth needs it to be 0")  # fmt: skip
+
+    @classmethod
+    def check_dataset(cls, run: Any, facts: Any) -> None:
+        if facts.kind != "depth":
+            raise ConfigError(
+                f"config.data.name={run.data.name!r} has no depth: name a depth set, or a recipe for {facts.kind}"
+            )
+
+    def valid(self, truth: AnyMaps, nearest: float) -> AnyMask:
+        """Pixels with a measured depth in (nearest, max_depth)."""
+        return (truth > nearest) & (truth < self.max_depth)
+
+    def scored(self, truth: AnyMaps) -> AnyMask:
+        """Pixels that count in evaluation: in range and inside the crop."""
+        height, width = truth.shape[1:]
+        top, bottom, left, right = CROPS[self.scoring.crop]
+        inside = np.zeros((1, height, width), bool)
+        # The nudge keeps whole numbers whole; other ends are rounded down, as the references do.
+        rows = slice(int(top * height + 1e-6), int(bottom * height + 1e-6))
+        inside[:, rows, int(left * width + 1e-6) : int(right * width + 1e-6)] = True
+        return self.valid(truth, self.scoring.min_depth) & inside
+
+    def training_batch(self, batch: Batch, key: jax.Array) -> tuple[Images, DepthMaps]:
+        """Normalised images and their depth."""
+        return self.inputs(batch["image"]), batch["depth"]
+
+    def loss(self, out: Output, targets: DepthMaps) -> PerExample:
+        """`losses.silog`; its mean over the batch is the mean over the images that have a valid pixel."""
+        valid = self.valid(targets, self.scoring.min_train_depth)
+        seen = valid.any(axis=(1, 2))
+        values = losses.silog(out.depth, targets, valid)
+        return jnp.where(seen, values, 0) * (len(seen) / jnp.maximum(seen.sum(), 1))
+
+    def distillation(self, out: Output, teacher: Output) -> PerExample:
+        """Mean distance of the logarithms of the two depths."""
+        everywhere = jnp.ones(out.depth.shape, bool)
+        return jnp.abs(losses.log_difference(out.depth, teacher.depth, everywhere)).mean(
+            axis=(1, 2)
+        )
+
+    def predict(self, model: Callable[..., Output], images: RawImages, key: jax.Array) -> Output:
+        out = super().predict(model, images, key)
+        if not self.scoring.flip_average:
+            return out
+        mirrored = super().predict(model, images[:, :, ::-1], key).depth[:, :, ::-1]
+        return out._replace(depth=(out.depth + mirrored) / 2)
+
+    def metrics(self, out: Output, batch: Batch) -> dict[str, Float[Array, " b"]]:
+        """`metrics.depth_errors` of the clipped prediction over `scored` pixels, and the training loss over them."""
+        truth = batch["depth"]
+        scored = self.scored(truth)
+        depth = jnp.clip(out.depth, self.scoring.min_depth, self.max_depth)
+        return depth_errors(depth, truth, scored) | {"loss": losses.silog(depth, truth, scored)}
+
+    def check_batch(self, batch: HostBatch, first: int) -> None:
+        scored = self.scored(batch["depth"]).any(axis=(1, 2))
+        if (empty := np.flatnonzero(~scored & (batch["mask"] > 0))).size:
+            raise DataError(
+                f"evaluation image {first + empty[0]} has no pixel with a depth in ({self.scoring.min_depth:g}, "
+                f"{self.max_depth:g}) m inside the crop {self.scoring.crop!r}: it cannot be scored; take it out of the "
+                "split, or change config.task"
+            )
+
+    def pictures(
+        self, batch: HostBatch, out: Output, facts: Any, titles: Sequence[str], network: Any
+    ) -> dict[str, np.ndarray]:
+        panel = figures.depth_panel(
+            batch["image"],
+            out.depth,
+            truth=batch["depth"],
+            selections=out.selected,
+            grid=network.grid_of(batch["image"].shape[1:3]),
+            num_prefix_tokens=network.num_prefix_tokens,
+            titles=titles,
+        )
+        return {"selected_tokens" if out.selected else "depth": panel}
