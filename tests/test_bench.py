@@ -19,13 +19,15 @@ def test_records_have_the_arithmetic_of_their_medians(monkeypatch, train):
     monkeypatch.setattr(bench, "interleaved_seconds", lambda programs, rounds: seconds)
     dense, tosa = bench.measure("vit", [0.25], batch_size=4, train=train, rounds=3, **SIZES)
     fields = {
-        "name", "keep_rate", "batch_size", "image_size", "dtype", "train", "gmacs", "xla_gmacs", "ms",
+        "name", "keep_rate", "batch_size", "image_size", "dtype", "train", "gmacs", "gmacs_by_part",
+        "xla_gmacs", "ms",
         "ms_iqr", "img_per_sec", "temp_bytes", "speedup", "gmac_ratio", "realised",
     }  # fmt: skip
     assert dense.keys() == tosa.keys() == fields
     assert (dense["speedup"], dense["realised"], dense["ms"]) == (1.0, 1.0, 400.0)
     assert dense["ms_iqr"] == pytest.approx(200.0) and dense["img_per_sec"] == 10.0
     expected = gmacs(variant_config("vit", plan="selective", keep_rate=0.25, **SIZES))
+    assert sum(tosa["gmacs_by_part"].values()) == pytest.approx(expected)
     assert tosa["gmacs"] == expected and tosa["speedup"] == 2.0
     assert tosa["realised"] == pytest.approx(2.0 * expected / dense["gmacs"])
     # XLA counts at least the matrix products; a training step has about three forward passes.
@@ -77,3 +79,18 @@ def test_input_speed_of_a_recipe_as_json(capsys, digits_dir):
     assert bench.main(argv) == 0
     rows = json.loads(capsys.readouterr().out)
     assert rows and all(isinstance(row, dict) for row in rows)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_depth_networks_are_measured_with_their_decoder(monkeypatch, train):
+    seconds = np.array([[0.4, 0.2]])
+    monkeypatch.setattr(bench, "interleaved_seconds", lambda programs, rounds: seconds)
+    sizes = {k: x for k, x in SIZES.items() if k != "num_classes"} | {"image_size": (8, 12)}
+    dense, tosa = bench.measure(
+        "vit", [0.25], batch_size=2, train=train, rounds=1, task="depth", decoder_dim=4, **sizes
+    )
+    assert dense["gmacs_by_part"]["head"] == tosa["gmacs_by_part"]["head"] > 0
+    assert dense["gmacs_by_part"]["selection"] == 0 < tosa["gmacs_by_part"]["selection"]
+    assert dense["image_size"] == (8, 12)
+    # The decoder is in the program: XLA counts more than the backbone alone does.
+    assert dense["xla_gmacs"] > sum(dense["gmacs_by_part"].values()) * (2 if train else 0.9)

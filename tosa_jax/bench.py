@@ -1,6 +1,7 @@
 """Measures whether saved multiply-adds are saved time, and how fast the input is.
 
     python -m tosa_jax.bench --model=deit_small_patch16_224 --keep_rate .7 .5 .3 [--train] [--json]
+    python -m tosa_jax.bench --model=deit_small_patch16_224 --task=depth --image_size 480 640 --keep_rate .7 .5 .3
     python -m tosa_jax.bench --data --config=configs/deit_s.py [--images_per_second=2500] [--json]
 
 Networks have random weights; dense and every budget take turns in one run, and medians count. The first form reads
@@ -22,10 +23,11 @@ from flax import nnx
 
 from tosa_jax import cost
 from tosa_jax.errors import ConfigError, UserError
-from tosa_jax.losses import smoothed_targets, soft_cross_entropy
+from tosa_jax.losses import silog, smoothed_targets, soft_cross_entropy
+from tosa_jax.models.networks import build, network_config
 from tosa_jax.models.params import set_params, split
-from tosa_jax.models.vit import VisionTransformer
-from tosa_jax.models.vit_config import ViTConfig, check, variant_config
+from tosa_jax.models.vit import Output
+from tosa_jax.models.vit_config import ViTConfig, check
 from tosa_jax.optim import OptimConfig, make_optimizer
 
 Program = tuple[Any, tuple[Any, ...]]
@@ -34,21 +36,20 @@ Program = tuple[Any, tuple[Any, ...]]
 
 def forward_program(config: ViTConfig, batch_size: int) -> Program:
     """The forward pass of a network of this configuration on zeros."""
-    graphdef, params = split(VisionTransformer(config, rngs=nnx.Rngs(0)))
+    graphdef, params = split(build(config, rngs=nnx.Rngs(0)))
     images = _images(config, batch_size)
-    forward = jax.jit(lambda p, x: set_params(graphdef, p)(x).logits)
+    forward = jax.jit(lambda p, x: set_params(graphdef, p)(x).prediction)
     return forward.lower(params, images).compile(), (params, images)
 
 
 def training_program(config: ViTConfig, batch_size: int) -> Program:
     """Forward, backward and AdamW's update; what comes out is as large as what goes in."""
-    graphdef, params = split(VisionTransformer(config, rngs=nnx.Rngs(0)))
+    graphdef, params = split(build(config, rngs=nnx.Rngs(0)))
     optimizer = make_optimizer(OptimConfig(steps=100, learning_rate=1e-3))
-    targets = smoothed_targets(jnp.zeros(batch_size, jnp.int32), config.num_classes, 0.1)
 
     def step(params, opt, images):
         def loss(p):
-            return soft_cross_entropy(set_params(graphdef, p)(images).logits, targets).mean()
+            return _task_loss(set_params(graphdef, p)(images)).mean()
 
         value, grads = jax.value_and_grad(loss)(params)
         updates, opt = optimizer.update(grads, opt, params)
@@ -59,8 +60,16 @@ def training_program(config: ViTConfig, batch_size: int) -> Program:
 
 
 def _images(config: ViTConfig, batch_size: int) -> jax.Array:
-    size = config.image_size
-    return jnp.zeros((batch_size, size, size, config.in_chans), config.dtype)
+    return jnp.zeros((batch_size, *config.image_shape, config.in_chans), config.dtype)
+
+
+def _task_loss(out: Output) -> jax.Array:
+    """The loss of the network's task against made-up targets."""
+    if out.depth is not None:
+        return silog(out.depth, jnp.full_like(out.depth, 2.0), jnp.ones(out.depth.shape, bool))
+    batch_size, num_classes = out.logits.shape
+    labels = jnp.zeros(batch_size, jnp.int32)
+    return soft_cross_entropy(out.logits, smoothed_targets(labels, num_classes, 0.1))
 
 
 def interleaved_seconds(programs: Sequence[Program], rounds: int) -> np.ndarray:
@@ -81,18 +90,20 @@ def measure(
     batch_size: int,
     train: bool,
     rounds: int,
+    task: str = "classification",
     **fields: Any,
 ) -> list[dict[str, Any]]:
     """One record a contestant: dense first, then ToSA at each keep rate.
 
-    gmacs and xla_gmacs are for one image (the latter by XLA's count of the compiled program, which leaves out what
-    it does not know); ms and ms_iqr for a batch; temp_bytes by XLA's memory analysis; `realised` is
-    speed-up / ratio of GMACs: 1 means that every saved multiply-add is saved time.
+    gmacs (the sum of gmacs_by_part) and xla_gmacs are for one image (the latter by XLA's count of the compiled
+    program, which leaves out what it does not know); ms and ms_iqr for a batch; temp_bytes by XLA's memory analysis;
+    `realised` is speed-up / ratio of GMACs: 1 means that every saved multiply-add is saved time.
     """
     check(batch_size >= 1, f"--batch_size={batch_size} must be at least 1")
     check(rounds >= 1, f"--rounds={rounds} must be at least 1")
-    configs = [variant_config(model, **fields)]
-    configs += [variant_config(model, plan="selective", keep_rate=k, **fields) for k in keep_rates]
+    make_config = functools.partial(network_config, task, model, **fields)
+    configs = [make_config()]
+    configs += [make_config(plan="selective", keep_rate=k) for k in keep_rates]
     make: Callable[..., Program] = training_program if train else forward_program
     programs = [make(config, batch_size) for config in configs]
     seconds = interleaved_seconds(programs, rounds)
@@ -111,6 +122,10 @@ def measure(
                 "dtype": str(config.dtype),
                 "train": train,
                 "gmacs": gmacs[i],
+                "gmacs_by_part": {
+                    part: count / 1e9
+                    for part, count in cost.macs_by_part(cost.abstract_model(config)).items()
+                },
                 "xla_gmacs": analysis.get("flops", float("nan")) / 2e9 / batch_size,
                 "ms": float(median[i] * 1e3),
                 "ms_iqr": float((high[i] - low[i]) * 1e3),
@@ -152,7 +167,10 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, lis
     parser.add_argument("--model", default="deit_small_patch16_224", help="timm's name")
     parser.add_argument("--keep_rate", type=float, nargs="+", default=[0.5])
     parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--image_size", type=int, help="pixels; default: the model's own")
+    parser.add_argument("--task", default="classification", help="or depth")
+    parser.add_argument(
+        "--image_size", type=int, nargs="+", help="side, or height and width; default: the model's"
+    )
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--map_chunk", type=int, default=0, help="query rows at a time; 0: all")
     parser.add_argument("--train", action="store_true", help="time whole training steps")
@@ -179,8 +197,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows = measure_input(args.config, overrides, args.images_per_second)
             text = "\n".join(", ".join(f"{k}: {_short(v)}" for k, v in r.items()) for r in rows)
         else:
-            fields = {"dtype": args.dtype, "map_chunk": args.map_chunk}
-            fields |= {"image_size": args.image_size} if args.image_size else {}
+            fields = {"dtype": args.dtype, "map_chunk": args.map_chunk, "task": args.task}
+            if size := args.image_size:
+                fields["image_size"] = size[0] if len(size) == 1 else tuple(size)
             run = functools.partial(measure, args.model, args.keep_rate, rounds=args.rounds)
             rows = run(batch_size=args.batch_size, train=args.train, **fields)
             text = format_records(rows)

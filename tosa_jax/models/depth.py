@@ -27,6 +27,9 @@ AnyMap = Float[Array, "b _ _ f"]
 SCALES = (4.0, 2.0, 1.0, 0.5)
 """Resolution of the map made of each depth over that of the patch grid, from the shallowest depth on."""
 
+START = 0.25
+"""Depth of an untrained network over `max_depth`: near the mean of NYU's rooms (of 10 m) and KITTI's roads (80 m)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DepthConfig(ViTConfig):
@@ -152,6 +155,7 @@ class DepthDecoder(nnx.Module):
         self.fusion = nnx.List([Fusion(config, rngs=rngs) for _ in SCALES])
         self.conv = convolution(config, channels, channels // 2, 3, rngs)
         self.out = convolution(config, channels // 2, 1, 1, rngs)
+        self.out.bias[...] = jnp.full_like(self.out.bias[...], math.log(START / (1 - START)))
         self.head_weights = 9 * channels * (channels // 2) + channels // 2
 
     def __call__(
