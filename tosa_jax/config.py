@@ -17,6 +17,7 @@ from tosa_jax.data.pipeline import DataConfig
 from tosa_jax.errors import ConfigError
 from tosa_jax.models.vit_config import ViTConfig, check, check_choice, variant_config
 from tosa_jax.optim import OptimConfig
+from tosa_jax.profiling import profile_range
 from tosa_jax.sharding import MeshConfig
 
 CONTROLS = ("dense", "random", "previous", "skip")
@@ -124,7 +125,9 @@ class RunConfig:
 
     seed: int = 0
     batch_size: int = 256
+    accumulate: int = 1  # parts that a batch is worked through in: less memory, the same result
     log_steps: int = 50
+    profile_steps: str = ""  # "100:105": steps of each stage whose trace goes to WORKDIR/profile
     init_from: str = ""  # weights to start from: whatever `load_pretrained` reads
     init_selectors: str = ""  # a file of selectors, from another run's selector stage
     model: ViTConfig
@@ -137,8 +140,9 @@ class RunConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "log_steps"):
+        for name in ("batch_size", "accumulate", "log_steps"):
             check(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        profile_range(self.profile_steps)
 
     def has_stage(self, stage: str) -> bool:
         """Whether a stage takes part in the run."""
@@ -235,7 +239,9 @@ def _check_fields(where: str, values: Mapping[str, Any], template: Mapping[str, 
 
 
 MAY_CHANGE = {
+    "accumulate",
     "log_steps",
+    "profile_steps",
     "mesh",
     "eval.batch_size",
     "eval.figure_images",

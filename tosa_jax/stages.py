@@ -37,7 +37,7 @@ class Runner:
     def __init__(self, run: RunConfig, workdir: Path, stop: StopRequest) -> None:
         self.run, self.workdir, self.stop = run, workdir, stop
         self.mesh: Mesh = make_mesh(run.mesh)
-        check_batch("batch_size", run.batch_size, self.mesh)
+        check_batch("batch_size", run.batch_size, self.mesh, run.accumulate)
         check_batch("eval.batch_size", run.eval.batch_size, self.mesh)
         self.dataset: DatasetFacts = open_dataset(run.data)
         check_classes(run, self.dataset)
@@ -79,7 +79,9 @@ class Runner:
         config: StageConfig = getattr(self.run, stage.kind)
         optim = config.optim(self.steps_per_epoch, self.run.batch_size)
         model = dataclasses.replace(stage.model, drop_path_rate=config.drop_path_rate)
-        graphdef, own = split(cost.abstract_model(model))
+        network = cost.abstract_model(model)
+        graphdef, own = split(network)
+        macs = cost.training_macs(network, only_selectors=stage.kind == "selector")
         task = self.task(config)
         if stage.kind == "selector":
             task = SelectorFitting(task=task)
@@ -87,10 +89,12 @@ class Runner:
         if config.distill_weight:
             dense = with_plan(self.run.model, "standard")
             teacher, names = split(cost.abstract_model(dense))
+            macs += cost.macs(cost.abstract_model(dense))
             teacher_params = {name: self.networks[self.trunk][name] for name in names}
         setup = StepSetup(
             graphdef, task, make_optimizer(optim), learning_rate(optim), optim.ema_decay,
             self.run.seed, zlib.crc32(stage.name.encode()) >> 1, teacher, config.distill_weight,
+            self.run.accumulate,
         )  # fmt: skip
         start = {name: x for name, x in self.networks[stage.start].items() if name in own}
 
@@ -112,6 +116,8 @@ class Runner:
             init_args=(start, teacher_params),
             evaluator=self.evaluator(stage.model, task),
             evaluate_first=bool(start),
+            flops_per_image=2.0 * macs,
+            profile_dir=str(self.workdir / "profile" / stage.name),
         )
 
     def train(self, stage: Stage, writer: MetricWriter) -> None:
