@@ -29,8 +29,9 @@ FLOORS = [
     "evaluate",
     "train",
     "stages",
+    "compiling",
     "command_line",
-    "main prepare bench",
+    "main prepare bench compile_check",
 ]
 """From the ground up; a room imports from lower floors, or from a room of its own floor listed before it."""
 

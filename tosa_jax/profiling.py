@@ -13,7 +13,9 @@ def profile_range(steps: str) -> range:
     """The steps that "100:105" names, the last not included; none for "". Raises ConfigError."""
     match = re.fullmatch(r"(\d+):(\d+)", steps)
     if steps and (match is None or int(match.group(1)) >= int(match.group(2))):
-        raise ConfigError(f"profile_steps={steps!r} must be FIRST:END with FIRST < END, e.g. 100:105")
+        raise ConfigError(
+            f"profile_steps={steps!r} must be FIRST:END with FIRST < END, e.g. 100:105"
+        )
     return range(*map(int, match.groups())) if match else range(0)
 
 

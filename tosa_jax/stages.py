@@ -32,16 +32,30 @@ from tosa_jax.train import StageRun, StopRequest, catch_signals, train_stage
 
 
 class Runner:
-    """Carries a run through its stages; networks of finished stages are kept by stage name."""
+    """Carries a run through its stages; networks of finished stages are kept by stage name.
 
-    def __init__(self, run: RunConfig, workdir: Path, stop: StopRequest) -> None:
+    `mesh`, `dataset` and `init` (what `init_from` and `init_selectors` hold) are opened from the configuration unless
+    they are given: for `stage_run` alone, devices for compiling only and abstract parameters will do.
+    """
+
+    def __init__(
+        self,
+        run: RunConfig,
+        workdir: Path,
+        stop: StopRequest,
+        *,
+        mesh: Mesh | None = None,
+        dataset: DatasetFacts | None = None,
+        init: Params | None = None,
+    ) -> None:
         self.run, self.workdir, self.stop = run, workdir, stop
-        self.mesh: Mesh = make_mesh(run.mesh)
+        self.mesh: Mesh = make_mesh(run.mesh) if mesh is None else mesh
         check_batch("batch_size", run.batch_size, self.mesh, run.accumulate)
         check_batch("eval.batch_size", run.eval.batch_size, self.mesh)
-        self.dataset: DatasetFacts = open_dataset(run.data)
+        self.dataset: DatasetFacts = open_dataset(run.data) if dataset is None else dataset
         check_classes(run, self.dataset)
-        self.networks: dict[str, Params] = {"init": shard(load_init(run), self.mesh)}
+        init = shard(load_init(run), self.mesh) if init is None else init
+        self.networks: dict[str, Params] = {"init": init}
         self.facts: dict[str, dict[str, Any]] = {}
 
     @property
