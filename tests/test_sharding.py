@@ -1,7 +1,6 @@
 """The mesh: one table, shard shapes, the same training on every mesh, and what each mesh sends."""
 
 import functools
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -18,6 +17,7 @@ from tosa_jax.sharding import (
     MeshConfig,
     check_batch,
     make_mesh,
+    mesh_sizes,
     spec_for,
     to_global,
     tree_shardings,
@@ -42,7 +42,7 @@ def mesh_of(name):
 @functools.cache
 def setup(keep_rate=0.5, mixing=MixingConfig(), accumulate=1):  # noqa: B008
     plan = "selective" if keep_rate else None
-    model = small_model(plan=plan, keep_rate=keep_rate or 0.5, drop_path_rate=0.1)
+    model = small_model(depth=2, plan=plan, keep_rate=keep_rate or 0.5, drop_path_rate=0.1)
     graphdef, params = split(model)
     optim = OptimConfig(steps=20, learning_rate=1e-3, warmup_steps=3, ema_decay=0.9, clip_norm=1.0)
     task = Classification(
@@ -124,26 +124,37 @@ def test_batches_are_split_over_data_and_fsdp():
     assert batch["image"].sharding.shard_shape((16, 8, 8, 1)) == (4, 8, 8, 1)
 
 
-def fake_devices(slices=1, processes=2, local=4):
-    """Devices as a cluster has them, the last first; `make_mesh` must not trust their order."""
-    return [
-        SimpleNamespace(slice_index=s, process_index=s * processes + p, id=i)
-        for s in range(slices) for p in range(processes) for i in range(local)
-    ][::-1]  # fmt: skip
+@pytest.mark.parametrize(
+    ("axes", "slices", "sizes"),
+    [
+        ({}, 1, [1, 8, 1, 1]),
+        ({}, 2, [2, 4, 1, 1]),  # the same command on more slices
+        ({"fsdp": -1, "data": 2}, 2, [2, 2, 2, 1]),
+        ({"dcn": 4, "model": 2}, 1, [4, 1, 1, 2]),
+    ],
+)
+def test_meshes_take_what_is_there(axes, slices, sizes):
+    assert mesh_sizes(MeshConfig(**axes), [4, 4], slices) == sizes
 
 
 @pytest.mark.parametrize(
-    ("sizes", "devices", "says"),
+    ("axes", "slices", "says"),
     [
-        ({"data": 3}, {}, "data=3, fsdp=1, model=1 needs 3 devices, but there are 8"),
-        ({"fsdp": -1}, {}, "one of data, fsdp and model may be -1"),
-        ({"dcn": 3}, {"slices": 2, "processes": 3}, "dcn=3, but the devices are on 2 slices"),
-        ({"model": 8}, {}, "model=8 does not divide the 4 devices of a process"),
+        ({"data": 3}, 1, "data=3, fsdp=1, model=1 needs 3 devices, but there are 8"),
+        ({"fsdp": -1}, 1, "one of data, fsdp and model may be -1"),
+        ({"dcn": -1}, 1, "one of data, fsdp and model may be -1"),
+        ({"dcn": 4}, 2, "dcn=4, but the devices are on 2 slices"),
+        ({"model": 8}, 1, "model=8 does not divide the 4 devices of a process"),
     ],
 )
-def test_meshes_that_do_not_fit(sizes, devices, says):
+def test_meshes_that_do_not_fit(axes, slices, says):
     with pytest.raises(ConfigError, match=says):
-        make_mesh(MeshConfig(**sizes), fake_devices(**devices))
+        mesh_sizes(MeshConfig(**axes), [4, 4], slices)
+
+
+def test_devices_stand_in_the_order_of_their_processes():
+    mesh = make_mesh(MeshConfig(), jax.devices()[::-1])
+    assert [device.id for device in mesh.devices.flat] == list(range(8))
 
 
 def test_batches_that_do_not_fit():

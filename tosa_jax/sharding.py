@@ -51,7 +51,15 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     it reads, one after the other, so that a batch does not depend on how many processes read it.
     """
     devices = sorted(jax.devices() if devices is None else devices, key=_place)
-    slices = len({_slice(device) for device in devices})
+    on_slices = Counter(_slice(device) for device in devices)
+    on_processes = Counter(device.process_index for device in devices)
+    sizes = mesh_sizes(config, list(on_processes.values()), slices=len(on_slices))
+    return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def mesh_sizes(config: MeshConfig, local_devices: list[int], slices: int = 1) -> list[int]:
+    """Devices along each of AXES, given those of each process. Raises ConfigError if they do not fit."""
+    count = sum(local_devices)
     sizes = [config.dcn or slices, config.data, config.fsdp, config.model]
     named = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
     known = int(np.prod([size for size in sizes if size != -1]))
@@ -60,21 +68,20 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
             f"mesh: {named}: sizes are positive, one of data, fsdp and model may be -1"
         )
     if -1 in sizes:
-        sizes[sizes.index(-1)] = max(len(devices) // known, 1)
-    if int(np.prod(sizes)) != len(devices):
+        sizes[sizes.index(-1)] = max(count // known, 1)
+    if int(np.prod(sizes)) != count:
         raise ConfigError(
-            f"mesh: {named} needs {int(np.prod(sizes))} devices, but there are {len(devices)}; set "
+            f"mesh: {named} needs {int(np.prod(sizes))} devices, but there are {count}; set "
             "--config.mesh.data=-1 to take all that are left"
         )
     if slices not in (1, sizes[0]):
         raise ConfigError(f"mesh: dcn={sizes[0]}, but the devices are on {slices} slices: use 0")
-    local = Counter(device.process_index for device in devices)
-    if any(count % sizes[-1] for count in local.values()):
+    if any(local % sizes[-1] for local in local_devices):
         raise ConfigError(
-            f"mesh: model={sizes[-1]} does not divide the {min(local.values())} devices of a process, "
-            "whose rows of the batch are its own; use fsdp for more"
+            f"mesh: model={sizes[-1]} does not divide the {min(local_devices)} devices of a process, "
+            "which reads rows of the batch for itself; use fsdp for more"
         )
-    return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return sizes
 
 
 def _slice(device: jax.Device) -> int:
