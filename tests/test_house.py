@@ -9,7 +9,7 @@ import tosa_jax
 ROOT = Path(tosa_jax.__path__[0])
 FLOORS = [
     "array_types errors progress data.mixing",
-    "token_ops stand_ins attention_ops losses metrics sharding figures",
+    "token_ops stand_ins attention_ops losses metrics sharding collectives devices profiling figures",
     "models.vit_config models.params models.positions",
     "optim models.layers",
     "models.stream models.selector",
@@ -33,8 +33,9 @@ FLOORS = [
     "evaluate",
     "train",
     "stages",
+    "compiling",
     "command_line",
-    "main prepare bench",
+    "main prepare bench compile_check",
 ]
 """From the ground up; a room imports from lower floors, or from a room of its own floor listed before it."""
 

@@ -209,15 +209,15 @@ def known_chrono() -> Chrono:
 def test_plain_lines(tmp_path: Path) -> None:
     stream = io.StringIO()
     with Progress("finetune", 90, 400, stream) as progress:
-        progress.update(110, 2.5, warm_chrono()[0])
+        progress.update(110, 2.5, warm_chrono()[0], mfu=math.nan)
         progress.message("saved [step 110]")
-        progress.update(120, 0.2708, known_chrono())
-        progress.update(120, math.nan, known_chrono())
+        progress.update(120, 0.2708, known_chrono(), mfu=0.406)
+        progress.update(120, math.nan, known_chrono(), mfu=math.nan)
     assert stream.getvalue().splitlines() == [
         "finetune step 110/400 27.5% | loss 2.50 | -- img/s | data -- | ETA --",
         "saved [step 110]",
-        "finetune step 120/400 30.0% | loss 0.271 | 320 img/s | data 1% | ETA 28s",
-        "finetune step 120/400 30.0% | loss nan | 320 img/s | data 1% | ETA 28s",
+        "finetune step 120/400 30.0% | loss 0.271 | 320 img/s | data 1% | MFU 41% | ETA 28s",
+        "finetune step 120/400 30.0% | loss nan | 320 img/s | data 1% | MFU n/a | ETA 28s",
     ]
 
 

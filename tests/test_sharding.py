@@ -1,4 +1,4 @@
-"""The mesh: one table, shard shapes, and the same training on every mesh."""
+"""The mesh: one table, shard shapes, the same training on every mesh, and what each mesh sends."""
 
 import functools
 
@@ -8,13 +8,16 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from small import small_model
 
+from tosa_jax.collectives import collectives, totals
+from tosa_jax.data.mixing import MixingConfig
 from tosa_jax.errors import ConfigError
 from tosa_jax.models.params import split
-from tosa_jax.optim import OptimConfig, learning_rate, make_optimizer
+from tosa_jax.optim import OptimConfig, learning_rate, make_optimizer, split_trainable
 from tosa_jax.sharding import (
     MeshConfig,
     check_batch,
     make_mesh,
+    mesh_sizes,
     spec_for,
     to_global,
     tree_shardings,
@@ -24,26 +27,31 @@ from tosa_jax.tasks.classification import Classification
 from tosa_jax.train import compile_step
 
 MESHES = {
-    "one": (1, 1, 1),
-    "data": (8, 1, 1),
-    "all": (2, 2, 2),
-    "fsdp": (1, 8, 1),
+    "one": MeshConfig(data=1),
+    "data": MeshConfig(data=8),
+    "fsdp": MeshConfig(data=1, fsdp=8),
+    "slices": MeshConfig(dcn=2, data=2, fsdp=2),
+    "all": MeshConfig(data=2, fsdp=2, model=2),
 }
 
 
-def mesh_of(sizes):
-    config = MeshConfig(data=sizes[0], fsdp=sizes[1], model=sizes[2])
-    return make_mesh(config, jax.devices()[: int(np.prod(sizes))])
+def mesh_of(name):
+    return make_mesh(MESHES[name], jax.devices()[: 1 if name == "one" else 8])
 
 
 @functools.cache
-def setup():
-    graphdef, params = split(small_model(keep_rate=0.5, drop_path_rate=0.1))
+def setup(keep_rate=0.5, mixing=MixingConfig(), accumulate=1):  # noqa: B008
+    plan = "selective" if keep_rate else None
+    model = small_model(depth=2, plan=plan, keep_rate=keep_rate or 0.5, drop_path_rate=0.1)
+    graphdef, params = split(model)
     optim = OptimConfig(steps=20, learning_rate=1e-3, warmup_steps=3, ema_decay=0.9, clip_norm=1.0)
-    task = Classification(num_classes=10, mean=(0.5,), std=(0.5,), label_smoothing=0.1)
+    task = Classification(
+        num_classes=10, mean=(0.5,), std=(0.5,), label_smoothing=0.1, mixing=mixing
+    )
     return StepSetup(
-        graphdef, task, make_optimizer(optim), learning_rate(optim), optim.ema_decay, 0, 1
-    ), jax.tree.map(np.asarray, params)
+        graphdef, task, make_optimizer(optim), learning_rate(optim), optim.ema_decay, 0, 1,
+        accumulate=accumulate,
+    ), jax.tree.map(np.asarray, params)  # fmt: skip
 
 
 def batches(count=20, size=16):
@@ -56,16 +64,18 @@ def batches(count=20, size=16):
     yield from [batch] * count
 
 
-def start(mesh):
-    step_setup, params = setup()
-    init = functools.partial(init_state, step_setup, params, {})
+def start(mesh, **fields):
+    """A new state and its shardings; selectors are frozen, as in fine-tuning."""
+    step_setup, params = setup(**fields)
+    trained, frozen = split_trainable(params, r"^(?!kinds/\d+/selector/)")
+    init = functools.partial(init_state, step_setup, trained, frozen)
     shardings = tree_shardings(jax.eval_shape(init), mesh)
     return jax.jit(init, out_shardings=shardings)(), shardings
 
 
 @functools.cache
 def losses(name):
-    mesh = mesh_of(MESHES[name])
+    mesh = mesh_of(name)
     state, shardings = start(mesh)
     step = compile_step(setup()[0], shardings, mesh)
     values = []
@@ -76,54 +86,150 @@ def losses(name):
     return values
 
 
-@pytest.mark.parametrize("name", ["data", "all", "fsdp"])
+@pytest.mark.parametrize("name", ["data", "fsdp", "slices", "all"])
 def test_the_same_losses_on_every_mesh(name):
     assert np.mean(losses("one")[-5:]) < np.mean(losses("one")[:5]) - 0.05
     np.testing.assert_allclose(losses(name), losses("one"), atol=1e-5)
 
 
 def test_state_is_born_sharded_with_its_moments_and_average():
-    state, _ = start(mesh_of(MESHES["all"]))
+    state, _ = start(mesh_of("all"))
     shapes = {
         "blocks/0/attn/qkv/kernel": (8, 24),  # [16, 48] over fsdp x model
         "blocks/0/mlp/fc1/bias": (16,),
         "blocks/0/attn/proj/kernel": (8, 8),
         "head/kernel": (8, 10),
         "pos_embed": (1, 17, 16),
-        "kinds/1/selector/conv1/kernel": (1, 2, 4),
     }
     moments = state.opt[1][0]
     for tree in (state.params, state.ema, moments.mu, moments.nu):
         for name, shape in shapes.items():
             assert tree[name].sharding.shard_shape(tree[name].shape) == shape, name
+        assert {k: x.sharding for k, x in tree.items()} == {
+            k: x.sharding for k, x in state.params.items()
+        }
     assert state.step.sharding.is_fully_replicated
 
 
 def test_an_axis_that_does_not_divide_is_left_out():
-    mesh = mesh_of(MESHES["all"])
+    mesh = mesh_of("all")
     assert spec_for("blocks/3/attn/qkv/kernel", (16, 48), mesh) == P("fsdp", "model")
     assert spec_for("blocks/3/attn/qkv/kernel", (15, 48), mesh) == P(None, "model")
     assert spec_for("cls_token", (1, 1, 16), mesh) == P()
 
 
 def test_batches_are_split_over_data_and_fsdp():
-    mesh = mesh_of(MESHES["all"])
+    mesh = mesh_of("all")
     batch = to_global(next(batches()), mesh)
     assert batch["image"].sharding.shard_shape((16, 8, 8, 1)) == (4, 8, 8, 1)
 
 
 @pytest.mark.parametrize(
-    ("sizes", "says"),
-    [((3, 1, 1), "needs 3 devices, but there are 8"), ((-1, -1, 1), "one of them may be -1")],
+    ("axes", "slices", "sizes"),
+    [
+        ({}, 1, [1, 8, 1, 1]),
+        ({}, 2, [2, 4, 1, 1]),  # the same command on more slices
+        ({"fsdp": -1, "data": 2}, 2, [2, 2, 2, 1]),
+        ({"dcn": 4, "model": 2}, 1, [4, 1, 1, 2]),
+    ],
 )
-def test_meshes_that_do_not_fit(sizes, says):
+def test_meshes_take_what_is_there(axes, slices, sizes):
+    assert mesh_sizes(MeshConfig(**axes), [4, 4], slices) == sizes
+
+
+@pytest.mark.parametrize(
+    ("axes", "slices", "says"),
+    [
+        ({"data": 3}, 1, "data=3, fsdp=1, model=1 needs 3 devices, but there are 8"),
+        ({"fsdp": -1}, 1, "one of data, fsdp and model may be -1"),
+        ({"dcn": -1}, 1, "one of data, fsdp and model may be -1"),
+        ({"dcn": 4}, 2, "dcn=4, but the devices are on 2 slices"),
+        ({"model": 8}, 1, "model=8 does not divide the 4 devices of a process"),
+    ],
+)
+def test_meshes_that_do_not_fit(axes, slices, says):
     with pytest.raises(ConfigError, match=says):
-        make_mesh(MeshConfig(data=sizes[0], fsdp=sizes[1], model=sizes[2]))
+        mesh_sizes(MeshConfig(**axes), [4, 4], slices)
+
+
+def test_devices_stand_in_the_order_of_their_processes():
+    mesh = make_mesh(MeshConfig(), jax.devices()[::-1])
+    assert [device.id for device in mesh.devices.flat] == list(range(8))
 
 
 def test_batches_that_do_not_fit():
     mesh = make_mesh(MeshConfig())
-    assert dict(mesh.shape) == {"data": 8, "fsdp": 1, "model": 1}
+    assert dict(mesh.shape) == {"dcn": 1, "data": 8, "fsdp": 1, "model": 1}
     check_batch("batch_size", 24, mesh)
     with pytest.raises(ConfigError, match="batch_size=20 .* the nearest that is: 16"):
         check_batch("batch_size", 20, mesh)
+    with pytest.raises(ConfigError, match="x accumulate = 16; the nearest that is: 32"):
+        check_batch("batch_size", 24, mesh, accumulate=2)
+
+
+def test_a_batch_in_parts_gives_the_same_update():
+    mesh = mesh_of("data")
+    mixing = MixingConfig(mixup=0.8, cutmix=1.0, erase_prob=0.5)
+    results = []
+    for parts in (1, 2):
+        fields = {"mixing": mixing, "accumulate": parts}
+        state, shardings = start(mesh, **fields)
+        step = compile_step(setup(**fields)[0], shardings, mesh)
+        for batch in batches(3, size=32):
+            state, metrics = step(state, to_global(batch, mesh))
+        results.append(jax.device_get((metrics, state.params, state.ema)))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), *results)
+
+
+# What a step sends. XLA writes a reduce-scatter on CPU as an all-reduce of which each device keeps its part.
+
+
+@functools.cache
+def sent(name, **fields):
+    mesh = mesh_of(name)
+    state, shardings = start(mesh, **fields)
+    step = compile_step(setup(**fields)[0], shardings, mesh)
+    batch = to_global(next(batches()), mesh)
+    return tuple(collectives(step.lower(state, batch).compile().as_text()))
+
+
+def parameter_bytes(name, sharded):
+    state, _ = start(mesh_of(name))
+    return sum(x.nbytes for x in state.params.values() if sharded != x.sharding.is_fully_replicated)
+
+
+def test_data_parallel_training_reduces_gradients_and_nothing_else():
+    assert sent("one") == ()
+    found = totals(sent("data"))
+    assert found.keys() == {"all-reduce"}
+    gradients = parameter_bytes("data", sharded=False)
+    assert gradients <= found["all-reduce"]["bytes"] < 1.01 * gradients
+
+
+def test_fsdp_gathers_parameters_and_reduces_gradients():
+    found = totals(sent("fsdp"))
+    assert found.keys() == {"all-gather", "all-reduce"}
+    shards = parameter_bytes("fsdp", sharded=True)
+    gradients = shards + parameter_bytes("fsdp", sharded=False)
+    # Each parameter is gathered once, and no activation ever is.
+    assert found["all-gather"]["bytes"] == shards > 0.8 * gradients
+    assert gradients <= found["all-reduce"]["bytes"] < 1.01 * gradients
+
+
+def test_between_slices_nothing_is_gathered():
+    within = {frozenset({0, 1}), frozenset({2, 3}), frozenset({4, 5}), frozenset({6, 7})}
+    gathers = [one for one in sent("slices") if one.kind == "all-gather"]
+    assert {frozenset(group) for one in gathers for group in one.groups} == within
+    across = [one for one in sent("slices") if max(map(len, one.groups)) > 2]
+    assert across and all(one.kind == "all-reduce" for one in across)
+
+
+@pytest.mark.parametrize("name", ["data", "fsdp", "slices"])
+def test_selective_layers_send_nothing(name):
+    assert totals(sent(name)) == totals(sent(name, keep_rate=None))
+
+
+def test_parts_of_a_batch_move_no_example():
+    one, two = (totals(sent("data", accumulate=n)) for n in (1, 2))
+    assert one.keys() == two.keys() == {"all-reduce"}
+    assert two["all-reduce"]["bytes"] < 2.01 * one["all-reduce"]["bytes"]

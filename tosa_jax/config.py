@@ -18,6 +18,7 @@ from tosa_jax.errors import ConfigError
 from tosa_jax.models.networks import network_config
 from tosa_jax.models.vit_config import ViTConfig, check, check_choice
 from tosa_jax.optim import SCHEDULES, OptimConfig
+from tosa_jax.profiling import profile_range
 from tosa_jax.sharding import MeshConfig
 from tosa_jax.tasks import TASKS
 
@@ -133,7 +134,9 @@ class RunConfig:
     options: Any = None
     seed: int = 0
     batch_size: int = 256
+    accumulate: int = 1  # parts that a batch is worked through in: less memory, the same result
     log_steps: int = 50
+    profile_steps: str = ""  # "100:105": steps of each stage whose trace goes to WORKDIR/profile
     init_from: str = ""  # weights to start from: whatever `load_pretrained` reads
     init_selectors: str = ""  # a file of selectors, from another run's selector stage
     model: ViTConfig
@@ -146,9 +149,10 @@ class RunConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "log_steps"):
+        for name in ("batch_size", "accumulate", "log_steps"):
             check(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         TASKS[self.task].check_run(self)
+        profile_range(self.profile_steps)
 
     def has_stage(self, stage: str) -> bool:
         """Whether a stage takes part in the run."""
@@ -255,7 +259,9 @@ def _check_fields(where: str, values: Mapping[str, Any], template: Mapping[str, 
 
 
 MAY_CHANGE = {
+    "accumulate",
     "log_steps",
+    "profile_steps",
     "mesh",
     "eval.batch_size",
     "eval.figure_images",

@@ -46,3 +46,18 @@ def num_params(model: VisionTransformer) -> int:
 def abstract_model(config: ViTConfig) -> VisionTransformer:
     """The model with shapes for arrays: nothing is allocated."""
     return nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0)))
+
+
+def training_macs(model: VisionTransformer, *, only_selectors: bool = False) -> int:
+    """Multiply-adds of one training example: forward, and twice as much backward for the part that gets gradients.
+
+    That is everything but the selectors, or with `only_selectors` nothing else: the backbone then runs forward only.
+    What is computed again to save memory does not count.
+    """
+    forward = macs(model)
+    selectors = sum(
+        kind.selector.macs(model.config.num_tokens)
+        for kind in model.kinds
+        if getattr(kind, "selector", None) is not None
+    )
+    return forward + 2 * (selectors if only_selectors else forward - selectors)

@@ -269,13 +269,19 @@ class Progress(contextlib.AbstractContextManager):
             self._task = self._bar.add_task(stage, total=total_steps, completed=first_step, text="")
             self._bar.start()
 
-    def update(self, step: int, loss: float, chrono: Chrono) -> None:
-        """Shows the state after `step`; off a terminal every call prints a line."""
+    def update(self, step: int, loss: float, chrono: Chrono, mfu: float | None = None) -> None:
+        """Shows the state after `step`; off a terminal every call prints a line.
+
+        `mfu` is the share of the devices' peak that is used; NaN where that is unknown, None to say nothing of it.
+        """
         speed = chrono.images_per_second
+        share = "n/a" if mfu is None or math.isnan(mfu) else f"{mfu:.0%}"
+        utilisation = "" if mfu is None or math.isnan(speed) else f" | MFU {share}"
         text = (
             f"| loss {f'{loss:#.3g}'.rstrip('.')}"
             f" | {f'{speed:.0f}' if speed >= 10 else f'{speed:.2g}'} img/s"
             f" | data {chrono.data_wait_fraction:.0%}"
+            f"{utilisation}"
             f" | ETA {format_seconds(chrono.eta_seconds)}"
         ).replace("| nan img/s | data nan%", "| -- img/s | data --")
         if self._bar is not None:

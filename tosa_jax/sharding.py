@@ -1,9 +1,11 @@
 """Where arrays live: the mesh, one table from parameter paths to axes, and host batches made global.
 
-Models never name the mesh. The batch is split over `data` and `fsdp` together; parameters over `fsdp` and `model`.
+Models never name the mesh. The batch is split over `dcn`, `data` and `fsdp` together; parameters, their moments and
+their averages over `fsdp` and `model`, so that between slices nothing but gradients and scalars travels.
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +17,9 @@ from jax.sharding import PartitionSpec as P
 
 from tosa_jax.errors import ConfigError
 
-AXES = ("data", "fsdp", "model")
-BATCH = P(("data", "fsdp"))
+AXES = ("dcn", "data", "fsdp", "model")
+BATCH_AXES = ("dcn", "data", "fsdp")
+BATCH = P(BATCH_AXES)
 
 RULES: tuple[tuple[str, P], ...] = (
     (r"(attn/qkv|mlp/fc1)/kernel$", P("fsdp", "model")),
@@ -29,34 +32,73 @@ RULES: tuple[tuple[str, P], ...] = (
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices along each axis; one of them may be -1: all that are left."""
+    """Devices along each axis; one of data, fsdp and model may be -1: all that are left.
 
+    dcn  slices, which the data centre's network joins; 0: as many as the devices say that they are on. On devices that
+         know of no slices, such as GPUs, any number of equal parts, in the order of the processes.
+    """
+
+    dcn: int = 0
     data: int = -1
     fsdp: int = 1
     model: int = 1
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """A mesh with axes `data`, `fsdp`, `model`. Raises ConfigError if the sizes do not fit the devices."""
-    devices = jax.devices() if devices is None else devices
-    sizes = [getattr(config, axis) for axis in AXES]
+    """A mesh with axes `dcn`, `data`, `fsdp`, `model`. Raises ConfigError if the sizes do not fit the devices.
+
+    Devices stand in the order of their slices, then of their processes: each process holds the rows of a batch that
+    it reads, one after the other, so that a batch does not depend on how many processes read it.
+    """
+    devices = sorted(jax.devices() if devices is None else devices, key=_place)
+    on_slices = Counter(_slice(device) for device in devices)
+    on_processes = Counter(device.process_index for device in devices)
+    sizes = mesh_sizes(config, list(on_processes.values()), slices=len(on_slices))
+    return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def mesh_sizes(config: MeshConfig, local_devices: list[int], slices: int = 1) -> list[int]:
+    """Devices along each of AXES, given those of each process. Raises ConfigError if they do not fit."""
+    count = sum(local_devices)
+    sizes = [config.dcn or slices, config.data, config.fsdp, config.model]
+    named = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
     known = int(np.prod([size for size in sizes if size != -1]))
-    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes) or sizes[0] < 1:
         raise ConfigError(
-            f"mesh={sizes} (data, fsdp, model): sizes are positive, one of them may be -1"
+            f"mesh: {named}: sizes are positive, one of data, fsdp and model may be -1"
         )
     if -1 in sizes:
-        sizes[sizes.index(-1)] = max(len(devices) // known, 1)
-    if int(np.prod(sizes)) != len(devices):
+        sizes[sizes.index(-1)] = max(count // known, 1)
+    if int(np.prod(sizes)) != count:
         raise ConfigError(
-            f"mesh={sizes} (data, fsdp, model) needs {int(np.prod(sizes))} devices, but there are "
-            f"{len(devices)}; set --config.mesh.data=-1 to take all that are left"
+            f"mesh: {named} needs {int(np.prod(sizes))} devices, but there are {count}; set "
+            "--config.mesh.data=-1 to take all that are left"
         )
-    return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+    if slices not in (1, sizes[0]):
+        raise ConfigError(f"mesh: dcn={sizes[0]}, but the devices are on {slices} slices: use 0")
+    if any(local % sizes[-1] for local in local_devices):
+        raise ConfigError(
+            f"mesh: model={sizes[-1]} does not divide the {min(local_devices)} devices of a process, "
+            "which reads rows of the batch for itself; use fsdp for more"
+        )
+    return sizes
+
+
+def _slice(device: jax.Device) -> int:
+    return getattr(device, "slice_index", None) or 0
+
+
+def _place(device: jax.Device) -> tuple[int, int, int]:
+    return _slice(device), device.process_index, device.id
+
+
+def batch_ways(mesh: Mesh) -> int:
+    """Parts that a batch is split into."""
+    return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch over `data` and `fsdp`."""
+    """Rows of a batch over `dcn`, `data` and `fsdp`."""
     return NamedSharding(mesh, BATCH)
 
 
@@ -65,13 +107,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def check_batch(name: str, batch_size: int, mesh: Mesh) -> None:
-    """Raise a ConfigError unless the mesh divides `batch_size`."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch_size % ways:
+def check_batch(name: str, batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
+    """Raise a ConfigError unless the mesh divides each of the `accumulate` parts of `batch_size`."""
+    ways = batch_ways(mesh)
+    if batch_size % (ways * accumulate):
+        parts = f" x accumulate = {ways * accumulate}" if accumulate > 1 else f" = {ways} devices"
         raise ConfigError(
-            f"{name}={batch_size} is not divided by the mesh's data x fsdp = {ways} devices; "
-            f"the nearest that is: {max(round(batch_size / ways), 1) * ways}"
+            f"{name}={batch_size} is not divided by the mesh's dcn x data x fsdp{parts}; the nearest "
+            f"that is: {max(round(batch_size / ways / accumulate), 1) * ways * accumulate}"
         )
 
 

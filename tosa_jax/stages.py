@@ -36,18 +36,33 @@ from tosa_jax.train import StageRun, StopRequest, catch_signals, train_stage
 
 
 class Runner:
-    """Carries a run through its stages; networks of finished stages are kept by stage name."""
+    """Carries a run through its stages; networks of finished stages are kept by stage name.
 
-    def __init__(self, run: RunConfig, workdir: Path, stop: StopRequest) -> None:
+    `mesh`, `dataset` and `init` (what `init_from` and `init_selectors` hold) are opened from the configuration unless
+    they are given: for `stage_run` alone, devices for compiling only and abstract parameters will do.
+    """
+
+    def __init__(
+        self,
+        run: RunConfig,
+        workdir: Path,
+        stop: StopRequest,
+        *,
+        mesh: Mesh | None = None,
+        dataset: DatasetFacts | None = None,
+        init: Params | None = None,
+    ) -> None:
         self.run, self.workdir, self.stop = run, workdir, stop
-        self.mesh: Mesh = make_mesh(run.mesh)
-        check_batch("batch_size", run.batch_size, self.mesh)
+        self.mesh: Mesh = make_mesh(run.mesh) if mesh is None else mesh
+        check_batch("batch_size", run.batch_size, self.mesh, run.accumulate)
         check_batch("eval.batch_size", run.eval.batch_size, self.mesh)
-        self.dataset: DatasetFacts = open_dataset(run.data)
+        self.dataset: DatasetFacts = open_dataset(run.data) if dataset is None else dataset
         if uses_labels(run):
             TASKS[run.task].check_dataset(run, self.dataset)
-        params, self.init_is_trained = load_init(run)
-        self.networks: dict[str, Params] = {"init": shard(params, self.mesh)}
+        params, self.init_is_trained = load_init(run) if init is None else (init, True)
+        if init is None:
+            params = shard(params, self.mesh)
+        self.networks: dict[str, Params] = {"init": params}
         self.facts: dict[str, dict[str, Any]] = {}
 
     @property
@@ -75,7 +90,9 @@ class Runner:
         config: StageConfig = getattr(self.run, stage.kind)
         optim = config.optim(self.steps_per_epoch, self.run.batch_size)
         model = dataclasses.replace(stage.model, drop_path_rate=config.drop_path_rate)
-        graphdef, own = split(cost.abstract_model(model))
+        network = cost.abstract_model(model)
+        graphdef, own = split(network)
+        macs = cost.training_macs(network, only_selectors=stage.kind == "selector")
         task = self.task(config)
         if stage.kind == "selector":
             task = SelectorFitting(task=task)
@@ -88,10 +105,12 @@ class Runner:
                 )
             dense = with_plan(self.run.model, "standard")
             teacher, names = split(cost.abstract_model(dense))
+            macs += cost.macs(cost.abstract_model(dense))
             teacher_params = {name: self.networks[self.trunk][name] for name in names}
         setup = StepSetup(
             graphdef, task, make_optimizer(optim), learning_rate(optim), optim.ema_decay,
             self.run.seed, zlib.crc32(stage.name.encode()) >> 1, teacher, config.distill_weight,
+            self.run.accumulate,
         )  # fmt: skip
         start = {name: x for name, x in self.networks[stage.start].items() if name in own}
 
@@ -113,6 +132,8 @@ class Runner:
             init_args=(start, teacher_params),
             evaluator=self.evaluator(stage.model, task),
             evaluate_first=bool(start),
+            flops_per_image=2.0 * macs,
+            profile_dir=str(self.workdir / "profile" / stage.name),
         )
 
     def train(self, stage: Stage, writer: MetricWriter) -> None:

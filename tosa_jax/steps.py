@@ -4,7 +4,8 @@ No state hides anywhere: random keys are folded from seed, stage and step, so th
 uninterrupted one would have drawn, on any number of devices.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -48,6 +49,7 @@ class StepSetup:
     graphdef  structure of the model; `teacher` of the dense one, or None.
     task      inputs, loss and metrics.
     stage_id  what the stage's random keys are folded from, with `seed`.
+    accumulate  parts that a batch is worked through in, one after the other, for less memory.
     """
 
     graphdef: nnx.GraphDef
@@ -59,6 +61,7 @@ class StepSetup:
     stage_id: int
     teacher: nnx.GraphDef | None = None
     distill_weight: float = 0.0
+    accumulate: int = 1
 
 
 def init_state(
@@ -86,16 +89,20 @@ def train_step(
     )
     images, targets = setup.task.training_batch(batch, jax.random.fold_in(key, MIXING))
 
-    def mean_loss(params):
+    def mean_loss(params, images, targets, keys):
         model = set_params(setup.graphdef, state.frozen | params)
-        out = model(images, key=key, train=True)
+        out = model(images, key=keys, train=True)
         loss = setup.task.loss(out, targets)
         if setup.teacher is not None:
             teacher_out = set_params(setup.teacher, state.teacher)(images)
             loss = loss + setup.distill_weight * setup.task.distillation(out, teacher_out)
         return loss.mean()
 
-    loss, grads = jax.value_and_grad(mean_loss)(state.params)
+    loss, grads = mean_over_parts(
+        functools.partial(jax.value_and_grad(mean_loss), state.params),
+        (images, targets, jax.random.split(key, len(images))),
+        setup.accumulate,
+    )
     updates, opt = setup.optimizer.update(grads, state.opt, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = {
@@ -110,6 +117,28 @@ def train_step(
         ema=update_ema(state.ema, params, setup.ema_decay),
     )
     return new, metrics
+
+
+def mean_over_parts(function: Callable[..., Any], batch: tuple[Any, ...], parts: int) -> Any:
+    """Mean of `function(*part)` over equal parts of a batch, which run one after the other.
+
+    Part i has the rows i, i + parts, i + 2 * parts, ...: of each device's rows as many as of another's, so that no
+    row has to move. Sums are float32; the mean has the function's own dtypes.
+    """
+    if parts == 1:
+        return function(*batch)
+
+    def split(x):
+        return x.reshape(len(x) // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+
+    def body(total, part):
+        return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, function(*part)), None
+
+    split_batch = jax.tree.map(split, batch)
+    out = jax.eval_shape(function, *jax.tree.map(lambda x: x[0], split_batch))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), out)
+    total, _ = jax.lax.scan(body, zeros, split_batch)
+    return jax.tree.map(lambda t, x: (t / parts).astype(x.dtype), total, out)
 
 
 def eval_step(

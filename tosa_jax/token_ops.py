@@ -51,7 +51,8 @@ def select_tokens(scores: Scores, count: int, num_prefix_tokens: int) -> Selecti
     scores [b n], higher is better; ties go to the lower index. No gradient passes.
     """
     patch_scores = jax.lax.stop_gradient(scores)[:, num_prefix_tokens:]
-    _, best = jax.lax.top_k(patch_scores, count - num_prefix_tokens)
+    # Not lax.top_k: on CPU and GPU its program first gathers the scores of all devices' examples.
+    best = jnp.argsort(-patch_scores, axis=1)[:, : count - num_prefix_tokens]
     patches = jnp.sort(best, axis=1) + num_prefix_tokens
     prefix = jnp.broadcast_to(jnp.arange(num_prefix_tokens), (len(scores), num_prefix_tokens))
     indices = jnp.concatenate([prefix, patches], axis=1).astype(jnp.int32)

@@ -14,8 +14,10 @@ from jax.sharding import Mesh
 from tosa_jax.checkpoints import Checkpoints, with_shardings
 from tosa_jax.config import RunConfig
 from tosa_jax.data.pipeline import train_batches
+from tosa_jax.devices import peak_flops
 from tosa_jax.errors import NonFiniteLossError
 from tosa_jax.evaluate import Evaluator
+from tosa_jax.profiling import StepTrace, profile_range
 from tosa_jax.progress import Chrono, MetricWriter, Progress
 from tosa_jax.sharding import batch_sharding, replicated, to_global, tree_shardings
 from tosa_jax.steps import StepSetup, TrainState, train_step, trained_params
@@ -66,6 +68,8 @@ class StageRun:
     init             makes the state at step 0 of `init_args`, already sharded when jitted so. Arrays are
                      arguments, not closed over: a program would hold them as constants.
     evaluate_first   also score the network before the first step.
+    flops_per_image  operations that training needs for an image, by arithmetic.
+    profile_dir      where traces of steps go.
     """
 
     name: str
@@ -77,6 +81,8 @@ class StageRun:
     init_args: tuple[Any, ...]
     evaluator: Evaluator
     evaluate_first: bool
+    flops_per_image: float
+    profile_dir: str
 
     def is_due(self, step: int, every: int) -> bool:
         """Whether something done every so many steps, and at the end, is due before the next step."""
@@ -101,9 +107,15 @@ class Log:
     """Metrics of steps are fetched one interval late, so that the device never waits for the log."""
 
     def __init__(
-        self, stage: str, writer: MetricWriter, progress: Progress, chrono: Chrono
+        self,
+        stage: str,
+        writer: MetricWriter,
+        progress: Progress,
+        chrono: Chrono,
+        peak_share: float,
     ) -> None:
         self.stage, self.writer, self.progress, self.chrono = stage, writer, progress, chrono
+        self.peak_share = peak_share  # of all devices' operations in a second, that an image needs
         self.fresh: list[tuple[int, dict]] = []
         self.ready: list[tuple[int, dict]] = []
 
@@ -130,6 +142,7 @@ class Log:
         last = due[-1][0]
         record = {name: float(x) for name, x in values[-1].items()}
         record["loss"] = sum(float(v["loss"]) for v in values) / len(values)
+        mfu = self.chrono.images_per_second * self.peak_share
         self.writer.write(
             self.stage,
             last,
@@ -137,9 +150,10 @@ class Log:
             | {
                 "perf/img_per_sec": self.chrono.images_per_second,
                 "perf/data_wait_frac": self.chrono.data_wait_fraction,
+                "perf/mfu": mfu,
             },
         )
-        self.progress.update(last, record["loss"], self.chrono)
+        self.progress.update(last, record["loss"], self.chrono, mfu)
 
 
 def restore_or_init(
@@ -184,9 +198,12 @@ def train_stage(
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    with Progress(stage.name, first, stage.total_steps) as progress:
-        log = Log(stage.name, writer, progress, chrono)
+    trace = StepTrace(profile_range(run.profile_steps), stage.profile_dir)
+    with Progress(stage.name, first, stage.total_steps) as progress, trace:
+        peak_share = stage.flops_per_image / peak_flops(mesh.devices.ravel().tolist())
+        log = Log(stage.name, writer, progress, chrono, peak_share)
         for step in range(first, stage.total_steps + 1):
+            trace.at(step, state)
             fresh = not restored or step > first  # else evaluated and saved before the restart
             metrics = None
             if fresh and stage.evaluates_at(step):
@@ -208,7 +225,8 @@ def train_stage(
                 break
             with chrono.data_wait():
                 batch = to_global(next(batches), mesh)
-            state, step_metrics = step_fn(state, batch)
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                state, step_metrics = step_fn(state, batch)
             log.add(step + 1, step_metrics)
             if (step + 1) % run.log_steps == 0:
                 log.flush()

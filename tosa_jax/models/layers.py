@@ -28,6 +28,17 @@ def attend_plainly(query: Heads, key: Heads, value: Heads) -> tuple[Heads, None]
     return attention(query, key, value), None
 
 
+def fold_key(key: jax.Array, number: int) -> jax.Array:
+    """`jax.random.fold_in` for one key, or for one an example."""
+    fold = jax.random.fold_in
+    return jax.vmap(fold, (0, None))(key, number) if key.ndim else fold(key, number)
+
+
+def draw(key: jax.Array, count: int, sample: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """`sample(key)` for each of `count` examples, from a key an example or from one key for all."""
+    return jax.vmap(sample)(key if key.ndim else jax.random.split(key, count))
+
+
 class DropPath(NamedTuple):
     """Stochastic depth (Huang et al. 2016): an example's branch is left out with probability `rate`."""
 
@@ -37,7 +48,8 @@ class DropPath(NamedTuple):
     def __call__(self, update: Tokens, branch: int) -> Tokens:
         """update [b n d] of branch 0 (attention) or 1 (MLP), scaled to keep its expectation."""
         keep = 1.0 - jnp.asarray(self.rate, jnp.float32)
-        kept = jax.random.bernoulli(jax.random.fold_in(self.key, branch), keep, (len(update), 1, 1))
+        key = fold_key(self.key, branch)
+        kept = draw(key, len(update), lambda k: jax.random.bernoulli(k, keep, (1, 1)))
         return jnp.where(kept, update / keep.astype(update.dtype), 0)
 
 

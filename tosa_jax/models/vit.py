@@ -13,6 +13,7 @@ from tosa_jax.models.layers import (
     Block,
     PatchEmbed,
     attend_plainly,
+    fold_key,
     layer_norm,
     linear,
     token_init,
@@ -124,7 +125,7 @@ class VisionTransformer(nnx.Module):
         rates = drop_path_rates(self.config)
         for i, (kind, block) in enumerate(zip(self.kinds, self.blocks, strict=True)):
             attend = self.kinds[i + 1].needs() if i + 1 < len(self.kinds) else None
-            layer_key = None if key is None else jax.random.fold_in(key, i)
+            layer_key = None if key is None else fold_key(key, i)
             call = LayerCall(attend or attend_plainly, layer_key, rates[i], train and rates[i] > 0)
             stream = kind.apply(block, stream, call)
             if i in self.config.taps:
@@ -142,7 +143,11 @@ class VisionTransformer(nnx.Module):
     def __call__(
         self, images: Images, *, key: jax.Array | None = None, train: bool = False
     ) -> Output:
-        """images [b height width c], normalised. `key` feeds drop path (with `train`) and random selection."""
+        """images [b height width c], normalised.
+
+        `key` feeds drop path (with `train`) and random selection: one key, or one an example, so that what an
+        example draws does not depend on the others in its batch.
+        """
         stream = self.layers(self.embed(images), key=key, train=train)
         tokens = stream.tokens if self.config.global_pool == "avg" else self.norm(stream.tokens)
         return Output(self.classify(tokens), tokens, stream.selected, stream.aux)

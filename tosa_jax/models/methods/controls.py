@@ -5,7 +5,7 @@ import jax
 from tosa_jax.array_types import Heads, Scores
 from tosa_jax.attention_ops import column_sums, pool_heads, walk_map
 from tosa_jax.errors import ConfigError
-from tosa_jax.models.layers import Attend, Block
+from tosa_jax.models.layers import Attend, Block, draw, fold_key
 from tosa_jax.models.methods.standard import Standard
 from tosa_jax.models.methods.tosa import SelectiveLayer
 from tosa_jax.models.stream import LayerCall, Stream
@@ -19,7 +19,8 @@ class Random(SelectiveLayer):
             raise ConfigError(
                 "the layer kind 'random' draws its tokens: call model(images, key=...)"
             )
-        return jax.random.uniform(jax.random.fold_in(call.key, 2), stream.tokens.shape[:2])
+        b, n, _ = stream.tokens.shape
+        return draw(fold_key(call.key, 2), b, lambda key: jax.random.uniform(key, (n,)))
 
 
 class Previous(SelectiveLayer):

@@ -1,0 +1,125 @@
+"""Steps compiled for TPU slices that are not there, by the real TPU compiler where the platform has one."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from tosa_jax import compile_check, compiling
+from tosa_jax.compiling import following, largest_batch, preceding
+from tosa_jax.devices import accelerator
+
+ROOT = Path(__file__).parents[1]
+DIGITS = f"--config={ROOT}/configs/digits.py"
+TINY = [
+    "--config.model.depth=2", "--config.model.embed_dim=128", "--config.eval.controls=()",
+    "--config.batch_size=32",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def settings():
+    """compile_check is an entry: what it sets for the process must not reach other tests."""
+    import jax
+
+    before = jax.config.jax_enable_compilation_cache
+    yield
+    jax.config.update("jax_enable_compilation_cache", before)
+
+
+def check(capsys, *argv):
+    """Exit status and records of the command line."""
+    status = compile_check.main([DIGITS, *TINY, "--topology=v5e:2x2", "--json", *argv])
+    return status, json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="libtpu is for Linux only")
+def test_the_training_step_is_compiled_for_the_tpu(capsys):
+    status, (record,) = check(capsys, "--only=train finetune", "--mesh=fsdp:4,data:1")
+    assert status == 0 and record["fits"]
+    assert (record["platform"], record["device"], record["devices"]) == ("tpu", "TPU v5 lite", 4)
+    # No form that another platform's compiler is called by: XLA's own for TPUs at most.
+    assert set(record["custom_calls"]) <= {"GatherScatterIndicesBitpacked", "tpu_custom_call"}
+    batch = 8 * (8 * 8 + 4)
+    assert record["argument_bytes"] - batch == pytest.approx(record["state_bytes"], rel=0.01)
+    assert record["total_bytes"] < record["memory_bytes"] == 16 * 2**30
+    assert record["collectives"]["all-gather"]["count"] > 4
+    assert record["flops"] == pytest.approx(record["flops_arithmetic"], rel=0.5)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="libtpu is for Linux only")
+def test_a_batch_that_is_too_large_does_not_fit(capsys):
+    status, (record,) = check(capsys, "--only=evaluate tosa", f"--config.eval.batch_size={2**23}")
+    assert status == 1 and not record["fits"]
+    assert record["total_bytes"] > record["memory_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        ([DIGITS], "--topology=SLICE is missing"),
+        ([DIGITS, "--topology=v5e:3x3"], "--topology=v5e:3x3: .*not divisible"),
+        ([DIGITS, "--topology=v5e:2x2", "--mesh=rows:4"], "unknown axes .'rows'.; write AXIS:SIZE"),
+        ([DIGITS, "--topology=v5e:2x2", "--mesh=data:four"], "--mesh=data:four: invalid literal"),
+        ([DIGITS, "--topology=v5e:2x2", "--mesh=data:3"], "needs 3 devices, but there are 4"),
+        ([DIGITS, "--topology=v5e:2x2", "--only=pretrian"], "no step has this in its name"),
+        (["--topology=v5e:2x2"], "--config=FILE is missing"),
+        ([DIGITS, "--topolgy=v5e:2x2"], "topolgy"),
+    ],
+)
+def test_wrong_command_lines_say_so_in_one_line(argv, says, capsys, monkeypatch):
+    monkeypatch.setattr(compiling, "compile_program", lambda *_: pytest.fail("compiled"))
+    assert compile_check.main(argv) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ") and re.search(says, line)
+
+
+def test_without_the_compiler_it_says_how_to_get_it(capsys, monkeypatch):
+    monkeypatch.setattr(compiling.importlib.util, "find_spec", lambda name: None)
+    assert compile_check.main([DIGITS, "--topology=v5e:2x2"]) == 2
+    assert capsys.readouterr().err.strip() == f"error: {compiling.MISSING}"
+    assert 'pip install "tosa-jax[tpu]"' in compiling.MISSING
+
+
+def test_batches_worth_trying():
+    batches = [1, 2, 4, 8, 16, 24]
+    assert [following(b) for b in [0, *batches[:-1]]] == batches
+    assert [preceding(b) for b in batches[1:]] == batches[:-1]
+    assert [preceding(b) for b in (3, 7, 10, 23)] == [2, 4, 8, 16]
+
+
+@pytest.mark.parametrize("largest", [0, 1, 4, 8, 96, 1000])
+@pytest.mark.parametrize("start", [1, 100])
+@pytest.mark.parametrize("told", [True, False])
+def test_the_largest_batch_is_found_in_few_compilations(largest, start, told):
+    memory, tried = 10**6 + 1, []
+
+    def needed(batch):
+        tried.append(batch)
+        size = 10**5 + 9 * 10**5 * batch // max(largest, 1) + (10**6 if not largest else 0)
+        return size <= memory, size if told or size <= memory else None
+
+    assert largest_batch(needed, memory, start) == largest
+    assert len(set(tried)) == len(tried) <= 9
+
+
+def test_people_read_what_fits():
+    record = {
+        "name": "train finetune", "fits": True, "devices": 4, "device": "TPU v5 lite",
+        "mesh": {"data": 4}, "batch_size": 64, "device_batch_size": 16, "compile_seconds": 9.4,
+        "memory_bytes": accelerator("TPU v5e").memory, "total_bytes": 12_600_000,
+        "argument_bytes": 1970, "state_bytes": 900, "temp_bytes": 6_390_000, "flops": 2.05e8,
+        "flops_arithmetic": 1.68e8,
+        "collectives": {"all-reduce": {"count": 1, "bytes": 409_000}},
+        "largest_device_batch_size": 24, "tried": {"16": 12_600_000, "32": None},
+    }  # fmt: skip
+    assert compile_check.format_record(record).splitlines() == [
+        "train finetune: fits; 4 x TPU v5 lite, data=4; batch 64, 16 a chip; compiled in 9 s",
+        "  bytes a chip: 12.6 MB of 17.2 GB: arguments 1.97 kB (parameters, optimizer, average 900 B), "
+        "temporaries 6.39 MB",
+        "  flops a chip: 2.05e+08 by the compiler, 1.68e+08 by arithmetic",
+        "  collectives: 1 all-reduce of 409 kB together",
+        "  largest batch a chip: 24 (tried 16: 12.6 MB, 32: unknown)",
+    ]

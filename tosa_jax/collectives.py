@@ -1,0 +1,161 @@
+"""What a compiled program sends between devices: its collectives, read from the text of its optimised HLO.
+
+XLA has no other public record of them. A collective in the body of a loop counts as often as the loop runs it.
+"""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+
+_HEADER = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
+_COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\((.*)$")
+_SHAPE = re.compile(r"\b(pred|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
+_CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}")
+_RESHAPED = re.compile(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)")
+_ON_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective instruction of a program.
+
+    kind    one of KINDS; the start of an asynchronous pair counts as the collective.
+    bytes   the whole buffer on one device: what an all-gather yields, what a reduce-scatter takes, what the others
+            take and yield.
+    groups  device positions that exchange with each other, in the order of the program's devices; () if all do.
+    runs    times that one run of the program executes it.
+    """
+
+    kind: str
+    bytes: int
+    groups: tuple[tuple[int, ...], ...]
+    runs: int
+
+
+def collectives(hlo: str) -> list[Collective]:
+    """The collectives of a program; `hlo` is `compiled.as_text()`."""
+    computations = dict(_computations(hlo))
+    runs = _runs(computations, hlo)
+    found: dict[str, Collective] = {}
+    for name, lines in computations.items():
+        for number, line in enumerate(lines):
+            if (match := _COLLECTIVE.search(line)) and runs[name]:
+                # A fused asynchronous collective stands in several computations, with one channel.
+                channel = re.search(r"channel_id=(\d+)", line)
+                key = channel.group(1) if channel else f"{name} {number}"
+                found.setdefault(key, _collective(match, name, runs[name]))
+    return list(found.values())
+
+
+def totals(found: Iterable[Collective]) -> dict[str, dict[str, int]]:
+    """`{kind: {"count", "bytes"}}` of one run, for the kinds that occur."""
+    table = {kind: {"count": 0, "bytes": 0} for kind in KINDS}
+    for one in found:
+        table[one.kind]["count"] += one.runs
+        table[one.kind]["bytes"] += one.runs * one.bytes
+    return {kind: row for kind, row in table.items() if row["count"]}
+
+
+def _computations(hlo: str) -> Iterator[tuple[str, list[str]]]:
+    name, lines = "", []
+    for line in hlo.splitlines():
+        if match := _HEADER.match(line):
+            name, lines = match.group(1), []
+        elif line.startswith("}") and name:
+            yield name, lines
+            name = ""
+        else:
+            lines.append(line)
+
+
+def _runs(computations: dict[str, list[str]], hlo: str) -> dict[str, int]:
+    """How often each computation runs: callers stand below what they call in the text."""
+    entry = re.search(r"^ENTRY %?([\w.-]+) ", hlo, re.MULTILINE)
+    runs: dict[str, int] = defaultdict(int)
+    if entry:
+        runs[entry.group(1)] = 1
+    for name in reversed(computations):
+        for line in computations[name]:
+            called = _CALLED.findall(line)
+            for branches in _BRANCHES.findall(line):
+                called += [branch.strip().lstrip("%") for branch in branches.split(",")]
+            trips = _TRIPS.search(line) if called and " while(" in line else None
+            for other in called:
+                runs[other] += runs[name] * (int(trips.group(1)) if trips else 1)
+    return runs
+
+
+def _collective(match: re.Match, computation: str, runs: int) -> Collective:
+    shapes, kind, start, rest = match.groups()
+    groups = _groups(rest)
+    ways = len(groups[0]) if groups else 1
+    size = sum(_bytes(*shape) for shape in _SHAPE.findall(shapes))
+    if kind == "reduce-scatter":
+        size *= ways
+    elif start and kind == "all-gather":  # the result stands beside the operand
+        size = size * ways // (ways + 1)
+    elif start and kind == "collective-permute":
+        size //= 2
+    if computation.startswith("all-reduce-scatter"):  # how a TPU program fuses one
+        kind = "reduce-scatter"
+    return Collective(kind, size, groups, runs)
+
+
+def _bytes(dtype: str, dims: str) -> int:
+    bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype).group())
+    return math.prod(int(x) for x in dims.split(",") if x) * bits // 8
+
+
+def _groups(attributes: str) -> tuple[tuple[int, ...], ...]:
+    """Replica groups in any of XLA's notations: listed, as a reshaped iota, or as axes of a mesh."""
+    if match := _LISTED.search(attributes):
+        return tuple(tuple(_ints(group)) for group in re.findall(r"\{([\d,]*)\}", match.group(1)))
+    if match := _RESHAPED.search(attributes):
+        return _rows(_iota(match.group(2)), _ints(match.group(1))[-1])
+    if match := _ON_MESH.search(attributes):
+        axes, ids, used = match.groups()
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)}
+        names = re.findall(r"'([^']+)'", used)
+        if not names or re.sub(r"'[^']+'|[, ]", "", used):
+            raise ValueError(f"replica groups in an unknown notation: {match.group()}")
+        positions = _transposed(
+            list(sizes.values()),
+            [i for i, name in enumerate(sizes) if name not in names]
+            + [list(sizes).index(name) for name in names],
+        )
+        devices = _iota(ids) if ids else list(range(len(positions)))
+        return _rows([devices[i] for i in positions], math.prod(sizes[name] for name in names))
+    return ()
+
+
+def _iota(text: str) -> list[int]:
+    """`[4,2]T(1,0)` -> the numbers 0 to 7 in an array of this shape, its axes transposed; or a plain list."""
+    match = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    if not match:
+        return _ints(text)
+    shape = _ints(match.group(1))
+    return _transposed(shape, _ints(match.group(2)) or range(len(shape)))
+
+
+def _ints(text: str | None) -> list[int]:
+    return [int(x) for x in text.split(",")] if text else []
+
+
+def _transposed(shape: list[int], order: Iterable[int]) -> list[int]:
+    """Positions 0, 1, ... in an array of this shape, read with its axes in this order."""
+    positions = [0]
+    for axis in order:
+        stride = math.prod(shape[axis + 1 :])
+        positions = [p + i * stride for p in positions for i in range(shape[axis])]
+    return positions
+
+
+def _rows(devices: list[int], size: int) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(devices[i : i + size]) for i in range(0, len(devices), size))

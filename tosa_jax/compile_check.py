@@ -1,0 +1,157 @@
+"""Compile a recipe's training and evaluation steps for a TPU slice that need not be there.
+
+    python -m tosa_jax.compile_check --config=configs/deit_s.py --topology=v5e:4x4 [--mesh=data:4,fsdp:4]
+        [--only=TEXT] [--fit] [--json] [--config.FIELD=VALUE ...]
+
+Prints for each step: the time to compile, bytes on each chip, operations, collectives, whether it fits. `--topology`
+is one slice; `--mesh=dcn:2` takes two of them. `--only` keeps the steps whose name contains TEXT, for example
+"train finetune". `--fit` finds the largest batch a chip can train with. Needs libtpu: pip install "tosa-jax[tpu]".
+Exit status: 0 everything fits, 1 something does not, 2 bad input.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from tosa_jax import command_line
+from tosa_jax.errors import ConfigError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line `argv` (without the program's name); returns the exit status."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--topology", default="")
+    parser.add_argument("--mesh", default="")
+    parser.add_argument("--only", default="")
+    parser.add_argument("--fit", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    args, recipe = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    fits = True
+
+    def work(config, workdir: Path) -> None:
+        nonlocal fits
+        del workdir  # nothing is written
+        records = check(config, args)
+        if args.json:
+            print(json.dumps(records, indent=1))
+        fits = all(record["fits"] or args.fit for record in records)
+
+    return command_line.run(__doc__, recipe, work) or int(not fits)
+
+
+def check(config, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Compiles and, unless JSON is wanted, prints each step as it is done; returns the records."""
+    # Imported late, so that a wrong command line is told at once.
+    import jax
+
+    from tosa_jax import compiling
+    from tosa_jax.config import make_run_config
+    from tosa_jax.sharding import make_mesh
+
+    if not args.topology:
+        raise ConfigError("command line: --topology=SLICE is missing, e.g. --topology=v5e:2x4")
+    jax.config.update("jax_platforms", "cpu")  # nothing runs, so no accelerator is taken
+    jax.config.update("jax_enable_compilation_cache", False)  # the time to compile is a result
+    run = make_run_config(config)
+    run = dataclasses.replace(run, mesh=parse_mesh(run.mesh, args.mesh))
+    mesh = make_mesh(run.mesh, compiling.tpu_devices(args.topology, run.mesh.dcn or 1))
+    records = []
+    for program in compiling.programs(run, mesh):
+        if args.only not in program.name or (args.fit and not program.name.startswith("train")):
+            continue
+        found = [fit_record(run, mesh, program)] if args.fit else []
+        records += found or [compiling.compile_program(program, mesh)]
+        if not args.json:
+            print(format_record(records[-1]), flush=True)
+    if not records:
+        raise ConfigError(f"command line: --only={args.only}: no step has this in its name")
+    return records
+
+
+def fit_record(run, mesh, program) -> dict[str, Any]:
+    """The record of the largest batch of this training step that fits, with `largest_device_batch_size`."""
+    from tosa_jax import compiling
+    from tosa_jax.sharding import batch_ways
+
+    ways, records = batch_ways(mesh) * run.accumulate, {}
+
+    def needed(batch: int) -> tuple[bool, int | None]:
+        sized = dataclasses.replace(run, batch_size=batch * ways)
+        same = next(p for p in compiling.programs(sized, mesh) if p.name == program.name)
+        records[batch] = compiling.compile_program(same, mesh)
+        return records[batch]["fits"], records[batch]["total_bytes"]
+
+    device = compiling.accelerator(mesh.devices.flat[0].device_kind)
+    best = compiling.largest_batch(
+        needed, device.memory if device else 2**34, run.batch_size // ways
+    )
+    tried = {str(b): records[b]["total_bytes"] for b in sorted(records)}
+    return records[best or min(records)] | {"largest_device_batch_size": best, "tried": tried}
+
+
+def parse_mesh(mesh, text: str):
+    """A MeshConfig with the axes of "data:4,fsdp:4" on top."""
+    sizes = dict(pair.partition(":")[::2] for pair in text.split(",") if pair)
+    known = [field.name for field in dataclasses.fields(mesh)]
+    try:
+        if unknown := sizes.keys() - set(known):
+            raise ValueError(f"unknown axes {sorted(unknown)}")
+        return dataclasses.replace(mesh, **{axis: int(size) for axis, size in sizes.items()})
+    except ValueError as error:
+        raise ConfigError(
+            f"command line: --mesh={text}: {error}; write AXIS:SIZE with commas between, the axes "
+            f"are {', '.join(known)}"
+        ) from error
+
+
+def format_record(record: dict[str, Any]) -> str:
+    """A step's record for people."""
+    mesh = " ".join(f"{axis}={size}" for axis, size in record["mesh"].items())
+    verdict = "fits" if record["fits"] else "DOES NOT FIT"
+    lines = [
+        f"{record['name']}: {verdict}; {record['devices']} x {record['device']}, {mesh}; "
+        f"batch {record['batch_size']}, {record['device_batch_size']} a chip; "
+        f"compiled in {record['compile_seconds']:.0f} s"
+    ]
+    memory = _size(record["memory_bytes"])
+    if record["argument_bytes"] is None:
+        lines.append(f"  bytes a chip: {_size(record['total_bytes'])} of {memory}")
+    else:
+        lines += [
+            f"  bytes a chip: {_size(record['total_bytes'])} of {memory}: arguments "
+            f"{_size(record['argument_bytes'])} (parameters, optimizer, average "
+            f"{_size(record['state_bytes'])}), temporaries {_size(record['temp_bytes'])}",
+            f"  flops a chip: {record['flops']:.3g} by the compiler, "
+            f"{record['flops_arithmetic']:.3g} by arithmetic",
+            "  collectives: "
+            + (
+                ", ".join(
+                    f"{row['count']} {kind} of {_size(row['bytes'])} together"
+                    for kind, row in record["collectives"].items()
+                )
+                or "none"
+            ),
+        ]
+    if "largest_device_batch_size" in record:
+        tried = ", ".join(f"{batch}: {_size(size)}" for batch, size in record["tried"].items())
+        lines.append(
+            f"  largest batch a chip: {record['largest_device_batch_size']} (tried {tried})"
+        )
+    return "\n".join(lines)
+
+
+def _size(count: int | None) -> str:
+    """Bytes for people, in powers of ten."""
+    if count is None:
+        return "unknown"
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count} B"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""What accelerators can do at their best, by the name that JAX gives a device: for utilisation, and for what fits.
+
+The makers' own figures: dense bfloat16 matrix products, without sparsity; memory as sold. A name that is not in the
+table is unknown, never guessed.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """One JAX device at its best.
+
+    peak_flops   bfloat16 floating-point operations a second; a multiply-add is two.
+    memory       bytes, and `memory_rate` bytes a second from it.
+    link_rate    bytes a second to its neighbours, both directions of all links together.
+    source       where the figures stand.
+    """
+
+    name: str
+    peak_flops: float
+    memory: int
+    memory_rate: float
+    link_rate: float
+    source: str
+
+
+_TPU = "https://docs.cloud.google.com/tpu/docs/"
+_NVIDIA = "https://www.nvidia.com/en-us/data-center/"
+_GB, _GIB = 10**9, 2**30
+
+ACCELERATORS: tuple[tuple[str, Accelerator], ...] = tuple(
+    (pattern, Accelerator(name, peak * 1e12, memory, rate * 1e9, link * 1e9, source))
+    for pattern, name, peak, memory, rate, link, source in (
+        (r"TPU v4$", "TPU v4", 275, 32 * _GIB, 1200, 300, _TPU + "v4"),
+        (r"TPU v5( lite|e)$", "TPU v5e", 197, 16 * _GIB, 819, 400, _TPU + "v5e"),
+        (r"TPU v5p?$", "TPU v5p", 459, 95 * _GIB, 2765, 1200, _TPU + "v5p"),
+        (r"TPU v6( lite|e)$", "TPU v6e", 918, 32 * _GIB, 1638, 800, _TPU + "v6e"),
+        (r"A100.*40GB", "A100 40 GB", 312, 40 * _GB, 1555, 600, _NVIDIA + "a100"),
+        (r"A100.*80GB", "A100 80 GB", 312, 80 * _GB, 1935, 600, _NVIDIA + "a100"),
+        (r"H100 PCIe", "H100 PCIe", 756, 80 * _GB, 2000, 600, _NVIDIA + "h100"),
+        (r"H100 NVL", "H100 NVL", 835, 94 * _GB, 3900, 600, _NVIDIA + "h100"),
+        (r"H100.*80GB", "H100", 989, 80 * _GB, 3350, 900, _NVIDIA + "h100"),
+        (r"H200 NVL", "H200 NVL", 835, 141 * _GB, 4800, 900, _NVIDIA + "h200"),
+        (r"H200", "H200", 989, 141 * _GB, 4800, 900, _NVIDIA + "h200"),
+    )
+)
+"""(regular expression of `device_kind`, figures); the first that is found in a name counts."""
+
+
+def accelerator(device_kind: str) -> Accelerator | None:
+    """The figures of a device of this kind, or None for one that is not in the table."""
+    return next((known for pattern, known in ACCELERATORS if re.search(pattern, device_kind)), None)
+
+
+def peak_flops(devices: Sequence[jax.Device]) -> float:
+    """Operations a second of all these devices together; NaN if one of them is unknown."""
+    known = [accelerator(device.device_kind) for device in devices]
+    return sum(math.nan if one is None else one.peak_flops for one in known)
