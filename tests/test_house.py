@@ -8,8 +8,8 @@ import tosa_jax
 
 ROOT = Path(tosa_jax.__path__[0])
 FLOORS = [
-    "array_types errors progress data.mixing",
-    "token_ops losses metrics sharding",
+    "array_types errors files metric_writer progress data.mixing",
+    "token_ops losses metrics sharding stopping processes",
     "models.vit_config models.params models.positions",
     "optim models.layers",
     "models.stream models.selector",
@@ -25,7 +25,7 @@ FLOORS = [
     "data.builders",
     "data.sources data.pipeline data.speed",
     "config tasks.classification run_plan",
-    "steps checkpoints figures report",
+    "steps checkpoints workdir figures report",
     "evaluate",
     "train",
     "stages",

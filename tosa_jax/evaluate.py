@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from tosa_jax.data.pipeline import DataConfig, eval_batches
 from tosa_jax.metrics import add, means
 from tosa_jax.models.params import Params, set_params
-from tosa_jax.sharding import replicated, to_global, tree_shardings
+from tosa_jax.sharding import process_rows, replicated, to_global, tree_shardings
 from tosa_jax.steps import eval_step
 
 
@@ -37,11 +37,9 @@ class Evaluator:
 
     def batches(self):
         """Global batches of the split."""
+        index, count = process_rows(self.mesh)
         host = eval_batches(
-            self.data,
-            batch_size=self.batch_size,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            self.data, batch_size=self.batch_size, process_index=index, process_count=count
         )
         return (to_global(batch, self.mesh) for batch in host)
 

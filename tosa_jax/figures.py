@@ -1,14 +1,14 @@
 """Pictures of what a model did, drawn with Pillow alone: no display, no plotting backend."""
 
 import io
+import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Integer, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from tosa_jax.progress import write_atomically
+from tosa_jax.files import write_atomically
 
 _SMALL_SIDE = 112  # a smaller picture is enlarged to about this many pixels
 _LARGE_SIDE = 336  # a larger one is reduced to about this many
@@ -61,7 +61,7 @@ def selected_tokens_figure(
     return _assemble(rows, titles, labels)
 
 
-def write_png(path: str | Path, array: UInt8[np.ndarray, "rows columns 3"]) -> None:
+def write_png(path: str | os.PathLike, array: UInt8[np.ndarray, "rows columns 3"]) -> None:
     """Writes a uint8 RGB picture; a reader finds the old file or the new one, never a part."""
     data = io.BytesIO()
     Image.fromarray(array).save(data, format="png")

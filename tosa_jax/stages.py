@@ -4,7 +4,6 @@ import dataclasses
 import platform
 import sys
 import zlib
-from pathlib import Path
 from typing import Any
 
 import flax
@@ -12,34 +11,37 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from tosa_jax import cost, figures, report
+from tosa_jax import cost, figures, processes, report
 from tosa_jax.checkpoints import Checkpoints
 from tosa_jax.config import RunConfig, StageConfig, to_json
 from tosa_jax.data.pipeline import DatasetFacts, open_dataset
 from tosa_jax.errors import ConfigError
 from tosa_jax.evaluate import Evaluator, shard, throughput
+from tosa_jax.files import AnyPath
+from tosa_jax.metric_writer import MetricWriter
 from tosa_jax.models.params import Params, get_params, set_params, split
 from tosa_jax.models.pretrained import load_pretrained, save_selectors
 from tosa_jax.models.vit import VisionTransformer
 from tosa_jax.models.vit_config import ViTConfig, with_plan
 from tosa_jax.optim import learning_rate, make_optimizer, split_trainable
-from tosa_jax.progress import MetricWriter
 from tosa_jax.run_plan import BUDGETLESS, Row, Stage, plan_stages, uses_labels
-from tosa_jax.sharding import check_batch, make_mesh
+from tosa_jax.sharding import check_batch, make_mesh, to_host
 from tosa_jax.steps import StepSetup, init_state, trained_params
+from tosa_jax.stopping import StopRequest, catch_signals
 from tosa_jax.tasks.classification import Classification, SelectorFitting
-from tosa_jax.train import StageRun, StopRequest, catch_signals, train_stage
+from tosa_jax.train import StageRun, train_stage
 
 
 class Runner:
     """Carries a run through its stages; networks of finished stages are kept by stage name."""
 
-    def __init__(self, run: RunConfig, workdir: Path, stop: StopRequest) -> None:
+    def __init__(self, run: RunConfig, workdir: AnyPath, stop: StopRequest) -> None:
         self.run, self.workdir, self.stop = run, workdir, stop
         self.mesh: Mesh = make_mesh(run.mesh)
         check_batch("batch_size", run.batch_size, self.mesh)
         check_batch("eval.batch_size", run.eval.batch_size, self.mesh)
-        self.dataset: DatasetFacts = open_dataset(run.data)
+        self.dataset: DatasetFacts = processes.together(lambda: open_dataset(run.data))
+        processes.check_same({"data set": dataclasses.asdict(self.dataset)})
         check_classes(run, self.dataset)
         self.networks: dict[str, Params] = {"init": shard(load_init(run), self.mesh)}
         self.facts: dict[str, dict[str, Any]] = {}
@@ -117,22 +119,20 @@ class Runner:
     def train(self, stage: Stage, writer: MetricWriter) -> None:
         """Trains one stage, or goes on with it, or loads it when it is done."""
         stage_run = self.stage_run(stage)
-        checkpoints = Checkpoints(
-            self.workdir / "checkpoints" / stage.name, stage_run.setup.task.best_metric
-        )
-        try:
+        folder = self.workdir / "checkpoints" / stage.name
+        with Checkpoints(folder, stage_run.setup.task.best_metric) as checkpoints:
             state, facts = train_stage(
                 stage_run, self.run, self.mesh, checkpoints, writer, self.stop
             )
-        finally:
-            checkpoints.close()
         self.facts[stage.name] = facts
         self.networks[stage.name] = self.networks[stage.start] | trained_params(state)
         if stage.kind == "selector":
             graphdef, names = split(cost.abstract_model(self.run.model))
             network = self.networks[stage.name]
-            model = set_params(graphdef, {name: network[name] for name in names})
-            save_selectors(model, self.workdir / "selectors.safetensors")
+            params = to_host({name: network[name] for name in names})
+            if processes.is_main():
+                model = set_params(graphdef, params)
+                save_selectors(model, self.workdir / "selectors.safetensors")
 
     def contestant(self, row: Row) -> tuple[Evaluator, Params]:
         """What scores a row, and its parameters on the mesh."""
@@ -166,17 +166,18 @@ class Runner:
             return None
         evaluator, params = self.contestant(row)
         batch = next(iter(evaluator.batches()))
-        selected = jax.jit(evaluator.selected)(params, batch)
+        selected = to_host(jax.jit(evaluator.selected)(params, batch))
+        batch = to_host(batch)
         model, count = row.model, self.run.eval.figure_images
         opens = [i for i, kind in enumerate(model.plan) if kind != "standard" and model.group(i)[0]]
         classes = self.dataset.class_names
         return figures.selected_tokens_figure(
-            np.asarray(batch["image"])[:count],
-            tuple(np.asarray(x)[:count] for x in selected),
+            batch["image"][:count],
+            tuple(x[:count] for x in selected),
             grid=model.grid,
             num_prefix_tokens=model.num_prefix_tokens,
             titles=["input"] + [f"layer {i + 1}" for i in opens],
-            labels=[classes[i] for i in np.asarray(batch["label"])[:count]],
+            labels=[classes[i] for i in batch["label"][:count]],
         )
 
 
@@ -216,19 +217,20 @@ def load_init(run: RunConfig) -> Params:
     return split_trainable(params, wanted)[0]
 
 
-def run_stages(run: RunConfig, workdir: Path) -> dict[str, Any]:
+def run_stages(run: RunConfig, workdir: AnyPath) -> dict[str, Any]:
     """A whole run in its work directory; goes on where an earlier one stopped. Returns the report."""
     if (done := report.read_report(workdir)) is not None:
         return done
     stages, rows = plan_stages(run)
-    with catch_signals() as stop, MetricWriter(workdir) as writer:
+    with catch_signals() as stop, MetricWriter(workdir, processes.is_main()) as writer:
         runner = Runner(run, workdir, stop)
         for stage in stages:
             runner.train(stage, writer)
         if not uses_labels(run):
             rows = []  # labels that mean nothing here are not scored
         results = runner.compare(rows) if rows else []
-        if (figure := runner.draw_tokens(rows)) is not None:
+        figure = runner.draw_tokens(rows)
+        if figure is not None and processes.is_main():
             figures.write_png(workdir / "selected_tokens.png", figure)
             writer.image("eval", 0, "selected_tokens", figure)
     result = {
@@ -238,7 +240,8 @@ def run_stages(run: RunConfig, workdir: Path) -> dict[str, Any]:
         "stages": runner.facts,
         "results": results,
     }
-    report.write_report(workdir, result)
+    if processes.is_main():
+        report.write_report(workdir, result)
     return result
 
 
