@@ -9,7 +9,7 @@ import tosa_jax
 ROOT = Path(tosa_jax.__path__[0])
 FLOORS = [
     "array_types errors files metric_writer progress data.mixing",
-    "token_ops losses metrics sharding stopping processes",
+    "token_ops losses metrics sharding processes joining stopping",
     "models.vit_config models.params models.positions",
     "optim models.layers",
     "models.stream models.selector",

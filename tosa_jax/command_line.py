@@ -2,7 +2,6 @@
 
 import os
 import sys
-import traceback
 from collections.abc import Callable
 
 import jax
@@ -12,7 +11,7 @@ from ml_collections import config_flags
 from tosa_jax import processes
 from tosa_jax.errors import ConfigError, UserError
 from tosa_jax.files import AnyPath, as_path
-from tosa_jax.processes import Cluster
+from tosa_jax.joining import Cluster, join
 from tosa_jax.stopping import Stopped
 
 CACHE_DIR = "~/.cache/tosa_jax/compiled"
@@ -107,21 +106,19 @@ def run(
         config, workdir = parse(usage, argv)
         configure_jax()
         if cluster:
-            processes.join(cluster)
+            join(cluster)
         work(config, workdir)
+        status = 0
     except Stopped as stopped:
         print(f"{stopped}; start the same command again to go on", file=sys.stderr)
-        return 128 + stopped.signum
+        status = 128 + stopped.signum
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return processes.end_all(2)
+        return processes.end_all(2, str(error))
     except BaseException as error:
-        if not jax.distributed.is_initialized():
+        if not processes.are_several():
             raise
-        if message := processes.lost_another(error):
-            print(f"error: {message}", file=sys.stderr)
-        else:
-            traceback.print_exc()
-        processes.end_all(1)
-        raise
-    return 0
+        sys.stderr.write(processes.explain(error))
+        return processes.end_all(1, str(error) or type(error).__name__)
+    processes.part()
+    return status

@@ -1,123 +1,45 @@
-"""Several processes that train one network: joining, proving that they run the same thing, failing together.
+"""Several processes that train one network: agreeing, proving that they run the same thing, ending together.
 
-`jax.distributed` does the work. What is added: a run never starts as N separate ones, and whatever ends one process
-ends all of them, each with one line.
+They talk through the key-value store of `jax.distributed`'s coordination service, not through the devices.
 """
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import traceback
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-import numpy as np
-from jax._src import distributed  # the only place that knows how many joined
-from jax.experimental import multihost_utils
+from jax._src import distributed  # its key-value store has no public name
 
-from tosa_jax.errors import ConfigError, ProcessError, UserError
+from tosa_jax.errors import ProcessError, UserError
 
 T = TypeVar("T")
 
-HEARTBEAT_SECONDS = 30
-"""A process that has been silent for so long is dead, and the coordination service ends the others."""
+BEAT_SECONDS = 3.0
+"""How often a process shows that it lives."""
 
-LINGER_SECONDS = 3.0
-"""How long process 0, which hosts that service, outlives a failure: the others then report it in their own words."""
+SILENT_SECONDS = 20.0
+"""One that has been silent for so long is dead, and the others stop with a line that says so."""
 
-LAUNCHED = {
-    "SLURM_STEP_NUM_TASKS": int,
-    "OMPI_COMM_WORLD_SIZE": int,
-    "TPU_WORKER_HOSTNAMES": lambda hosts: hosts.count(",") + 1,
-    "MEGASCALE_NUM_SLICES": int,
-}
-"""Environment variables by which a launcher says how many processes it started."""
+WAIT_SECONDS = 24 * 3600.0
+"""How long a process waits for another that lives: preparing a data set takes hours."""
+
+_ENDED = "tosa_jax/ended"  # key of what the first process to fail said
+_NOTHING = "."  # before each text: the service holds no empty ones
+_ROUNDS = itertools.count()
+_leaving = threading.Event()
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cluster:
-    """How this process finds the others.
-
-    multihost    True: it must. False: it trains alone, whatever launched it. None: alone, unless a launcher started
-                 several, which is an error then.
-    coordinator  "host:port" of process 0; "", None and None: told by Cloud TPU, Slurm or Open MPI.
-    join_timeout seconds to wait for the others.
-    """
-
-    multihost: bool | None = None
-    coordinator: str = ""
-    num_processes: int | None = None
-    process_id: int | None = None
-    join_timeout: int = 300
-
-    def __post_init__(self) -> None:
-        given = (
-            bool(self.coordinator),
-            self.num_processes is not None,
-            self.process_id is not None,
-        )
-        if any(given) and not (all(given) and self.multihost):
-            raise ConfigError(
-                "command line: --coordinator, --num_processes and --process_id go together, with --multihost; "
-                "without all three Cloud TPU, Slurm or Open MPI must tell them"
-            )
-        if all(given):
-            if not re.fullmatch(r".+:\d+", self.coordinator):
-                raise ConfigError(
-                    f"command line: --coordinator={self.coordinator!r} is not HOST:PORT"
-                )
-            if not 0 <= self.process_id < self.num_processes:
-                raise ConfigError(
-                    f"command line: --process_id={self.process_id} is not in [0, {self.num_processes})"
-                )
-
-
-def join(cluster: Cluster) -> None:
-    """Joins the other processes, before JAX has touched a device.
-
-    Raises ConfigError: a launcher started several processes, but `cluster` does not say that they belong together.
-    Where they cannot join, the process ends with one line and status 2: the service would abort it with many.
-    """
-    if not cluster.multihost:
-        if cluster.multihost is None:
-            _check_alone()
-        return
-    # For CPU devices: collectives of two programs in flight could meet each other's between two processes.
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
-    where = cluster.coordinator or "the address that the cluster gave"
-    failure = f"the processes did not come together at {where} in {cluster.join_timeout} s; all of them must be started"
-    with _deadline(cluster.join_timeout, failure):
-        try:
-            jax.distributed.initialize(
-                cluster.coordinator or None,
-                cluster.num_processes,
-                cluster.process_id,
-                initialization_timeout=2 * cluster.join_timeout,  # after ours
-                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-                shutdown_timeout_seconds=HEARTBEAT_SECONDS,
-            )
-            joined, found = distributed.global_state.num_processes, jax.process_count()
-        except (ValueError, RuntimeError, KeyError, OSError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ProcessError(
-                f"--multihost: this process cannot join others ({reason}); nothing was trained. Start it through "
-                "launch/tpu_vm.sh, launch/gke_xpk.sh or launch/slurm.sbatch, or give --coordinator=HOST:PORT "
-                "--num_processes=N --process_id=I"
-            ) from error
-    if found != joined:
-        raise ProcessError(
-            f"--multihost: {joined} processes joined, but the devices know of {found}"
-        )
 
 
 def are_several() -> bool:
@@ -130,14 +52,30 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
-def gather_texts(text: str) -> list[str]:
-    """Each process's text, in order, on all of them."""
-    data = np.frombuffer(text.encode(), np.uint8)
-    lengths = multihost_utils.process_allgather(np.int32(data.size)).reshape(-1)
-    padded = np.zeros(int(lengths.max()), np.uint8)
-    padded[: data.size] = data
-    rows = multihost_utils.process_allgather(padded).reshape(len(lengths), -1)
-    return [bytes(row[:n]).decode() for row, n in zip(rows, lengths, strict=True)]
+def watch() -> None:
+    """Starts the thread that ends this process when another one has ended."""
+    threading.Thread(target=_watch, name="watch", daemon=True).start()
+
+
+def part() -> None:
+    """The regular end: nobody leaves before all are done."""
+    first_said("")
+    _leaving.set()
+
+
+def first_said(text: str) -> str:
+    """The first text of any process that is not empty, in their order, or ""; all of them call this.
+
+    It goes through the coordination service, not through the devices: a process may wait here for hours.
+    """
+    if not are_several():
+        return text
+    client, name = _client(), f"tosa_jax/said/{next(_ROUNDS)}"
+    client.key_value_set(f"{name}/{jax.process_index()}", _NOTHING + text)
+    if is_main():
+        texts = [_get(f"{name}/{i}").removeprefix(_NOTHING) for i in range(jax.process_count())]
+        client.key_value_set(f"{name}/first", _NOTHING + next((x for x in texts if x), ""))
+    return _get(f"{name}/first").removeprefix(_NOTHING)
 
 
 def together(work: Callable[[], T]) -> T:
@@ -150,10 +88,9 @@ def together(work: Callable[[], T]) -> T:
             try:
                 result = work()
             except UserError as error:
-                message = str(error)
-        for number, said in enumerate(gather_texts(message)):
-            if said:
-                raise ProcessError(said if turn else f"process {number}: {said}")
+                message = str(error) if turn else f"process {jax.process_index()}: {error}"
+        if message := first_said(message):
+            raise ProcessError(message)
     return result
 
 
@@ -164,20 +101,16 @@ def check_same(
 
     compare   gives lines for what differs between two processes' facts; default: the names of those that do.
     """
-    texts = gather_texts(json.dumps(facts, sort_keys=True))
-    first = json.loads(texts[0])
-    for number, text in enumerate(texts):
-        other = json.loads(text)
-        lines = (
-            compare(first, other)
-            if compare
-            else sorted(k for k in first if first[k] != other.get(k))
+    if not are_several():
+        return
+    own = json.loads(json.dumps(facts))
+    first = json.loads(first_said(json.dumps(facts) if is_main() else ""))
+    lines = compare(first, own) if compare else sorted(k for k in first if first[k] != own.get(k))
+    message = f"process {jax.process_index()} differs from process 0 ({'; '.join(lines)})"
+    if message := first_said(message if lines else ""):
+        raise ProcessError(
+            f"{message}; start all processes with the same code, packages and command line"
         )
-        if lines:
-            raise ProcessError(
-                f"process {number} differs from process 0 ({'; '.join(lines)}); start all processes with the same "
-                "code, packages and command line"
-            )
 
 
 def code_versions() -> dict[str, str]:
@@ -189,53 +122,83 @@ def code_versions() -> dict[str, str]:
     return {"code": digest.hexdigest()[:12]} | {name: metadata.version(name) for name in PACKAGES}
 
 
-def lost_another(error: BaseException) -> str:
-    """The line to print if this error means that another process went away, else ""."""
+def explain(error: BaseException) -> str:
+    """What to print for an error that is not the user's: another process's end in one line, else the traceback."""
     text = str(error)
-    if not are_several() or not re.search(r"Gloo|heartbeat|Barrier failed|NCCL|coordination", text):
-        return ""
+    if not re.search(r"Gloo|NCCL|heartbeat|[Bb]arrier|[Cc]oordination", text):
+        return "".join(traceback.format_exception(error))
     return (
-        f"another process of this run has stopped, and says why in its own output ({text.splitlines()[0][:160]}); "
-        "start the same command again in all processes to go on"
+        f"error: another process of this run has stopped, and says why in its own output "
+        f"({text.splitlines()[0][:120]}); start the same command again in all processes to go on\n"
     )
 
 
-def end_all(status: int) -> int:
-    """Ends this process at once where there are others, which may be waiting for it; else returns the status.
+def end_all(status: int, why: str) -> int:
+    """Ends this process and tells the others why, where there are others; else returns the status.
 
-    A regular exit would wait for them in turn. They find out by themselves that this one is gone.
+    At a regular exit this process would wait for the others, and they may be waiting for it in a collective.
     """
-    if are_several():
-        if is_main():
-            time.sleep(LINGER_SECONDS)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    return status
+    if not are_several():
+        return status
+    _leaving.set()
+    with contextlib.suppress(Exception):  # whatever the service says, this is the end
+        _client().key_value_set(_ENDED, f"process {jax.process_index()}: {why}")
+    if is_main():
+        time.sleep(BEAT_SECONDS + 1)  # it hosts the service: the others must get to read that
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
-def _check_alone() -> None:
-    for name, count in LAUNCHED.items():
-        value = os.environ.get(name, "")
-        if value and count(value) > 1:
-            raise ConfigError(
-                f"{name}={value}: a launcher started several processes, and each would train a network of its own; "
-                "give --multihost to train one together, or --nomultihost if separate runs are meant"
+def _watch() -> None:
+    """Ends this process when another has said that it ends, or the next one has been silent for too long.
+
+    A collective whose partner has died may hang, and after `joining.HEARTBEAT_SECONDS` the service would abort the
+    process with a stack trace. Each process watches one other, so that the service has little to do however many there are.
+    """
+    client, own = _client(), jax.process_index()
+    watched = (own + 1) % jax.process_count()
+    heard, heard_at = "", time.monotonic()
+    for beat in itertools.count():
+        time.sleep(BEAT_SECONDS)
+        try:
+            client.key_value_set(f"tosa_jax/alive/{own}", str(beat), allow_overwrite=True)
+            ended = _try_get(_ENDED)
+            now = _try_get(f"tosa_jax/alive/{watched}")
+        except jax.errors.JaxRuntimeError:
+            ended = "process 0: does not answer"
+        if now != heard:
+            heard, heard_at = now, time.monotonic()
+        if not ended and heard_at + SILENT_SECONDS < time.monotonic():
+            ended = f"process {watched}: silent for {SILENT_SECONDS:.0f} s"
+            with contextlib.suppress(Exception):
+                client.key_value_set(_ENDED, ended)
+        if _leaving.is_set():
+            return
+        if ended:
+            print(
+                f"error: another process of this run has stopped ({ended}); start the same command again in all "
+                "processes to go on",
+                file=sys.stderr,
+                flush=True,
             )
+            if own == 0:
+                time.sleep(BEAT_SECONDS + 1)
+            os._exit(1)
 
 
-@contextlib.contextmanager
-def _deadline(seconds: float, message: str) -> Iterator[None]:
-    """Ends the process with one line when the body takes longer: it may wait in code that cannot be interrupted."""
+def _client() -> Any:
+    return distributed.global_state.client
 
-    def end():
-        print(f"error: {message}", file=sys.stderr, flush=True)
-        os._exit(2)
 
-    timer = threading.Timer(seconds, end)
-    timer.daemon = True
-    timer.start()
+def _get(key: str) -> str:
+    return _client().blocking_key_value_get(key, int(WAIT_SECONDS * 1000))
+
+
+def _try_get(key: str) -> str:
     try:
-        yield
-    finally:
-        timer.cancel()
+        return _client().key_value_try_get(key)
+    except jax.errors.JaxRuntimeError as error:
+        if "NOT_FOUND" in str(error):
+            return ""
+        raise

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
+
+from tosa_jax.processes import first_said
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -40,8 +41,8 @@ class StopRequest:
         if not multihost_utils.reached_preemption_sync_point(self._calls):
             return None
         # SIGTERM reaches the service and not Python; an interrupt from a keyboard anywhere names the end of all.
-        signums = multihost_utils.process_allgather(np.int32(self.signum or signal.SIGTERM))
-        self.signum = int(signums.min())
+        interrupt = first_said(str(self.signum) if self.signum == signal.SIGINT else "")
+        self.signum = int(interrupt or signal.SIGTERM)
         return self.signum
 
 
