@@ -22,7 +22,7 @@ def get_config():
     config = default_config()
     config.batch_size = 16
     config.log_steps = 1
-    config.model.update({SIZES})
+    config.model.update({SIZES | {"depth": 2}})
     config.data.update(name="digits", in_memory=True, augment="shift")
     config.inputs.update(mean=(.3,), std=(.4,))
     config.eval.batch_size = 360

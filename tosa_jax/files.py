@@ -1,4 +1,4 @@
-"""Files of this machine and of buckets (`gs://`, `s3://`) alike."""
+"""Files of this machine and of buckets (`gs://`) alike."""
 
 import os
 import tempfile
@@ -13,26 +13,26 @@ from tosa_jax.errors import ConfigError
 AnyPath = Path | epath.Path
 """A `pathlib.Path`, or etils' path of a bucket: both have what this project calls of them."""
 
-PACKAGES = {"gs": "gcs", "s3": "s3"}
-"""Schemes, and the extra of this project that reads and writes them."""
-
 UPLOAD_SECONDS = 60.0
 
 
 def as_path(path: str | os.PathLike) -> AnyPath:
-    """The path of a file here, with `~` expanded, or in a bucket. Raises ConfigError for schemes that are unknown."""
+    """The path of a file here, with `~` expanded, or in a bucket.
+
+    Raises ConfigError where buckets of that kind, or the package for them, are missing.
+    """
     text = os.fspath(path)
-    scheme = text.partition("://")[0] if "://" in text else ""
-    if not scheme:
+    if "://" not in text:
         return Path(text).expanduser()
-    if scheme not in PACKAGES:
-        raise ConfigError(f"{text}: files are local or in a bucket (gs://, s3://)")
-    try:
-        fsspec.get_filesystem_class(scheme)
-    except ImportError as error:
+    if not text.startswith("gs://"):
+        # etils could, but Orbax writes no checkpoints to S3 and ArrayRecord reads no data from there.
         raise ConfigError(
-            f'{text}: needs a package ({error}); pip install "tosa-jax[{PACKAGES[scheme]}]"'
-        ) from error
+            f"{text}: only gs:// is read and written directly; mount other buckets as a folder"
+        )
+    try:
+        fsspec.get_filesystem_class("gs")
+    except ImportError as error:
+        raise ConfigError(f'{text}: {error}; pip install "tosa-jax[gcs]"') from error
     return epath.Path(text)
 
 

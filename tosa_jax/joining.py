@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import jax
 from jax._src import distributed  # how many joined has no public name
+from jax.experimental import multihost_utils
 
 from tosa_jax import processes
 from tosa_jax.errors import ConfigError, ProcessError
@@ -89,6 +90,8 @@ def join(cluster: Cluster) -> None:
                 heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             )
             joined, found = distributed.global_state.num_processes, jax.process_count()
+            # The devices meet now, while nobody compiles: those of CPUs give up on a partner after 30 s.
+            multihost_utils.sync_global_devices("joined")
         except (ValueError, RuntimeError, KeyError, OSError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ProcessError(

@@ -154,7 +154,7 @@ def _watch() -> None:
     """Ends this process when another has said that it ends, or the next one has been silent for too long.
 
     A collective whose partner has died may hang, and after `joining.HEARTBEAT_SECONDS` the service would abort the
-    process with a stack trace. Each process watches one other, so that the service has little to do however many there are.
+    process with a stack trace. Each process watches one other, so that the service has little to do for any number.
     """
     client, own = _client(), jax.process_index()
     watched = (own + 1) % jax.process_count()

@@ -15,6 +15,7 @@ from tosa_jax.data.builders.preparing import (
     prepared_dir,
 )
 from tosa_jax.errors import ConfigError, DataError
+from tosa_jax.files import is_remote
 
 __all__ = [
     "GENERATED",
@@ -44,7 +45,7 @@ def open_builder(name: str, data_dir: str, source_dir: str = "") -> tfds.core.Da
       ConfigError, DataError: what `prepare_own` or `prepared_dir` raises; the set has no feature
         "image" (an image) or "label" (a class).
     """
-    if is_own(name, source_dir):
+    if is_own(name, source_dir) and not is_remote(data_dir):
         limit = image_folder.AUTOMATIC_BYTES
         path = prepare_own(name, data_dir, source_dir, max_bytes=limit)
     else:
