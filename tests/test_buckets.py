@@ -6,9 +6,11 @@ import time
 
 import fsspec
 import pytest
+from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import register_implementation
 from orbax.checkpoint._src.path import gcs_utils
+from orbax.checkpoint._src.serialization import tensorstore_utils
 from small import small_run
 
 from tosa_jax import stages, workdir
@@ -23,22 +25,26 @@ from tosa_jax.stopping import Stopped
 from tosa_jax.workdir import lease, open_workdir
 
 
-class FakeBucket(LocalFileSystem):
-    """gs://bucket/x is the file x of a folder; nothing is appended to, and a file appears when it is closed."""
+class FakeBucket(DirFileSystem):
+    """gs://bucket/x is the file bucket/x of a folder; nothing is appended to, and no folder need be made."""
 
     protocol = ("gs", "gcs")
     root = ""
 
-    @classmethod
-    def _strip_protocol(cls, path):
-        path = str(path)
-        if "://" in path:
-            path = f"{cls.root}/{path.partition('://')[2]}"
-        return super()._strip_protocol(path)
+    def __init__(self, **kwargs):
+        super().__init__(path="-", fs=LocalFileSystem(auto_mkdir=True))
 
-    def _open(self, path, mode="rb", **kwargs):
+    @property
+    def path(self):
+        return self.root  # not the instance's: etils keeps that for ever
+
+    @path.setter
+    def path(self, value):
+        pass
+
+    def open(self, path, mode="rb", *args, **kwargs):
         assert "a" not in mode and "+" not in mode, f"{mode} in a bucket"
-        return super()._open(path, mode, **kwargs)
+        return super().open(path, mode, *args)
 
 
 @pytest.fixture
@@ -51,10 +57,9 @@ def bucket(tmp_path, monkeypatch):
         register_implementation(protocol, FakeBucket, clobber=True)
     FakeBucket.clear_instance_cache()
     # TensorStore has a client of its own, and Orbax asks Google what kind of bucket it is.
+    monkeypatch.setattr(tensorstore_utils, "_use_gcs_driver", lambda path: False)
     monkeypatch.setattr(
-        gcs_utils,
-        "get_kvstore_for_gcs",
-        lambda path: {"driver": "file", "path": f"{FakeBucket._strip_protocol(path)}/"},
+        tensorstore_utils, "_normalize_path", lambda path: str(path).replace("gs:/", f"{folder}", 1)
     )
     monkeypatch.setattr(gcs_utils, "get_bucket", lambda name: object())
     return "gs://b", folder / "b"

@@ -11,9 +11,14 @@ import sys
 import time
 from pathlib import Path
 
-
+import pytest
 from small import SIZES
 
+from tosa_jax.command_line import parse
+from tosa_jax.config import make_run_config
+from tosa_jax.stages import run_stages
+from tosa_jax.stopping import Stopped, StopRequest
+from tosa_jax.workdir import open_workdir
 
 ROOT = Path(__file__).parents[1]
 RECIPE = f"""
@@ -32,7 +37,7 @@ PATIENCE = 120  # seconds; none of the tests waits for it unless it fails
 
 
 class Run:
-    """Two processes of one run, two CPU devices each."""
+    """Two processes of one run, a CPU device each: with more, the threads of a small machine starve each other."""
 
     def __init__(
         self, folder: Path, *args: str, each: tuple[tuple[str, ...], ...] = ((), ()), trees=()
@@ -84,7 +89,7 @@ def environment(tree: Path) -> dict[str, str]:
     return os.environ | {
         "PYTHONPATH": str(tree),
         "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": "2",
+        "JAX_NUM_CPU_DEVICES": "1",
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache/jax"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
     }
@@ -171,3 +176,51 @@ def test_who_cannot_join_stops_with_one_line(tmp_path):
     (line,) = said[1]
     assert line.startswith("error: --multihost: this process cannot join others")
     assert not (tmp_path / "run").exists()
+
+
+def losses_of(workdir: Path) -> dict[tuple[str, int], float]:
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    losses = [(r["stage"], r["step"], r["train/loss"]) for r in records if "train/loss" in r]
+    assert len({x[:2] for x in losses}) == len(losses), "a step was recorded twice"
+    return {(stage, step): loss for stage, step, loss in losses}
+
+
+def test_a_run_of_one_process_goes_on_in_two_and_ends_in_one(digits_dir, tmp_path, monkeypatch):
+    args = [
+        f"--config.data.data_dir={digits_dir}", "--config.pretrain.steps=8",
+        "--config.selector.steps=4", "--config.finetune.steps=4",
+    ]  # fmt: skip
+    (tmp_path / "tiny.py").write_text(RECIPE)
+    config, _ = parse("", [f"--config={tmp_path}/tiny.py", *args])
+    run = make_run_config(config)
+    straight = run_stages(run, tmp_path / "straight")
+
+    asked = iter([None] * 4 + [signal.SIGTERM])
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(StopRequest, "agreed", lambda self: next(asked))
+        with open_workdir(tmp_path / "run", run):
+            run_stages(run, tmp_path / "run")
+    assert steps_of(tmp_path) == [4]
+
+    two = Run(tmp_path, *args, "--config.mesh.fsdp=2", "--config.data.num_threads=1")
+    assert two.statuses() == [0, 0], two.said(0) + two.said(1)
+    assert "ToSA" in two.outputs[0][0].read_text()
+    assert "pretrain step 5/8" in two.said(0) and "pretrain step 4/8" not in two.said(0)
+    assert two.outputs[1][0].read_text() == "" and own_lines(two.said(1)) == []
+    expected, losses = losses_of(tmp_path / "straight"), losses_of(tmp_path / "run")
+    assert losses.keys() == expected.keys() and len(losses) == 16
+    for key, loss in expected.items():
+        assert abs(losses[key] - loss) <= 1e-5, key
+    reports = [straight, json.loads((tmp_path / "run/report.json").read_text())]
+    (tmp_path / "run/report.json").unlink()
+    reports.append(run_stages(run, tmp_path / "run"))
+    assert reports[1]["device"].startswith("2 x")
+    for report in reports[1:]:
+        for row, other in zip(straight["results"], report["results"], strict=True):
+            assert row["count"] == other["count"] == 360
+            for name, value in row["metrics"].items():
+                assert abs(value - other["metrics"][name]) <= 1e-5, (row["name"], name)
+    for name in ("selected_tokens.png", "selectors.safetensors"):
+        assert (tmp_path / "run" / name).stat().st_size == (
+            tmp_path / "straight" / name
+        ).stat().st_size
