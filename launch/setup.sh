@@ -1,6 +1,10 @@
-# shellcheck shell=bash
-# Sourced by the other launch scripts, from the root of the repository: `set_up EXTRAS` makes .venv
-# and installs this project into it once. PYTHON=... names the interpreter to make it with.
+#!/usr/bin/env bash
+# Makes .venv and installs this project into it, once.
+#
+#     launch/setup.sh [EXTRAS]           EXTRAS as in pyproject.toml, e.g. '[tpu,gcs]'
+#
+# The other launch scripts source it, from the root of the repository, and call `set_up EXTRAS`.
+# PYTHON=... names the interpreter to make .venv with.
 
 complain() {
     echo "launch: $*" >&2
@@ -34,7 +38,7 @@ stamp_of() {
 }
 
 set_up() {
-    local extras=$1 stamp=.venv/tosa_jax_stamp python installed=""
+    local extras=$1 stamp=.venv/tosa_jax_stamp python installed="" pins=(-c constraints.txt)
     if [[ -f $stamp ]]; then installed=$(<"$stamp"); fi
     # The environment of the tests holds everything that a run needs.
     if [[ -x .venv/bin/python ]] &&
@@ -50,7 +54,15 @@ set_up() {
         "$python" -m venv .venv
     fi
     echo "launch: installing into .venv, once" >&2
-    .venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e ".$extras" >&2
+    # The pins hold a jax that compiles badly for CUDA: see pyproject.toml.
+    if [[ $extras == *cuda* ]]; then pins=(); fi
+    .venv/bin/python -m pip install --disable-pip-version-check "${pins[@]}" -e ".$extras" >&2
     # Last, so that a failed install is repeated.
     stamp_of "$extras" >"$stamp"
 }
+
+if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
+    set -euo pipefail
+    CDPATH='' cd -- "$(dirname -- "$0")/.."
+    set_up "${1:-}"
+fi

@@ -8,8 +8,9 @@ import tosa_jax
 
 ROOT = Path(tosa_jax.__path__[0])
 FLOORS = [
-    "array_types errors progress data.mixing",
-    "token_ops stand_ins attention_ops losses metrics sharding collectives devices profiling figures",
+    "array_types errors files metric_writer progress data.mixing",
+    "token_ops stand_ins attention_ops losses metrics sharding processes joining stopping",
+    "collectives devices profiling figures",
     "models.vit_config models.params models.positions",
     "optim models.layers",
     "models.stream models.selector",
@@ -29,7 +30,7 @@ FLOORS = [
     "data.sources data.settings data.pipeline data.speed",
     "tasks.task tasks.selector_fitting tasks.classification tasks.depth tasks",
     "config run_plan",
-    "steps checkpoints report",
+    "steps checkpoints workdir report",
     "evaluate",
     "train",
     "stages",

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from tosa_jax.progress import Chrono, MetricWriter, Progress, format_seconds, write_atomically
+from tosa_jax.files import write_atomically
+from tosa_jax.metric_writer import MetricWriter
+from tosa_jax.progress import Chrono, Progress, format_seconds
 
 
 class Clock:

@@ -14,10 +14,11 @@ from tosa_jax import stages, train
 from tosa_jax.checkpoints import Checkpoints
 from tosa_jax.data.pipeline import train_batches
 from tosa_jax.errors import ConfigError, DataError, NonFiniteLossError
-from tosa_jax.progress import MetricWriter
+from tosa_jax.metric_writer import MetricWriter
 from tosa_jax.run_plan import plan_stages
 from tosa_jax.stages import Runner, run_stages
-from tosa_jax.train import Stopped, StopRequest, train_stage
+from tosa_jax.stopping import Stopped, StopRequest
+from tosa_jax.train import train_stage
 
 STEPS = {"steps": 20, "ema_decay": 0.9, "warmup_steps": 2, "checkpoint_steps": 10}
 

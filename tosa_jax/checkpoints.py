@@ -1,35 +1,43 @@
-"""Orbax checkpoints of a stage, and the work directory that holds a run.
+"""Orbax checkpoints of a stage, on one process or many, here or in a bucket.
 
 Precedence when a run starts: the newest readable checkpoint of the stage, else what the stage before left, else
 `init_from`, else random weights.
 """
 
 import contextlib
-import fcntl
-import json
 import logging
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
-from tosa_jax.config import RunConfig, differences, to_json
 from tosa_jax.errors import WorkdirError
-from tosa_jax.progress import write_atomically
+from tosa_jax.files import AnyPath, is_remote
+from tosa_jax.processes import are_several
+from tosa_jax.stopping import Stopped
 
 log = logging.getLogger(__name__)
 
 
-class Checkpoints:
+class Manager(ocp.CheckpointManager):
+    """Orbax's manager, which leaves it to the training loop to ask whether a preemption is due.
+
+    It would ask with step numbers, which start anew with each stage; the service compares them.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
+class Checkpoints(contextlib.AbstractContextManager):
     """Checkpoints `<directory>/<step>/` of one stage, written in the background; the newest and the best are kept.
 
     The best is that of highest `best_metric`, or of lowest where `lower_is_better`.
     """
 
-    def __init__(self, directory: Path, best_metric: str, lower_is_better: bool = False) -> None:
+    def __init__(self, directory: AnyPath, best_metric: str, lower_is_better: bool = False) -> None:
         def score(metrics):
             if best_metric not in metrics:
                 return float("-inf")
@@ -47,7 +55,8 @@ class Checkpoints:
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
         )
-        self.manager = ocp.CheckpointManager(directory.absolute(), options=options)
+        directory = directory if is_remote(directory) else directory.absolute()
+        self.manager = Manager(directory, options=options)
 
     def save(
         self,
@@ -103,45 +112,14 @@ class Checkpoints:
     def close(self) -> None:
         self.manager.close()
 
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # Closing waits for what is being written, and that for other processes: after a failure they may not come.
+        if kind is None or kind is Stopped or not are_several():
+            self.close()
+
 
 def with_shardings(tree: Any, shardings: Any) -> Any:
     """Shapes that say where each leaf lives."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
     )
-
-
-@contextlib.contextmanager
-def open_workdir(workdir: Path, run: RunConfig) -> Iterator[Path]:
-    """Makes or re-opens the work directory of a run and locks it.
-
-    Raises WorkdirError if another process works in it, or if it holds a run of another configuration (the
-    fields that differ are named).
-    """
-    config_path = workdir / "config.json"
-    if workdir.exists() and not workdir.is_dir():
-        raise WorkdirError(f"{workdir} is a file; give another --workdir")
-    values = json.loads(json.dumps(to_json(run)))
-    if config_path.exists():
-        try:
-            lines = differences(json.loads(config_path.read_text()), values)
-        except json.JSONDecodeError as error:
-            raise WorkdirError(
-                f"{config_path} cannot be read ({error}); delete {workdir}"
-            ) from error
-        if lines:
-            raise WorkdirError(
-                f"{workdir} holds a run of another configuration ({'; '.join(lines)}); "
-                "give another --workdir, or set these fields back"
-            )
-    workdir.mkdir(parents=True, exist_ok=True)
-    with open(workdir / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise WorkdirError(
-                f"{workdir} is in use by another process; wait for it, or give another --workdir"
-            ) from None
-        if not config_path.exists():
-            write_atomically(config_path, json.dumps(values, indent=2).encode())
-        yield workdir

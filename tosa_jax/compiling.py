@@ -33,7 +33,8 @@ from tosa_jax.run_plan import plan_stages, uses_labels
 from tosa_jax.sharding import batch_sharding, batch_ways, tree_shardings
 from tosa_jax.stages import Runner
 from tosa_jax.steps import trained_params
-from tosa_jax.train import StopRequest, compile_step
+from tosa_jax.stopping import StopRequest
+from tosa_jax.train import compile_step
 
 MISSING = 'the TPU compiler is not installed: pip install "tosa-jax[tpu]"'
 
@@ -93,7 +94,9 @@ def programs(run: RunConfig, mesh: Mesh) -> Iterator[Program]:
     """
     if not run.has_stage("pretrain"):
         run = dataclasses.replace(run, init_from=run.init_from or "released weights")
-    facts = DatasetFacts(run.batch_size, run.eval.batch_size, run.model.num_classes, ())
+    facts = DatasetFacts(
+        run.batch_size, run.eval.batch_size, run.model.num_classes, (), run.task, run.model.image_shape
+    )
     runner = Runner(run, Path(), StopRequest(), mesh=mesh, dataset=facts, init=abstract_init(run))
     stages, rows = plan_stages(run)
     for stage in stages:

@@ -6,7 +6,7 @@ is set. Durations carry a unit: `epochs` or `steps`; the other of the two stays 
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -282,16 +282,26 @@ def to_json(run: RunConfig) -> dict[str, Any]:
     return values
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> list[str]:
+def process_differences(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Lines `field: first -> other` for what two processes of a run may not set differently: all but where data is."""
+    return differences(first, other, may_change={x for x in MAY_CHANGE if x.startswith("data.")})
+
+
+def differences(
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    where: str = "",
+    may_change: Collection[str] = MAY_CHANGE,
+) -> list[str]:
     """Lines `field: old -> new` for what differs between two runs' JSON and may not."""
     lines = []
     for name in sorted(old.keys() | new.keys()):
         path = f"{where}{name}"
         before, after = old.get(name), new.get(name)
-        if path in MAY_CHANGE:
+        if path in may_change:
             continue
         if isinstance(before, Mapping) and isinstance(after, Mapping):
-            lines += differences(before, after, f"{path}.")
+            lines += differences(before, after, f"{path}.", may_change)
         elif before != after:
             lines.append(f"{path}: {before} -> {after}")
     return lines

@@ -30,3 +30,7 @@ class NonFiniteLossError(UserError):
 
 class WeightsError(UserError):
     """A file of weights cannot be read, or does not fit the model."""
+
+
+class ProcessError(UserError):
+    """The processes of a run cannot join, differ, or one of them failed."""

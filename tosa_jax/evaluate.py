@@ -15,7 +15,7 @@ from tosa_jax.data.pipeline import DataConfig, eval_batches
 from tosa_jax.metrics import add, means
 from tosa_jax.models.params import Params, set_params
 from tosa_jax.models.vit import Output
-from tosa_jax.sharding import replicated, to_global, tree_shardings
+from tosa_jax.sharding import process_rows, replicated, to_global, tree_shardings
 from tosa_jax.steps import eval_step
 
 
@@ -38,12 +38,9 @@ class Evaluator:
 
     def batches(self):
         """Global batches of the split. Raises DataError at an example that cannot be scored."""
-        index, count = jax.process_index(), jax.process_count()
+        index, count = process_rows(self.mesh)
         host = eval_batches(
-            self.data,
-            batch_size=self.batch_size,
-            process_index=index,
-            process_count=count,
+            self.data, batch_size=self.batch_size, process_index=index, process_count=count
         )
         for number, batch in enumerate(host):
             first = number * self.batch_size + index * (self.batch_size // count)

@@ -1,14 +1,14 @@
 """Pictures of what a model did, drawn with Pillow; matplotlib lends its colours. No display, no plotting backend."""
 
 import io
+import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Integer, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from tosa_jax.progress import write_atomically
+from tosa_jax.files import write_atomically
 
 _SMALL_SIDE = 112  # a smaller picture is enlarged to about this many pixels
 _LARGE_SIDE = 336  # a larger one is reduced to about this many
@@ -126,7 +126,7 @@ def colour_map(
     return matplotlib.colormaps["turbo"](share.clip(0, 1), bytes=True)[..., :3]
 
 
-def save_depth_png(path: str | Path, metres: Float[np.ndarray, "height width"]) -> None:
+def save_depth_png(path: str | os.PathLike, metres: Float[np.ndarray, "height width"]) -> None:
     """Writes depth as a 16-bit PNG in millimetres, 0 where not finite or not above 0; 65.535 m is the most."""
     known = np.where(np.isfinite(metres) & (metres > 0), metres, 0)
     millimetres = (known * 1000).round().clip(0, 2**16 - 1).astype(np.uint16)
@@ -135,7 +135,7 @@ def save_depth_png(path: str | Path, metres: Float[np.ndarray, "height width"]) 
     write_atomically(path, data.getvalue())
 
 
-def write_png(path: str | Path, array: UInt8[np.ndarray, "rows columns 3"]) -> None:
+def write_png(path: str | os.PathLike, array: UInt8[np.ndarray, "rows columns 3"]) -> None:
     """Writes a uint8 RGB picture; a reader finds the old file or the new one, never a part."""
     data = io.BytesIO()
     Image.fromarray(array).save(data, format="png")

@@ -11,9 +11,9 @@ Exit status: 0 done, 2 bad input, 130 stopped by a signal.
 
 import shlex
 import sys
-from pathlib import Path
 
 from tosa_jax import command_line
+from tosa_jax.files import AnyPath
 
 _OVERWRITE = "--overwrite"
 
@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     recipe = [arg for arg in argv if arg != _OVERWRITE]
 
-    def work(config, workdir: Path) -> None:
+    def work(config, workdir: AnyPath) -> None:
         del workdir  # data belongs to no run
         _prepare(config, recipe, overwrite=_OVERWRITE in argv)
 

@@ -1,20 +1,14 @@
-"""What a long run says while it runs: its clock, its metric records and its progress line."""
+"""What a long run says while it runs: its clock and its progress line."""
 
 import contextlib
 import io
-import json
 import math
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import Any, SupportsFloat
+from collections.abc import Callable, Iterator
 
-import numpy as np
 import rich.console
 import rich.progress
-import tensorboardX
 
 Clock = Callable[[], float]
 
@@ -118,111 +112,6 @@ class Chrono:
         return self._clock() - self._started
 
 
-def write_atomically(path: str | os.PathLike, data: bytes) -> None:
-    """Writes a whole file: a reader finds the old bytes or the new ones, never a part."""
-    path = Path(path)
-    # tempfile would make the file private to its owner, and runs are shared.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-class MetricWriter(contextlib.AbstractContextManager):
-    """Appends records to `metrics.jsonl` and scalars to `tensorboard/<stage>` of a work directory.
-
-    Args:
-        workdir: the work directory; made if missing.
-        main_process: False makes every method do nothing, so that callers need not ask.
-    """
-
-    def __init__(self, workdir: str | os.PathLike, main_process: bool = True) -> None:
-        self._workdir = Path(workdir)
-        self._path = self._workdir / "metrics.jsonl"
-        self._main_process = main_process
-        self._boards: dict[str, tensorboardX.SummaryWriter] = {}
-        self._purge_steps: dict[str, int] = {}
-        if main_process:
-            self._workdir.mkdir(parents=True, exist_ok=True)
-            # A killed process may leave half a line; the next record would be glued to it.
-            with self._path.open("ab+") as file:
-                file.seek(0)
-                file.truncate(file.read().rfind(b"\n") + 1)
-
-    def write(
-        self, stage: str, step: int, metrics: Mapping[str, SupportsFloat], **extra: Any
-    ) -> None:
-        """Appends one record.
-
-        Args:
-            metrics: scalars by name; a value that is not finite becomes null, which JSON can say.
-            **extra: further JSON values of the record, which TensorBoard does not get.
-
-        Raises:
-            ValueError: two values of the record have the same name.
-        """
-        if not self._main_process:
-            return
-        record = {"stage": stage, "step": int(step)}
-        values = {name: float(value) for name, value in metrics.items()}
-        finite = {name: value for name, value in values.items() if math.isfinite(value)}
-        if twice := values.keys() & (record.keys() | extra.keys()):
-            raise ValueError(f"the record has {sorted(twice)} twice")
-        record |= {name: finite.get(name) for name in values} | extra
-        line = json.dumps(record, allow_nan=False) + "\n"
-        with self._path.open("a", encoding="utf-8") as file:  # closing it flushes the line
-            file.write(line)
-        for name, value in finite.items():
-            self._board(stage).add_scalar(name, value, step)
-
-    def image(self, stage: str, step: int, name: str, hwc_uint8: np.ndarray) -> None:
-        """Shows a picture, uint8 [height, width, 1 or 3], in TensorBoard."""
-        if self._main_process:
-            self._board(stage).add_image(name, hwc_uint8, step, dataformats="HWC")
-
-    def truncate(self, stage: str, step: int) -> None:
-        """Removes the records of `stage` after `step`: a resumed run writes them once more.
-
-        Lines that hold no record go too. TensorBoard hides the events after `step`.
-        """
-        if not self._main_process:
-            return
-        if stage in self._boards:
-            self._boards.pop(stage).close()
-        self._purge_steps[stage] = step + 1
-        lines = self._path.read_bytes().splitlines(keepends=True)
-        kept = [line for line in lines if _is_record_until(line, stage, step)]
-        write_atomically(self._path, b"".join(kept))
-
-    def close(self) -> None:
-        """Flushes and closes everything; a later `write` opens it again."""
-        while self._boards:
-            self._boards.popitem()[1].close()
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _board(self, stage: str) -> tensorboardX.SummaryWriter:
-        if stage not in self._boards:
-            folder = str(self._workdir / "tensorboard" / stage)
-            first = self._purge_steps.pop(stage, None)
-            self._boards[stage] = tensorboardX.SummaryWriter(folder, purge_step=first)
-        return self._boards[stage]
-
-
-def _is_record_until(line: bytes, stage: str, step: int) -> bool:
-    try:
-        record = json.loads(line)
-        return record["stage"] != stage or record["step"] <= step
-    except (ValueError, KeyError, TypeError):
-        return False
-
-
 def format_seconds(seconds: float) -> str:
     """A duration for people: "4.2s", "37s", "3m12s", "3h12m", "2d04h"; "--" if not finite."""
     if not math.isfinite(seconds):
@@ -247,17 +136,24 @@ class Progress(contextlib.AbstractContextManager):
         first_step: the step the run starts or goes on from.
         total_steps: the step at which the stage ends.
         stream: where to write; standard error if None, so that standard output holds results only.
+        main_process: False makes every method do nothing, so that callers need not ask.
     """
 
     def __init__(
-        self, stage: str, first_step: int, total_steps: int, stream: io.TextIOBase | None = None
+        self,
+        stage: str,
+        first_step: int,
+        total_steps: int,
+        stream: io.TextIOBase | None = None,
+        main_process: bool = True,
     ) -> None:
         self._stage = stage
         self._total_steps = total_steps
         self._stream = sys.stderr if stream is None else stream
+        self._main_process = main_process
         self._bar: rich.progress.Progress | None = None
         console = rich.console.Console(file=self._stream)
-        if self._stream.isatty() and not console.is_dumb_terminal:
+        if main_process and self._stream.isatty() and not console.is_dumb_terminal:
             numbers = "{task.completed}/{task.total} {task.fields[text]}"
             self._bar = rich.progress.Progress(
                 rich.progress.TextColumn("{task.description}", markup=False),
@@ -294,7 +190,7 @@ class Progress(contextlib.AbstractContextManager):
         """Prints one line, above the bar if there is one."""
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        else:
+        elif self._main_process:
             print(text, file=self._stream, flush=True)
 
     def close(self) -> None:

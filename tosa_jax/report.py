@@ -2,12 +2,12 @@
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from tosa_jax.errors import WorkdirError
-from tosa_jax.progress import write_atomically
+from tosa_jax.files import as_path, write_atomically
 
 # Names in the file and for people, in the order of the table.
 MODEL_NAMES = {
@@ -22,7 +22,7 @@ _TABLE_WIDTH = 100
 _GAP = "  "
 
 
-def write_report(workdir: str | Path, report: Mapping[str, Any]) -> None:
+def write_report(workdir: str | os.PathLike, report: Mapping[str, Any]) -> None:
     """Writes `report.json`; a reader finds the old report or the new one, never a part of it.
 
     Args:
@@ -34,16 +34,16 @@ def write_report(workdir: str | Path, report: Mapping[str, Any]) -> None:
         ValueError: a number is not finite, which JSON cannot say.
     """
     text = json.dumps(report, indent=2, allow_nan=False, default=lambda scalar: scalar.item())
-    write_atomically(Path(workdir) / "report.json", (text + "\n").encode())
+    write_atomically(as_path(workdir) / "report.json", (text + "\n").encode())
 
 
-def read_report(workdir: str | Path) -> dict[str, Any] | None:
+def read_report(workdir: str | os.PathLike) -> dict[str, Any] | None:
     """Reads `report.json`; None if there is none.
 
     Raises:
         WorkdirError: the file is not a report.
     """
-    path = Path(workdir) / "report.json"
+    path = as_path(workdir) / "report.json"
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -144,9 +145,30 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
+def process_rows(mesh: Mesh) -> tuple[int, int]:
+    """(i, n): this process's devices hold the i-th of n equal parts of a batch's rows.
+
+    Processes that a `model` axis spans hold the same part. Raises ConfigError if a process's rows do not lie together.
+    """
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = batch_sharding(mesh).addressable_devices_indices_map((shards,)).values()
+    rows = sorted({part[0].indices(shards)[0] for part in parts})
+    if rows != list(range(rows[0], rows[-1] + 1)) or rows[0] % len(rows) or shards % len(rows):
+        raise ConfigError(
+            f"mesh={tuple(mesh.shape.values())}: this process's devices hold the parts {rows} of a batch, which do "
+            "not lie together; let the axis model divide, or be divided by, the devices of a process"
+        )
+    return rows[0] // len(rows), shards // len(rows)
+
+
 def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This process's rows of a batch -> global arrays; processes hold contiguous rows in order."""
     sharding = batch_sharding(mesh)
     return {
         name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()
     }
+
+
+def to_host(tree: Any) -> Any:
+    """Whole arrays as NumPy ones, on every process; all of them call this."""
+    return multihost_utils.process_allgather(tree, tiled=True)

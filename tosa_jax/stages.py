@@ -5,7 +5,6 @@ import platform
 import re
 import sys
 import zlib
-from pathlib import Path
 from typing import Any
 
 import flax
@@ -13,26 +12,28 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from tosa_jax import cost, figures, report
+from tosa_jax import cost, figures, processes, report
 from tosa_jax.checkpoints import Checkpoints
 from tosa_jax.config import RunConfig, StageConfig, to_json
 from tosa_jax.data.pipeline import DatasetFacts, open_dataset
 from tosa_jax.errors import ConfigError
 from tosa_jax.evaluate import Evaluator, shard, throughput
+from tosa_jax.files import AnyPath
+from tosa_jax.metric_writer import MetricWriter
 from tosa_jax.models.networks import build
 from tosa_jax.models.params import Params, get_params, set_params, split
 from tosa_jax.models.plan import places
 from tosa_jax.models.pretrained import load_pretrained, save_selectors
 from tosa_jax.models.vit_config import ViTConfig, with_plan
 from tosa_jax.optim import HEAD, learning_rate, make_optimizer, split_trainable
-from tosa_jax.progress import MetricWriter
 from tosa_jax.run_plan import BUDGETLESS, Row, Stage, plan_stages, uses_labels
-from tosa_jax.sharding import check_batch, make_mesh
+from tosa_jax.sharding import check_batch, make_mesh, to_host
 from tosa_jax.steps import StepSetup, init_state, trained_params
+from tosa_jax.stopping import StopRequest, catch_signals
 from tosa_jax.tasks import TASKS
 from tosa_jax.tasks.selector_fitting import SelectorFitting
 from tosa_jax.tasks.task import Task
-from tosa_jax.train import StageRun, StopRequest, catch_signals, train_stage
+from tosa_jax.train import StageRun, train_stage
 
 
 class Runner:
@@ -45,7 +46,7 @@ class Runner:
     def __init__(
         self,
         run: RunConfig,
-        workdir: Path,
+        workdir: AnyPath,
         stop: StopRequest,
         *,
         mesh: Mesh | None = None,
@@ -56,7 +57,10 @@ class Runner:
         self.mesh: Mesh = make_mesh(run.mesh) if mesh is None else mesh
         check_batch("batch_size", run.batch_size, self.mesh, run.accumulate)
         check_batch("eval.batch_size", run.eval.batch_size, self.mesh)
-        self.dataset: DatasetFacts = open_dataset(run.data) if dataset is None else dataset
+        if dataset is None:
+            dataset = processes.together(lambda: open_dataset(run.data))
+            processes.check_same({"data set": dataclasses.asdict(dataset)})
+        self.dataset: DatasetFacts = dataset
         if uses_labels(run):
             TASKS[run.task].check_dataset(run, self.dataset)
         params, self.init_is_trained = load_init(run) if init is None else (init, True)
@@ -140,22 +144,20 @@ class Runner:
         """Trains one stage, or goes on with it, or loads it when it is done."""
         stage_run = self.stage_run(stage)
         task = stage_run.setup.task
-        checkpoints = Checkpoints(
-            self.workdir / "checkpoints" / stage.name, task.best_metric, task.lower_is_better
-        )
-        try:
+        folder = self.workdir / "checkpoints" / stage.name
+        with Checkpoints(folder, task.best_metric, task.lower_is_better) as checkpoints:
             state, facts = train_stage(
                 stage_run, self.run, self.mesh, checkpoints, writer, self.stop
             )
-        finally:
-            checkpoints.close()
         self.facts[stage.name] = facts
         self.networks[stage.name] = self.networks[stage.start] | trained_params(state)
         if stage.kind == "selector":
             graphdef, names = split(cost.abstract_model(self.run.model))
             network = self.networks[stage.name]
-            model = set_params(graphdef, {name: network[name] for name in names})
-            save_selectors(model, self.workdir / "selectors.safetensors")
+            params = to_host({name: network[name] for name in names})
+            if processes.is_main():
+                model = set_params(graphdef, params)
+                save_selectors(model, self.workdir / "selectors.safetensors")
 
     def contestant(self, row: Row) -> tuple[Evaluator, Params]:
         """What scores a row, and its parameters on the mesh."""
@@ -188,9 +190,9 @@ class Runner:
         row = next((row for row in rows if row.name == "tosa"), rows[-1])
         evaluator, params = self.contestant(row)
         batch = next(iter(evaluator.batches()))
-        shown = (dict(batch), jax.jit(evaluator.output)(params, batch))
+        shown = to_host((dict(batch), jax.jit(evaluator.output)(params, batch)))
         count = self.run.eval.figure_images
-        batch, out = jax.tree.map(lambda x: np.asarray(x)[:count], shown)
+        batch, out = jax.tree.map(lambda x: x[:count], shown)
         opens = [place.layer for place in places(row.model) if place.opens]
         titles = [f"layer {i + 1}" for i in opens[: len(out.selected)]]
         return evaluator.task.pictures(batch, out, self.dataset, titles, row.model)
@@ -226,19 +228,20 @@ def load_init(run: RunConfig) -> tuple[Params, bool]:
     return split_trainable(params, wanted)[0], trained
 
 
-def run_stages(run: RunConfig, workdir: Path) -> dict[str, Any]:
+def run_stages(run: RunConfig, workdir: AnyPath) -> dict[str, Any]:
     """A whole run in its work directory; goes on where an earlier one stopped. Returns the report."""
     if (done := report.read_report(workdir)) is not None:
         return done
     stages, rows = plan_stages(run)
-    with catch_signals() as stop, MetricWriter(workdir) as writer:
+    with catch_signals() as stop, MetricWriter(workdir, processes.is_main()) as writer:
         runner = Runner(run, workdir, stop)
         for stage in stages:
             runner.train(stage, writer)
         if not uses_labels(run):
             rows = []  # labels that mean nothing here are not scored
         results = runner.compare(rows) if rows else []
-        for name, figure in (runner.draw(rows) if rows else {}).items():
+        drawn = runner.draw(rows) if rows else {}
+        for name, figure in drawn.items() if processes.is_main() else ():
             figures.write_png(workdir / f"{name}.png", figure)
             writer.image("eval", 0, name, figure)
     result = {
@@ -248,7 +251,8 @@ def run_stages(run: RunConfig, workdir: Path) -> dict[str, Any]:
         "stages": runner.facts,
         "results": results,
     }
-    report.write_report(workdir, result)
+    if processes.is_main():
+        report.write_report(workdir, result)
     return result
 
 

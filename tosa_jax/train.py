@@ -3,8 +3,7 @@
 import contextlib
 import functools
 import math
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,48 +16,16 @@ from tosa_jax.data.pipeline import train_batches
 from tosa_jax.devices import peak_flops
 from tosa_jax.errors import NonFiniteLossError
 from tosa_jax.evaluate import Evaluator
+from tosa_jax.metric_writer import MetricWriter
+from tosa_jax.processes import is_main
 from tosa_jax.profiling import StepTrace, profile_range
-from tosa_jax.progress import Chrono, MetricWriter, Progress
-from tosa_jax.sharding import batch_sharding, replicated, to_global, tree_shardings
+from tosa_jax.progress import Chrono, Progress
+from tosa_jax.sharding import batch_sharding, process_rows, replicated, to_global, tree_shardings
 from tosa_jax.steps import StepSetup, TrainState, train_step, trained_params
+from tosa_jax.stopping import Stopped, StopRequest
 
 STEPS_AHEAD = 3
 """Steps the host may be ahead of the devices: enough to keep them busy, few enough to stop soon after a signal."""
-
-
-class Stopped(Exception):
-    """Training was stopped by a signal after a checkpoint was written."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name}")
-        self.signum = signum
-
-
-@dataclass
-class StopRequest:
-    """The signal that asked for the end, if any."""
-
-    signum: int | None = None
-
-
-@contextlib.contextmanager
-def catch_signals() -> Iterator[StopRequest]:
-    """SIGTERM and SIGINT ask to stop after the step in progress; a second one of them acts as usual."""
-    request = StopRequest()
-    previous = {}
-
-    def handler(signum, frame):
-        request.signum = signum
-        for number, old in previous.items():
-            signal.signal(number, old)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        previous[number] = signal.signal(number, handler)
-    try:
-        yield request
-    finally:
-        for number, old in previous.items():
-            signal.signal(number, old)
 
 
 @dataclass(frozen=True)
@@ -190,22 +157,24 @@ def train_stage(
     step_fn = compile_step(stage.setup, shardings, mesh)
     chrono = Chrono(first, stage.total_steps, run.batch_size)
     seconds_before = facts.get("seconds", 0.0)
+    index, count = process_rows(mesh)
     batches = train_batches(
         run.data,
         batch_size=run.batch_size,
         seed=run.seed + stage.setup.stage_id,
         start_step=first,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=index,
+        process_count=count,
     )
     trace = StepTrace(profile_range(run.profile_steps), stage.profile_dir)
-    with Progress(stage.name, first, stage.total_steps) as progress, trace:
+    bar = Progress(stage.name, first, stage.total_steps, main_process=is_main())
+    with contextlib.closing(batches), bar as progress, trace:
         peak_share = stage.flops_per_image / peak_flops(mesh.devices.ravel().tolist())
         log = Log(stage.name, writer, progress, chrono, peak_share)
         for step in range(first, stage.total_steps + 1):
             trace.at(step, state)
             fresh = not restored or step > first  # else evaluated and saved before the restart
-            metrics = None
+            metrics, stopped_by = None, stop.agreed()
             if fresh and stage.evaluates_at(step):
                 log.flush(everything=True)
                 with chrono.pause("evaluate"):
@@ -213,14 +182,15 @@ def train_stage(
                 writer.write(stage.name, step, {f"val/{k}": x for k, x in metrics.items()})
                 progress.message(f"{stage.name} step {step}: {summary_line(metrics)}")
                 facts["before" if step == 0 else "after"] = metrics
-            if fresh and (stage.is_due(step, stage.checkpoint_steps) or stop.signum):
+            if fresh and (stage.is_due(step, stage.checkpoint_steps) or stopped_by):
                 log.flush(everything=True)
                 facts |= {"steps": step, "seconds": seconds_before + chrono.elapsed_seconds}
                 with chrono.pause("checkpoint"):
+                    writer.flush()
                     checkpoints.save(step, state, facts, metrics)
-            if stop.signum:
+            if stopped_by:
                 checkpoints.wait()
-                raise Stopped(stop.signum)
+                raise Stopped(stopped_by)
             if step == stage.total_steps:
                 break
             with chrono.data_wait():

@@ -8,6 +8,7 @@ config.json lies beside the file, those fields are checked against it.
 """
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -207,7 +208,7 @@ def save_weights(model: VisionTransformer, path: str | Path) -> None:
     write_safetensors(path, _to_host(get_params(model)), metadata)
 
 
-def save_selectors(model: VisionTransformer, path: str | Path) -> None:
+def save_selectors(model: VisionTransformer, path: str | os.PathLike) -> None:
     """Writes the selectors alone to a `.safetensors`, with their plan and sizes as metadata.
 
     Raises WeightsError if the model has none.

@@ -4,6 +4,7 @@ Nothing here knows a model; names are as the file has them (`weight_names.py` tr
 """
 
 import json
+import os
 import zipfile
 import zlib
 from dataclasses import dataclass, field
@@ -16,8 +17,8 @@ import safetensors
 import safetensors.numpy
 
 from tosa_jax.errors import WeightsError
+from tosa_jax.files import as_path, write_atomically
 from tosa_jax.models.torch_files import LEGACY_START, read_torch_file
-from tosa_jax.progress import write_atomically
 
 # What a folder of transformers, timm or the hub may hold, the preferred first.
 _FOLDER_FILES = (
@@ -162,10 +163,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def write_safetensors(
-    path: str | Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]
+    path: str | os.PathLike, arrays: dict[str, np.ndarray], metadata: dict[str, str]
 ) -> None:
     """Writes a whole `.safetensors` file or none; folders on the way are made."""
-    path = Path(path)
+    path = as_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     contiguous = {name: np.ascontiguousarray(x).reshape(x.shape) for name, x in arrays.items()}
     write_atomically(path, safetensors.numpy.save(contiguous, metadata))

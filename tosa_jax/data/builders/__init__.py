@@ -19,6 +19,7 @@ from tosa_jax.data.builders.preparing import (
 )
 from tosa_jax.data.decoding import BadImageError, pil_errors
 from tosa_jax.errors import ConfigError, DataError
+from tosa_jax.files import is_remote
 
 __all__ = [
     "GENERATED",
@@ -49,7 +50,7 @@ def open_builder(name: str, data_dir: str, source_dir: str = "") -> tfds.core.Da
     Raises:
       ConfigError, DataError: what `prepare_own`, `prepared_dir` or `kind_of` raises.
     """
-    if is_own(name, source_dir):
+    if is_own(name, source_dir) and not is_remote(data_dir):
         limit = image_folder.AUTOMATIC_BYTES
         path = prepare_own(name, data_dir, source_dir, max_bytes=limit)
     else:

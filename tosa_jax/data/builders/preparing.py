@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +16,7 @@ from tosa_jax.data.builders.idx import Idx, config_name, idx_config
 from tosa_jax.data.builders.rooms import Rooms, rooms_config
 from tosa_jax.data.builders.shards import Say
 from tosa_jax.errors import ConfigError, DataError
+from tosa_jax.files import AnyPath, as_path, is_remote
 
 GENERATED = {"digits": Digits, "rooms": Rooms}  # sets that need no files
 # Files of a person's own, in a folder.
@@ -55,6 +57,11 @@ def prepare(
     """
     if not name:
         raise ConfigError("config.data.name is empty: name a set, e.g. digits")
+    if is_remote(data_dir):
+        raise ConfigError(
+            f"data_dir={data_dir} is in a bucket: prepare into a folder and copy that, as "
+            "launch/prepare_data.sh does"
+        )
     try:
         if is_own(name, str(source_dir)):
             return prepare_own(name, data_dir, source_dir, overwrite=overwrite, say=say)
@@ -149,26 +156,26 @@ def _generated_config(name: str) -> tfds.core.BuilderConfig | None:
     return None
 
 
-def is_prepared(path: Path) -> bool:
+def is_prepared(path: AnyPath) -> bool:
     """Whether a version folder has at least one complete split."""
-    return (path / "dataset_info.json").is_file()
+    return (path / "dataset_info.json").exists()
 
 
-def newest(name: str, data_dir: str | Path) -> Path | None:
+def newest(name: str, data_dir: str | os.PathLike) -> AnyPath | None:
     """The newest prepared version folder, in whatever format, of "name" or "name/config"."""
-    folder = Path(data_dir).expanduser() / name
+    folder = as_path(data_dir) / name
     versions = tfds.core.utils.version.list_all_versions(folder)
     prepared = [path for path in (folder / str(v) for v in versions) if is_prepared(path)]
     return prepared[-1] if prepared else None
 
 
-def prepared_dir(name: str, data_dir: str | Path) -> Path:
+def prepared_dir(name: str, data_dir: str | os.PathLike) -> AnyPath:
     """The newest version folder of a prepared set ("name" or "name/config") under `data_dir`.
 
     Raises:
       DataError: the set is not prepared there, or not in a format with random access.
     """
-    folder = Path(data_dir).expanduser() / name
+    folder = as_path(data_dir) / name
     path = newest(name, data_dir)
     if path is None:
         inner = sorted(path.parents[1].name for path in folder.glob("*/*/dataset_info.json"))
@@ -188,7 +195,7 @@ def prepared_dir(name: str, data_dir: str | Path) -> Path:
     return path
 
 
-def _has_random_access(path: Path) -> bool:
+def _has_random_access(path: AnyPath) -> bool:
     formats = tfds.builder_from_directory(str(path)).info.available_file_formats()
     return bool(formats & tfds.core.file_adapters.FileFormat.with_random_access())
 

@@ -1,0 +1,226 @@
+"""Several processes on loopback: one network, one report; they start, stop and fail together."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from small import SIZES
+
+from tosa_jax.command_line import parse
+from tosa_jax.config import make_run_config
+from tosa_jax.stages import run_stages
+from tosa_jax.stopping import Stopped, StopRequest
+from tosa_jax.workdir import open_workdir
+
+ROOT = Path(__file__).parents[1]
+RECIPE = f"""
+from tosa_jax.config import default_config
+def get_config():
+    config = default_config()
+    config.batch_size = 16
+    config.log_steps = 1
+    config.model.update({SIZES | {"depth": 2}})
+    config.data.update(name="digits", in_memory=True, augment="shift")
+    config.inputs.update(mean=(.3,), std=(.4,))
+    config.eval.batch_size = 360
+    return config
+"""
+PATIENCE = 120  # seconds; none of the tests waits for it unless it fails
+
+
+class Run:
+    """Two processes of one run, a CPU device each: with more, the threads of a small machine starve each other."""
+
+    def __init__(
+        self, folder: Path, *args: str, each: tuple[tuple[str, ...], ...] = ((), ()), trees=()
+    ):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        folder.mkdir(exist_ok=True)
+        (folder / "tiny.py").write_text(RECIPE)
+        self.outputs = [(folder / f"out{i}", folder / f"err{i}") for i in range(2)]
+        self.children = []
+        for i, (out, err) in enumerate(self.outputs):
+            command = [
+                sys.executable, "-m", "tosa_jax.main", f"--config={folder}/tiny.py",
+                f"--workdir={folder}/run", "--multihost", f"--coordinator=localhost:{port}",
+                "--num_processes=2", f"--process_id={i}", *args, *each[i],
+            ]  # fmt: skip
+            tree = trees[i] if trees else ROOT
+            self.children.append(
+                subprocess.Popen(
+                    command,
+                    cwd=tree,
+                    env=environment(tree),
+                    stdout=out.open("w"),
+                    stderr=err.open("w"),
+                )
+            )
+
+    def wait_for(self, pattern: str) -> None:
+        """Until process 0 has printed it."""
+        end = time.monotonic() + PATIENCE
+        while not re.search(pattern, self.said(0)):
+            assert time.monotonic() < end and self.children[0].poll() is None, self.said(0)
+            time.sleep(0.05)
+
+    def said(self, i: int) -> str:
+        return self.outputs[i][1].read_text()
+
+    def statuses(self) -> list[int]:
+        try:
+            return [child.wait(PATIENCE) for child in self.children]
+        finally:
+            for child in self.children:
+                if child.poll() is None:
+                    child.kill()
+
+
+def environment(tree: Path) -> dict[str, str]:
+    return os.environ | {
+        "PYTHONPATH": str(tree),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache/jax"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    }
+
+
+def own_lines(text: str) -> list[str]:
+    """What this project said, without Gloo's greeting and the notes of the preemption service."""
+    return [x for x in text.splitlines() if not re.match(r"\[Gloo\]|[WEI]\d{4} ", x)]
+
+
+def steps_of(folder: Path) -> list[int]:
+    return sorted(
+        int(path.name)
+        for path in (folder / "run/checkpoints/pretrain").iterdir()
+        if path.name.isdigit()
+    )
+
+
+def test_signals_stop_all_at_one_step_and_a_death_ends_all(digits_dir, tmp_path):
+    args = (f"--config.data.data_dir={digits_dir}", "--config.pretrain.steps=100000")
+    run = Run(tmp_path, *args)
+    run.wait_for(r"step 3/")
+    run.children[1].send_signal(signal.SIGTERM)
+    assert run.statuses() == [143, 143], run.said(0) + run.said(1)
+    (first,) = steps_of(tmp_path)
+    assert "stopped by SIGTERM" in run.said(0) and "stopped by SIGTERM" in run.said(1)
+    records = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(x)["step"] for x in records] == list(range(1, first + 1))
+
+    run = Run(tmp_path, *args)
+    run.wait_for(rf"step {first + 3}/")
+    assert f"step {first}/" not in run.said(0)
+    run.children[1].send_signal(signal.SIGINT)
+    assert run.statuses() == [130, 130], run.said(0) + run.said(1)
+    (second,) = steps_of(tmp_path)
+    assert second > first
+
+    run = Run(tmp_path, *args)
+    run.wait_for(rf"step {second + 3}/")
+    run.children[1].kill()
+    killed = time.monotonic()
+    assert run.statuses() == [1, -signal.SIGKILL], run.said(0)
+    assert time.monotonic() - killed < 60  # a promise, of which 25 s are used
+    (line,) = [x for x in own_lines(run.said(0)) if not x.startswith("pretrain step")]
+    assert line.startswith("error: another process of this run has stopped (process 1: silent for")
+
+
+def test_what_differs_is_told_before_anything_is_trained(digits_dir, tmp_path):
+    args = (f"--config.data.data_dir={digits_dir}", "--config.pretrain.steps=5")
+    run = Run(tmp_path, *args, each=((), ("--config.seed=5", "--config.data.num_threads=1")))
+    assert run.statuses() == [2, 2], run.said(0) + run.said(1)
+    for i in range(2):
+        (line,) = own_lines(run.said(i))
+        assert line.startswith("error: process 1 differs from process 0 (seed: 0 -> 5);")
+    assert not (tmp_path / "run").exists()
+
+    tree = tmp_path / "tree"
+    shutil.copytree(
+        ROOT / "tosa_jax", tree / "tosa_jax", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    with (tree / "tosa_jax/losses.py").open("a") as file:
+        file.write("# another version\n")
+    run = Run(tmp_path, *args, trees=(ROOT, tree))
+    assert run.statuses() == [2, 2], run.said(0) + run.said(1)
+    assert "process 1 differs from process 0 (code);" in run.said(0)
+
+
+def test_who_cannot_join_stops_with_one_line(tmp_path):
+    (tmp_path / "tiny.py").write_text(RECIPE)
+    command = [sys.executable, "-m", "tosa_jax.main", f"--config={tmp_path}/tiny.py"]
+    alone = ["--coordinator=localhost:1", "--num_processes=2", "--process_id=1", "--join_timeout=3"]
+    children = [
+        subprocess.Popen(
+            [*command, "--multihost", f"--workdir={tmp_path}/run", *more],
+            cwd=ROOT, env=environment(ROOT), stderr=subprocess.PIPE, text=True,
+        )
+        for more in (alone, [])
+    ]  # fmt: skip
+    said = [own_lines(child.communicate(timeout=PATIENCE)[1]) for child in children]
+    assert [child.returncode for child in children] == [2, 2], said
+    assert said[0] == [
+        "error: the processes did not come together at localhost:1 in 3 s; all of them must be started"
+    ]
+    (line,) = said[1]
+    assert line.startswith("error: --multihost: this process cannot join others")
+    assert not (tmp_path / "run").exists()
+
+
+def losses_of(workdir: Path) -> dict[tuple[str, int], float]:
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    losses = [(r["stage"], r["step"], r["train/loss"]) for r in records if "train/loss" in r]
+    assert len({x[:2] for x in losses}) == len(losses), "a step was recorded twice"
+    return {(stage, step): loss for stage, step, loss in losses}
+
+
+def test_a_run_of_one_process_goes_on_in_two_and_ends_in_one(digits_dir, tmp_path, monkeypatch):
+    args = [
+        f"--config.data.data_dir={digits_dir}", "--config.pretrain.steps=8",
+        "--config.selector.steps=4", "--config.finetune.steps=4",
+    ]  # fmt: skip
+    (tmp_path / "tiny.py").write_text(RECIPE)
+    config, _ = parse("", [f"--config={tmp_path}/tiny.py", *args])
+    run = make_run_config(config)
+    straight = run_stages(run, tmp_path / "straight")
+
+    asked = iter([None] * 4 + [signal.SIGTERM])
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(StopRequest, "agreed", lambda self: next(asked))
+        with open_workdir(tmp_path / "run", run):
+            run_stages(run, tmp_path / "run")
+    assert steps_of(tmp_path) == [4]
+
+    two = Run(tmp_path, *args, "--config.mesh.fsdp=2", "--config.data.num_threads=1")
+    assert two.statuses() == [0, 0], two.said(0) + two.said(1)
+    assert "ToSA" in two.outputs[0][0].read_text()
+    assert "pretrain step 5/8" in two.said(0) and "pretrain step 4/8" not in two.said(0)
+    assert two.outputs[1][0].read_text() == "" and own_lines(two.said(1)) == []
+    expected, losses = losses_of(tmp_path / "straight"), losses_of(tmp_path / "run")
+    assert losses.keys() == expected.keys() and len(losses) == 16
+    for key, loss in expected.items():
+        assert abs(losses[key] - loss) <= 1e-5, key
+    reports = [straight, json.loads((tmp_path / "run/report.json").read_text())]
+    (tmp_path / "run/report.json").unlink()
+    reports.append(run_stages(run, tmp_path / "run"))
+    assert reports[1]["device"].startswith("2 x")
+    for report in reports[1:]:
+        for row, other in zip(straight["results"], report["results"], strict=True):
+            assert row["count"] == other["count"] == 360
+            for name, value in row["metrics"].items():
+                assert abs(value - other["metrics"][name]) <= 1e-5, (row["name"], name)
+    for name in ("selected_tokens.png", "selectors.safetensors"):
+        assert (tmp_path / "run" / name).stat().st_size == (
+            tmp_path / "straight" / name
+        ).stat().st_size
