@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 from jaxtyping import Array, Float
 
-from tosa_jax.array_types import Indices, PerExample, Tokens
+from tosa_jax.array_types import Indices, PerExample, Scores, Tokens
 from tosa_jax.models.layers import Attend, Block, DropPath
 from tosa_jax.token_ops import Selection
 
@@ -22,6 +22,7 @@ class Stream(NamedTuple):
     selection  the chosen set of the open group.
     bypassed   [b n d], all tokens as they were when the open group chose.
     selected   int32 [b s] a selection made so far: the indices.
+    scores     float [b n] a selection made so far: what it chose by.
     aux        per-example scalars that layers report, by name.
     """
 
@@ -30,6 +31,7 @@ class Stream(NamedTuple):
     selection: Selection | None = None
     bypassed: Tokens | None = None
     selected: tuple[Indices, ...] = ()
+    scores: tuple[Scores, ...] = ()
     aux: dict[str, PerExample] = {}
 
 

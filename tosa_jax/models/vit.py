@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from tosa_jax.array_types import Images, Indices, PerExample, Tokens
+from tosa_jax.array_types import Images, Indices, PerExample, Scores, Tokens
 from tosa_jax.errors import ConfigError
 from tosa_jax.models.layers import (
     Block,
@@ -29,12 +29,15 @@ class Output(NamedTuple):
     tokens    [b n d] after the final norm, prefix included, as timm's `forward_features`.
     selected  a tuple with one int32 [b s] a selection: indices into the n tokens, ascending, prefix included.
     aux       per-example scalars [b] that layers report, by name.
+    scores    one float [b n] a selection: what it chose by, higher is better; a program that does not return them
+              does not keep them.
     """
 
     logits: Float[Array, "b c"]
     tokens: Tokens
     selected: tuple[Indices, ...]
     aux: dict[str, PerExample]
+    scores: tuple[Scores, ...] = ()
 
 
 def check_plan(config: ViTConfig) -> None:
@@ -126,7 +129,7 @@ class VisionTransformer(nnx.Module):
         """images [b height width c], normalised. `key` feeds drop path (with `train`) and random selection."""
         stream = self.layers(self.embed(images), key=key, train=train)
         tokens = self.norm(stream.tokens)
-        return Output(self.classify(tokens), tokens, stream.selected, stream.aux)
+        return Output(self.classify(tokens), tokens, stream.selected, stream.aux, stream.scores)
 
 
 def drop_path_rates(config: ViTConfig) -> list[float]:

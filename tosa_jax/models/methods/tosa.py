@@ -53,12 +53,14 @@ class SelectiveLayer(Standard):
     def apply(self, block: Block, stream: Stream, call: LayerCall) -> Stream:
         if self.opens:
             count = self.num_tokens(stream.tokens.shape[1])
-            chosen = select_tokens(self.scores(stream, call), count, self.num_prefix_tokens)
+            scores = self.scores(stream, call)
+            chosen = select_tokens(scores, count, self.num_prefix_tokens)
             stream = stream._replace(
                 tokens=gather_tokens(stream.tokens, chosen),
                 bypassed=stream.tokens,
                 selection=chosen,
                 selected=(*stream.selected, chosen.indices),
+                scores=(*stream.scores, scores),
             )
         stream = super().apply(block, stream, call)
         return self.restore(stream) if self.closes else stream
