@@ -8,7 +8,7 @@ import tosa_jax
 
 ROOT = Path(tosa_jax.__path__[0])
 FLOORS = [
-    "array_types errors progress data.mixing",
+    "array_types errors progress data.mixing memory data.class_names",
     "token_ops losses metrics sharding",
     "models.vit_config models.params models.positions",
     "optim models.layers",
@@ -23,14 +23,14 @@ FLOORS = [
     "data.builders.imagenet data.builders.tfrecord data.builders.preparing data.decoding data.randaugment",
     "data.transforms",
     "data.builders",
-    "data.sources data.pipeline data.speed",
+    "data.sources data.pipeline data.speed data.image_files",
     "config tasks.classification run_plan",
-    "steps checkpoints figures report",
+    "steps checkpoints figures report token_pictures network_sources predictor",
     "evaluate",
     "train",
     "stages",
     "command_line",
-    "main prepare bench",
+    "main prepare bench predict",
 ]
 """From the ground up; a room imports from lower floors, or from a room of its own floor listed before it."""
 

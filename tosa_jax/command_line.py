@@ -8,7 +8,7 @@ from pathlib import Path
 from absl import flags, logging
 from ml_collections import config_flags
 
-from tosa_jax.errors import ConfigError, UserError
+from tosa_jax.errors import ConfigError, DeviceError, UserError
 
 CACHE_DIR = "~/.cache/tosa_jax/compiled"
 
@@ -63,17 +63,44 @@ def run(usage: str, argv: list[str], work: Callable[[object, Path], None]) -> in
     """Parses, works, and turns what went wrong into one line and an exit status."""
     from tosa_jax.train import Stopped
 
+    def parsed() -> int:
+        config, workdir = parse(usage, argv)
+        configure_jax()
+        try:
+            work(config, workdir)
+        except Stopped as stopped:
+            print(f"{stopped}; start the same command again to go on", file=sys.stderr)
+            return 128 + stopped.signum
+        return 0
+
+    return guard(parsed)
+
+
+def guard(work: Callable[[], int]) -> int:
+    """What `work` returns, or 2 and one line on standard error for what a person can mend."""
     # Grain asks absl for its flags, and warnings of libraries belong to standard error.
     flags.FLAGS.mark_as_parsed()
     logging.set_verbosity(logging.ERROR)
     try:
-        config, workdir = parse(usage, argv)
-        configure_jax()
-        work(config, workdir)
+        return work()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except Stopped as stopped:
-        print(f"{stopped}; start the same command again to go on", file=sys.stderr)
-        return 128 + stopped.signum
-    return 0
+    except RuntimeError as error:
+        print(f"error: {_as_user_error(error)}", file=sys.stderr)
+    return 2
+
+
+def _as_user_error(error: RuntimeError) -> UserError:
+    """What JAX says of devices, as one line; anything else is a defect and is raised again."""
+    text = str(error)
+    if "Unable to initialize backend" in text or "Unknown backend" in text:
+        return DeviceError(
+            f"JAX finds no device of the kind asked for ({text}): install tosa-jax[cuda] or tosa-jax[tpu], "
+            "or take what there is with JAX_PLATFORMS=''"
+        )
+    if "RESOURCE_EXHAUSTED" in text:
+        return DeviceError(
+            f"the device's memory is full ({text[:160]}): take a smaller batch size, model.map_chunk=64, or more "
+            "devices along --config.mesh.fsdp"
+        )
+    raise error

@@ -12,7 +12,7 @@ import zlib
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 RESIZES = ("squeeze", "crop")
 
@@ -99,6 +99,8 @@ def open_image(encoded: bytes, *, channels: int, exif_rotate: bool = False) -> I
         image.load()
         if exif_rotate:
             image = ImageOps.exif_transpose(image)
+    except UnidentifiedImageError as error:
+        raise BadImageError("not the bytes of an image") from error
     except _PIL_ERRORS as error:
         raise BadImageError(f"{type(error).__name__}: {error}"[:200]) from error
     if image.mode.startswith(("I", "F")):
