@@ -25,7 +25,7 @@ FLOORS = [
     "data.builders",
     "data.sources data.pipeline data.speed data.image_files",
     "config tasks.classification run_plan",
-    "steps checkpoints figures report token_pictures network_sources predictor",
+    "steps checkpoints figures report report_charts report_page token_pictures network_sources predictor",
     "evaluate",
     "train",
     "stages",

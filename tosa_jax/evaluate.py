@@ -45,10 +45,23 @@ class Evaluator:
         )
         return (to_global(batch, self.mesh) for batch in host)
 
-    def selected(self, params: Params, batch) -> tuple[jax.Array, ...]:
-        """The tokens that the network selects on a batch: int32 [b s] a selection."""
-        images = self.task.inputs(batch["image"])
-        return set_params(self.graphdef, params)(images, key=jax.random.key(self.seed)).selected
+    @functools.cached_property
+    def _first_batch(self):
+        return next(self.batches())
+
+    @functools.cached_property
+    def _look(self):
+        def look(params, batch, count):
+            network = set_params(self.graphdef, params)
+            out = network(self.task.inputs(batch["image"]), key=jax.random.key(self.seed))
+            return jax.tree.map(lambda x: x[:count], (dict(batch), out.selected))
+
+        # A copy on each device, so that every process can read all of it.
+        return jax.jit(look, static_argnums=2, out_shardings=replicated(self.mesh))
+
+    def look(self, params: Params, count: int) -> tuple[dict[str, np.ndarray], tuple]:
+        """The first `count` examples of the split, and the tokens selected there: int32 [count s] a selection."""
+        return jax.device_get(self._look(params, self._first_batch, count))
 
     def __call__(self, params: Params) -> tuple[dict[str, float], int]:
         """Mean of each metric, and the number of examples."""

@@ -4,6 +4,7 @@ import dataclasses
 import platform
 import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from tosa_jax import cost, figures, report
+from tosa_jax import cost, figures, report, report_page
 from tosa_jax.checkpoints import Checkpoints
 from tosa_jax.config import RunConfig, StageConfig, to_json
+from tosa_jax.data.class_names import readable, write_names
 from tosa_jax.data.pipeline import DatasetFacts, open_dataset
 from tosa_jax.errors import ConfigError
 from tosa_jax.evaluate import Evaluator, shard, throughput
@@ -28,6 +30,7 @@ from tosa_jax.run_plan import BUDGETLESS, Row, Stage, plan_stages, uses_labels
 from tosa_jax.sharding import check_batch, make_mesh
 from tosa_jax.steps import StepSetup, init_state, trained_params
 from tosa_jax.tasks.classification import Classification, SelectorFitting
+from tosa_jax.token_pictures import draw_tokens
 from tosa_jax.train import StageRun, StopRequest, catch_signals, train_stage
 
 
@@ -112,7 +115,26 @@ class Runner:
             init_args=(start, teacher_params),
             evaluator=self.evaluator(stage.model, task),
             evaluate_first=bool(start),
+            draw=self.drawer(self.run.model if stage.kind == "selector" else stage.model),
         )
+
+    def drawer(self, model: ViTConfig) -> Callable[[Params], np.ndarray] | None:
+        """What draws the tokens that networks of this configuration select on the first test images.
+
+        None where nothing selects.
+        """
+        if set(model.plan) <= {"standard", "skip"} or not self.run.eval.figure_images:
+            return None
+        evaluator, names = self.evaluator(model, self.task()), split(cost.abstract_model(model))[1]
+        classes = readable(self.dataset.class_names)
+
+        def draw(params: Params) -> np.ndarray:
+            own = {name: params[name] for name in names}
+            batch, selected = evaluator.look(own, self.run.eval.figure_images)
+            labels = [classes[i] for i in batch["label"]] if uses_labels(self.run) else None
+            return draw_tokens(model, batch["image"], selected, labels=labels)
+
+        return draw
 
     def train(self, stage: Stage, writer: MetricWriter) -> None:
         """Trains one stage, or goes on with it, or loads it when it is done."""
@@ -159,25 +181,15 @@ class Runner:
             result["img_per_sec"] = speed
         return results
 
-    def draw_tokens(self, rows: list[Row]) -> np.ndarray | None:
-        """The figure of selected tokens on the first test images; None where nothing selects."""
+    def draw(self, rows: list[Row], writer: MetricWriter) -> None:
+        """Writes the figure of the tokens that ToSA selects; nothing where no row does."""
         row = next((row for row in rows if row.name == "tosa"), None)
-        if row is None:
-            return None
-        evaluator, params = self.contestant(row)
-        batch = next(iter(evaluator.batches()))
-        selected = jax.jit(evaluator.selected)(params, batch)
-        model, count = row.model, self.run.eval.figure_images
-        opens = [i for i, kind in enumerate(model.plan) if kind != "standard" and model.group(i)[0]]
-        classes = self.dataset.class_names
-        return figures.selected_tokens_figure(
-            np.asarray(batch["image"])[:count],
-            tuple(np.asarray(x)[:count] for x in selected),
-            grid=model.grid,
-            num_prefix_tokens=model.num_prefix_tokens,
-            titles=["input"] + [f"layer {i + 1}" for i in opens],
-            labels=[classes[i] for i in np.asarray(batch["label"])[:count]],
-        )
+        drawer = self.drawer(row.model) if row else None
+        if row is None or drawer is None:
+            return
+        figure = drawer(self.contestant(row)[1])
+        figures.write_png(self.workdir / "selected_tokens.png", figure)
+        writer.image("eval", 0, "selected_tokens", figure)
 
 
 def _is_budgetless(row: Row) -> bool:
@@ -223,14 +235,13 @@ def run_stages(run: RunConfig, workdir: Path) -> dict[str, Any]:
     stages, rows = plan_stages(run)
     with catch_signals() as stop, MetricWriter(workdir) as writer:
         runner = Runner(run, workdir, stop)
+        write_names(workdir, runner.dataset.class_names)
         for stage in stages:
             runner.train(stage, writer)
         if not uses_labels(run):
             rows = []  # labels that mean nothing here are not scored
         results = runner.compare(rows) if rows else []
-        if (figure := runner.draw_tokens(rows)) is not None:
-            figures.write_png(workdir / "selected_tokens.png", figure)
-            writer.image("eval", 0, "selected_tokens", figure)
+        runner.draw(rows, writer)
     result = {
         "config": to_json(run),
         "device": describe_device(),
@@ -239,6 +250,7 @@ def run_stages(run: RunConfig, workdir: Path) -> dict[str, Any]:
         "results": results,
     }
     report.write_report(workdir, result)
+    report_page.write_page(workdir, result)
     return result
 
 

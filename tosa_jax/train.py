@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from tosa_jax.checkpoints import Checkpoints, with_shardings
@@ -16,6 +17,8 @@ from tosa_jax.config import RunConfig
 from tosa_jax.data.pipeline import train_batches
 from tosa_jax.errors import NonFiniteLossError
 from tosa_jax.evaluate import Evaluator
+from tosa_jax.memory import check_fits
+from tosa_jax.models.params import Params
 from tosa_jax.progress import Chrono, MetricWriter, Progress
 from tosa_jax.sharding import batch_sharding, replicated, to_global, tree_shardings
 from tosa_jax.steps import StepSetup, TrainState, train_step, trained_params
@@ -66,6 +69,7 @@ class StageRun:
     init             makes the state at step 0 of `init_args`, already sharded when jitted so. Arrays are
                      arguments, not closed over: a program would hold them as constants.
     evaluate_first   also score the network before the first step.
+    draw             the picture of selected tokens for TensorBoard, of parameters; None where nothing selects.
     """
 
     name: str
@@ -77,6 +81,7 @@ class StageRun:
     init_args: tuple[Any, ...]
     evaluator: Evaluator
     evaluate_first: bool
+    draw: Callable[[Params], np.ndarray] | None = None
 
     def is_due(self, step: int, every: int) -> bool:
         """Whether something done every so many steps, and at the end, is due before the next step."""
@@ -154,6 +159,26 @@ def restore_or_init(
     return shardings, jax.jit(stage.init, out_shardings=shardings)(*stage.init_args), {}, False
 
 
+def compile_fitting(step_fn: Any, state: TrainState, batch: Any, batch_size: int) -> Any:
+    """The step compiled for these arguments. Raises DeviceError if it does not fit the device."""
+    compiled = step_fn.lower(state, batch).compile()
+    check_fits(
+        compiled,
+        f"a training step of batch_size={batch_size}",
+        "set --config.batch_size lower, --config.model.map_chunk=64, or spread the state with --config.mesh.fsdp=N",
+    )
+    return compiled
+
+
+def evaluate(stage: StageRun, step: int, params: Params, writer: MetricWriter) -> dict[str, float]:
+    """Scores the network, and writes its metrics and the picture of the tokens that it selects."""
+    metrics, _ = stage.evaluator(params)
+    writer.write(stage.name, step, {f"val/{k}": x for k, x in metrics.items()})
+    if stage.draw is not None:
+        writer.image(stage.name, step, "selected_tokens", stage.draw(params))
+    return metrics
+
+
 def train_stage(
     stage: StageRun,
     run: RunConfig,
@@ -192,8 +217,7 @@ def train_stage(
             if fresh and stage.evaluates_at(step):
                 log.flush(everything=True)
                 with chrono.pause("evaluate"):
-                    metrics, _ = stage.evaluator(trained_params(state))
-                writer.write(stage.name, step, {f"val/{k}": x for k, x in metrics.items()})
+                    metrics = evaluate(stage, step, trained_params(state), writer)
                 progress.message(f"{stage.name} step {step}: {summary_line(metrics)}")
                 facts["before" if step == 0 else "after"] = metrics
             if fresh and (stage.is_due(step, stage.checkpoint_steps) or stop.signum):
@@ -208,6 +232,8 @@ def train_stage(
                 break
             with chrono.data_wait():
                 batch = to_global(next(batches), mesh)
+            if step == first:
+                step_fn = compile_fitting(step_fn, state, batch, run.batch_size)
             state, step_metrics = step_fn(state, batch)
             log.add(step + 1, step_metrics)
             if (step + 1) % run.log_steps == 0:
