@@ -2,7 +2,6 @@
 
 import functools
 import threading
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,10 +19,6 @@ from tosa_jax.models.vit import VisionTransformer
 from tosa_jax.models.vit_config import ViTConfig, check
 from tosa_jax.network_sources import IMAGENET_MEAN, IMAGENET_STD, KeepRate, Say
 from tosa_jax.tasks.classification import Classification
-
-
-def _warn(line: str) -> None:
-    warnings.warn(line, stacklevel=3)
 
 
 class Guess(NamedTuple):
@@ -108,7 +103,7 @@ class Predictor:
         workdir: str | Path,
         *,
         keep_rate: KeepRate = None,
-        on_message: Say = _warn,
+        on_message: Say = print,
         **options: Any,
     ) -> "Predictor":
         """The network that a run left in its work directory, with the run's preprocessing and class names.
@@ -131,7 +126,7 @@ class Predictor:
         selectors: str | Path | None = None,
         keep_rate: KeepRate = None,
         class_names: Sequence[str] | None = None,
-        on_message: Say = _warn,
+        on_message: Say = print,
         **fields: Any,
     ) -> "Predictor":
         """A released network: timm's name and a file that `load_pretrained` reads.
@@ -158,7 +153,7 @@ class Predictor:
         path: str | Path,
         *,
         keep_rate: KeepRate = None,
-        on_message: Say = _warn,
+        on_message: Say = print,
         **options: Any,
     ) -> "Predictor":
         """What `save` wrote. Raises WeightsError for other files of weights: they do not say of which network."""
@@ -186,10 +181,11 @@ class Predictor:
         """
         if isinstance(image, str | Path):
             image = Path(image).expanduser().read_bytes()
-        if isinstance(image, Image.Image):
-            image = np.asarray(image.convert("L" if self.form.channels == 1 else "RGB"))
-            image = image[:, :, None] if image.ndim == 2 else image
-        return self.form.decode(image)
+        if isinstance(image, bytes):
+            return self.form.decode(image)
+        if isinstance(image, np.ndarray):
+            image = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
+        return self.form.fit(image.convert("L" if self.form.channels == 1 else "RGB"))
 
     def __call__(self, images: np.ndarray) -> Prediction:
         """images uint8 [b s s c] from `prepare`, b >= 0 -> a `Prediction` of as many rows.
