@@ -1,7 +1,7 @@
 """Every command and every Python snippet of README.md and docs/ is one that works.
 
 Commands are read as their own parsers read them, and those that are cheap are run; snippets run in the order of their
-page. What needs data or weights that are not here gets a stand-in: the call is checked, a small network takes its place.
+page. What needs data or weights that are not here gets a stand-in: the call is checked and a small network used.
 """
 
 import importlib
@@ -39,12 +39,21 @@ NOT_OURS = {
 
 def blocks(page: Path) -> list[tuple[str, str]]:
     """(language, text) of each fenced and each indented block, in order; an indented one is of shell."""
-    found, text = [], page.read_text()
-    pattern = r"^```(\w*)\n(.*?)^```|(?:(?<=\n\n)|\A)((?: {4}.*\n|\n(?= {4}))+)"
-    for match in re.finditer(pattern, text, re.MULTILINE | re.DOTALL):
-        language, fenced, indented = match.groups()
-        found.append((language, fenced) if indented is None else ("sh", indented))
-    return found
+    found: list[tuple[str, list[str]]] = []
+    fence, before = None, ""
+    for line in page.read_text().splitlines():
+        if line.startswith("```"):
+            fence = line[3:].strip() if fence is None else None
+            if fence is not None:
+                found.append((fence, []))
+        elif fence is not None:
+            found[-1][1].append(line)
+        elif line.startswith("    "):
+            if not before.strip():
+                found.append(("sh", []))
+            found[-1][1].append(line[4:])
+        before = line
+    return [(language, "\n".join(lines)) for language, lines in found]
 
 
 def commands(page: Path) -> list[str]:
