@@ -110,14 +110,15 @@ def with_shardings(tree: Any, shardings: Any) -> Any:
 def open_workdir(workdir: Path, run: RunConfig) -> Iterator[Path]:
     """Makes or re-opens the work directory of a run and locks it.
 
-    Raises WorkdirError if another process works in it, or if it holds a run of another configuration (the
-    fields that differ are named).
+    Raises WorkdirError if another process works in it, if it cannot be made, or if it holds a run of another
+    configuration (the fields that differ are named). A run that came to no checkpoint leaves it free.
     """
     config_path = workdir / "config.json"
     if workdir.exists() and not workdir.is_dir():
         raise WorkdirError(f"{workdir} is a file; give another --workdir")
     values = json.loads(json.dumps(to_json(run)))
-    if config_path.exists():
+    begun = any(workdir.glob("checkpoints/*/*/state")) or (workdir / "report.json").exists()
+    if begun and config_path.exists():
         try:
             lines = differences(json.loads(config_path.read_text()), values)
         except json.JSONDecodeError as error:
@@ -125,11 +126,17 @@ def open_workdir(workdir: Path, run: RunConfig) -> Iterator[Path]:
                 f"{config_path} cannot be read ({error}); delete {workdir}"
             ) from error
         if lines:
+            more = f"; and {len(lines) - 6} more" if len(lines) > 6 else ""
             raise WorkdirError(
-                f"{workdir} holds a run of another configuration ({'; '.join(lines)}); "
+                f"{workdir} holds a run of another configuration ({'; '.join(lines[:6])}{more}); "
                 "give another --workdir, or set these fields back"
             )
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WorkdirError(
+            f"{workdir} cannot be made ({error.strerror}); give another --workdir"
+        ) from error
     with open(workdir / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -137,6 +144,6 @@ def open_workdir(workdir: Path, run: RunConfig) -> Iterator[Path]:
             raise WorkdirError(
                 f"{workdir} is in use by another process; wait for it, or give another --workdir"
             ) from None
-        if not config_path.exists():
+        if not begun or not config_path.exists():
             write_atomically(config_path, json.dumps(values, indent=2).encode())
         yield workdir

@@ -42,21 +42,35 @@ def parse(usage: str, argv: list[str]) -> tuple[object, Path]:
     if {"--help", "-h", "-help"} & set(argv):
         print(usage.strip())
         raise SystemExit(0)
+    given = [a.partition("=")[2] for a in argv if a.lstrip("-").startswith("config=")]
+    path, _, argument = given[0].partition(":") if given else ("", "", "")
+    if given and not Path(path).is_file():
+        raise ConfigError(
+            f"--config={path}: no such file; give the path of a recipe, e.g. --config=configs/digits.py"
+        )
     try:
         rest = values(["tosa_jax", *argv])
         # A recipe that cannot be loaded raises only when it is looked at.
         if config_flag.value is not None:
             config_flag.value.to_dict()
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise ConfigError(f"command line: {error}") from error
+        raise ConfigError(f"command line: {_last_line(error)}") from error
     if len(rest) > 1:
         raise ConfigError(f"command line: unexpected argument {rest[1]!r}; see --help")
     if config_flag.value is None:
         raise ConfigError("command line: --config=FILE is missing, e.g. --config=configs/digits.py")
-    recipe = next(a.partition("=")[2] for a in argv if a.lstrip("-").startswith("config="))
-    path, _, argument = recipe.partition(":")
     name = Path(path).stem + (f"_{argument.replace(',', '_').replace('=', '')}" if argument else "")
     return config_flag.value, Path(workdir_flag.value or f"runs/{name}")
+
+
+def _last_line(error: Exception) -> str:
+    """The text of an error; of a recipe's own, which comes with its traceback, where and what it was."""
+    first, *rest = str(error).strip().splitlines() or [""]
+    return (
+        f"{first.partition(' Traceback')[0]} {rest[-1]}"
+        if "Traceback" in str(error)
+        else str(error)
+    )
 
 
 def run(usage: str, argv: list[str], work: Callable[[object, Path], None]) -> int:

@@ -1,6 +1,7 @@
 """Whether a compiled program fits the device, told before it runs."""
 
 import os
+from collections.abc import Mapping
 
 import jax
 
@@ -19,10 +20,14 @@ def needed_bytes(compiled: jax.stages.Compiled) -> int:
 
 
 def device_bytes(device: jax.Device) -> int:
-    """Memory of a device in bytes: what its allocator may take, or the machine's own where that is unlimited."""
-    if limit := (device.memory_stats() or {}).get("bytes_limit"):
-        return limit
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Memory of a device in bytes."""
+    return limit_of(device.memory_stats())
+
+
+def limit_of(stats: Mapping[str, int] | None) -> int:
+    """What an allocator with these statistics may take, or the machine's own memory where it sets no limit."""
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return (stats or {}).get("bytes_limit", machine)
 
 
 def check_fits(
