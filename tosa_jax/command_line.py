@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -65,12 +66,10 @@ def parse(usage: str, argv: list[str]) -> tuple[object, Path]:
 
 def _last_line(error: Exception) -> str:
     """The text of an error; of a recipe's own, which comes with its traceback, where and what it was."""
-    first, *rest = str(error).strip().splitlines() or [""]
-    return (
-        f"{first.partition(' Traceback')[0]} {rest[-1]}"
-        if "Traceback" in str(error)
-        else str(error)
-    )
+    # The text of a KeyError is the repr of what it says.
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    first, *rest = text.strip().splitlines() or [""]
+    return f"{first.partition(' Traceback')[0]} {rest[-1]}" if "Traceback" in text else text
 
 
 def run(usage: str, argv: list[str], work: Callable[[object, Path], None]) -> int:
@@ -99,22 +98,24 @@ def guard(work: Callable[[], int]) -> int:
         return work()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:
         print(f"error: {_as_user_error(error)}", file=sys.stderr)
     return 2
 
 
-def _as_user_error(error: RuntimeError) -> UserError:
+def _as_user_error(error: Exception) -> UserError:
     """What JAX says of devices, as one line; anything else is a defect and is raised again."""
-    text = str(error)
-    if "Unable to initialize backend" in text or "Unknown backend" in text:
+    frames = traceback.extract_tb(error.__traceback__)
+    # JAX only asserts that there is a backend where a platform of JAX_PLATFORMS has none at all.
+    if frames and frames[-1].filename.endswith("xla_bridge.py"):
+        asked = os.environ.get("JAX_PLATFORMS", "")
         return DeviceError(
-            f"JAX finds no device of the kind asked for ({text}): install tosa-jax[cuda] or tosa-jax[tpu], "
-            "or take what there is with JAX_PLATFORMS=''"
+            f"JAX finds no device of the kind asked for (JAX_PLATFORMS={asked!r} {error}): install tosa-jax[cuda] or "
+            "tosa-jax[tpu], or set JAX_PLATFORMS=cpu"
         )
-    if "RESOURCE_EXHAUSTED" in text:
+    if "RESOURCE_EXHAUSTED" in str(error):
         return DeviceError(
-            f"the device's memory is full ({text[:160]}): take a smaller batch size, model.map_chunk=64, or more "
+            f"the device's memory is full ({str(error)[:160]}): take a smaller batch size, model.map_chunk=64, or more "
             "devices along --config.mesh.fsdp"
         )
     raise error

@@ -46,6 +46,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         exit_on_error=False,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("images", nargs="*", metavar="IMAGE", help="files, folders or globs")

@@ -2,7 +2,7 @@
 
 import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -218,7 +218,7 @@ class Predictor:
         return rows
 
     def classify(
-        self, images: Sequence[str | Path | bytes | np.ndarray | Image.Image], k: int = 5
+        self, images: Iterable[str | Path | bytes | np.ndarray | Image.Image], k: int = 5
     ) -> list[list[Guess]]:
         """`prepare`, the network and `top` in one call."""
         return self.top(self(np.stack([self.prepare(image) for image in images])), k)
