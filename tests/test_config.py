@@ -96,6 +96,10 @@ def test_differences_name_fields_and_allow_what_changes_nothing(tmp_path):
         with pytest.raises(WorkdirError, match="in use by another process"):
             with open_workdir(tmp_path / "run", run):
                 pass
+    with open_workdir(tmp_path / "run", other):  # nothing was reached yet: the directory is free
+        assert json.loads((tmp_path / "run/config.json").read_text())["seed"] == 1
+    with open_workdir(tmp_path / "run", run):
+        (tmp_path / "run/checkpoints/pretrain/3/state").mkdir(parents=True)
     with pytest.raises(WorkdirError, match="finetune.epochs: 0.0 -> 3.0; seed: 0 -> 1"):
         with open_workdir(tmp_path / "run", other):
             pass

@@ -100,3 +100,20 @@ def test_png_survives_the_file(tmp_path: Path) -> None:
     with Image.open(tmp_path / "a.png") as image:
         assert (np.asarray(image) == drawn).all()
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_score_maps_stand_below_their_selections():
+    scores = np.array([[9.0, 9.0, 0.0, 1.0, 2.0, 3.0]])  # two prefix tokens, then 2x2 patches
+    drawn = figure([0, 1, PREFIX], scores=(scores,), labels=["a"])
+    assert (panel(drawn, 1)[28, 28] == 100).all()
+    below = panel(drawn[122:], 1)
+    patches = [below[y, x].astype(int).sum() for y in (28, 84) for x in (28, 84)]
+    assert patches == sorted(patches) and len(set(patches)) == 4
+    assert (below[28, 28] == (16, 14, 54)).all() and (below[84, 84] == (250, 232, 80)).all()
+    # The label stands below both rows, once.
+    assert drawn.shape[0] == figure([0], labels=["a"]).shape[0] + 122
+
+
+def test_equal_scores_are_no_map():
+    below = panel(figure([0], scores=(np.full((1, 6), 0.5),))[122:], 1)
+    assert len(np.unique(below.reshape(-1, 3), axis=0)) == 1

@@ -8,7 +8,7 @@ import tosa_jax
 
 ROOT = Path(tosa_jax.__path__[0])
 FLOORS = [
-    "array_types errors files metric_writer progress data.mixing",
+    "array_types errors files metric_writer progress data.mixing memory data.class_names",
     "token_ops stand_ins attention_ops losses metrics sharding processes joining stopping",
     "collectives devices profiling figures",
     "models.vit_config models.params models.positions",
@@ -27,16 +27,16 @@ FLOORS = [
     "data.builders.depth_folder data.builders.imagenet data.builders.nyu data.builders.tfrecord",
     "data.builders.preparing",
     "data.builders",
-    "data.sources data.settings data.pipeline data.speed",
-    "tasks.task tasks.selector_fitting tasks.classification tasks.depth tasks",
+    "data.sources data.settings data.pipeline data.speed data.image_files",
+    "token_pictures tasks.task tasks.selector_fitting tasks.classification tasks.depth tasks",
     "config run_plan",
-    "steps checkpoints workdir report",
+    "steps checkpoints workdir report report_charts report_page network_sources predictor",
     "evaluate",
     "train",
     "stages",
     "compiling",
     "command_line",
-    "main prepare bench compile_check",
+    "main prepare bench compile_check predict",
 ]
 """From the ground up; a room imports from lower floors, or from a room of its own floor listed before it."""
 

@@ -67,6 +67,33 @@ def test_bad_input_is_one_line_and_status_2(argv, wrong, says, capsys, tmp_path)
     assert not list((tmp_path / "run").glob("checkpoints/*/*"))
 
 
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ("--config={folder}/nope.py", "nope.py: no such file"),
+        ("--config={folder}/tiny.py:x", "get_config() takes 0 positional arguments"),
+        ("--config={folder}/broken.py", "ValueError: not today"),
+        ("--config.batch_sizes=3", "Did you mean"),
+        ("--config.init_from={folder}/nope.pth", "nope.pth does not exist"),
+        ("--workdir=/proc/run", "/proc/run cannot be made"),
+    ],
+)
+def test_wrong_paths_and_recipes_are_one_line(argv, wrong, says, capsys, tmp_path):
+    (tmp_path / "broken.py").write_text("def get_config():\n    raise ValueError('not today')\n")
+    wrong = wrong.format(folder=tmp_path)
+    flag = wrong.partition("=")[0]
+    assert entry.main([*(a for a in argv if not a.startswith(f"{flag}=")), wrong]) == 2
+    error = capsys.readouterr().err.strip()
+    assert says in error and "\n" not in error and "Traceback" not in error
+
+
+def test_a_start_that_failed_leaves_the_work_directory_free(argv, capsys):
+    assert entry.main([*argv, "--config.pretrain.steps=0"]) == 2
+    assert "nothing to start from" in capsys.readouterr().err
+    assert entry.main([*argv, "--config.data.eval_split=nope"]) == 2
+    assert "has no split 'nope'" in capsys.readouterr().err
+
+
 def test_broken_idx_files_are_named(argv, capsys, tmp_path):
     source = tmp_path / "idx"
     source.mkdir()

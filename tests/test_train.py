@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from small import small_run
 
-from tosa_jax import stages, train
+from tosa_jax import memory, stages, train
 from tosa_jax.checkpoints import Checkpoints
 from tosa_jax.data.pipeline import train_batches
-from tosa_jax.errors import ConfigError, DataError, NonFiniteLossError
+from tosa_jax.errors import ConfigError, DataError, DeviceError, NonFiniteLossError
 from tosa_jax.metric_writer import MetricWriter
 from tosa_jax.run_plan import plan_stages
 from tosa_jax.stages import Runner, run_stages
@@ -120,7 +120,14 @@ def test_a_whole_run_with_controls_reports_and_then_only_prints(digits_dir, tmp_
         eval={"controls": ("dense", "random", "skip"), "keep_rates": (0.5, 0.25)},
         model={"depth": 2},
     )
+    pictures = []
+    monkeypatch.setattr(MetricWriter, "image", lambda self, *shown: pictures.append(shown[:3]))
     report = run_stages(run, tmp_path)
+    drawn = ("selector", "finetune", "finetune_0.25", "finetune_random_0.5", "finetune_random_0.25")
+    expected = [(stage, step, "selected_tokens") for stage in drawn for step in (0, 4)]
+    assert pictures == [*expected, ("eval", 0, "selected_tokens")]
+    assert "<svg" in (tmp_path / "report.html").read_text()
+    assert (tmp_path / "classes.txt").read_text().split() == list("0123456789")
     rows = [(row["name"], row["keep_rate"]) for row in report["results"]]
     assert rows == [
         ("dense_pretrained", None), ("tosa", 0.5), ("tosa", 0.25), ("dense", None),
@@ -137,6 +144,18 @@ def test_a_whole_run_with_controls_reports_and_then_only_prints(digits_dir, tmp_
 
     monkeypatch.setattr(stages, "Runner", None)  # a finished run trains nothing
     assert run_stages(run, tmp_path) == json.loads(json.dumps(report))
+
+
+def test_a_step_that_does_not_fit_the_device_is_told_before_it_runs(
+    digits_dir, tmp_path, monkeypatch
+):
+    run = run_of(digits_dir, selector={"steps": 0}, finetune={"steps": 0})
+    monkeypatch.setattr(memory, "device_bytes", lambda device: 2**10)
+    with pytest.raises(
+        DeviceError, match=r"a training step of batch_size=16 .*--config\.batch_size"
+    ):
+        run_stages(run, tmp_path)
+    assert not list((tmp_path / "checkpoints/pretrain").glob("*/state"))
 
 
 def test_a_signal_saves_and_stops_and_the_next_start_goes_on(digits_dir, tmp_path, monkeypatch):

@@ -1,21 +1,53 @@
-"""Token Selective Attention (ToSA) for vision transformers in JAX.
+"""Token Selective Attention (ToSA) for vision transformers, in JAX.
 
+Every second layer of a ViT runs only on the tokens that a small selector expects the next layer to attend to; the
+others bypass the layer and rejoin. Token counts are static, tokens are really gathered, and every token keeps a feature
+at every depth.
+
+A model, by timm's name, with released weights
     model = tosa_jax.create_model("deit_small_patch16_224", keep_rate=0.5, rngs=nnx.Rngs(0))
-    out = model(images)      # images [b, 224, 224, 3], normalised
+    tosa_jax.load_pretrained(model, "deit_small_patch16_224-cd65a155.pth")
+    out = model(images)             # float [b, 224, 224, 3], normalised
+    out.logits                      # [b, classes]
+    out.tokens                      # [b, tokens, width] after the final norm, prefix first, all of them
+    out.selected                    # a tuple of int32 [b, s]: the tokens that each selection chose
 
-Training, from the command line: `python -m tosa_jax.main --config=configs/digits.py`.
+    `VARIANTS` has the names, `ViTConfig` every field, `alternate` makes layer plans. `save_weights` and
+    `save_selectors` write what `load_pretrained` reads.
+
+A trained network at work
+    predictor = tosa_jax.Predictor.from_workdir("runs/digits", keep_rate=0.3)
+    predictor.classify(["a.png", "b.png"])
+
+From the command line (each says more with --help)
+    python -m tosa_jax.main --config=configs/digits.py         train: pretrain, selectors, fine-tune, evaluate
+    python -m tosa_jax.prepare --config=configs/deit_s.py      make a data set ready, once
+    python -m tosa_jax.predict --workdir=runs/digits IMAGE     classify, and show the selected tokens
+    python -m tosa_jax.bench --model=deit_small_patch16_224    time beside multiply-adds
+
+What a person can mend raises a `UserError` of one line: what is wrong, where, and what to do.
 """
 
-from tosa_jax.models.depth import DepthConfig
-from tosa_jax.models.networks import create_model
-from tosa_jax.models.pretrained import load_pretrained, save_selectors, save_weights
-from tosa_jax.models.vit import Output, VisionTransformer
-from tosa_jax.models.vit_config import VARIANTS, ViTConfig, alternate
+from etils import epy
+
+# Importing the package costs next to nothing: each name brings its modules when it is first used.
+with epy.lazy_api_imports(globals()):
+    from tosa_jax.errors import UserError
+    from tosa_jax.models.depth import DepthConfig
+    from tosa_jax.models.networks import create_model
+    from tosa_jax.models.pretrained import load_pretrained, save_selectors, save_weights
+    from tosa_jax.models.vit import Output, VisionTransformer
+    from tosa_jax.models.vit_config import VARIANTS, ViTConfig, alternate
+    from tosa_jax.predictor import Guess, Prediction, Predictor
 
 __all__ = [
     "VARIANTS",
     "DepthConfig",
+    "Guess",
     "Output",
+    "Prediction",
+    "Predictor",
+    "UserError",
     "ViTConfig",
     "VisionTransformer",
     "alternate",

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
 
 import jax
@@ -9,7 +10,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from tosa_jax import processes
-from tosa_jax.errors import ConfigError, UserError
+from tosa_jax.errors import ConfigError, DeviceError, UserError
 from tosa_jax.files import AnyPath, as_path
 from tosa_jax.joining import Cluster, join
 from tosa_jax.stopping import Stopped
@@ -44,19 +45,23 @@ def parse(usage: str, argv: list[str]) -> tuple[object, AnyPath]:
     if {"--help", "-h", "-help"} & set(argv):
         print(usage.strip())
         raise SystemExit(0)
+    given = [a.partition("=")[2] for a in argv if a.lstrip("-").startswith("config=")]
+    path, _, argument = given[0].partition(":") if given else ("", "", "")
+    if given and not os.path.isfile(path):
+        raise ConfigError(
+            f"--config={path}: no such file; give the path of a recipe, e.g. --config=configs/digits.py"
+        )
     try:
         rest = values(["tosa_jax", *argv])
         # A recipe that cannot be loaded raises only when it is looked at.
         if config_flag.value is not None:
             config_flag.value.to_dict()
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise ConfigError(f"command line: {error}") from error
+        raise ConfigError(f"command line: {_last_line(error)}") from error
     if len(rest) > 1:
         raise ConfigError(f"command line: unexpected argument {rest[1]!r}; see --help")
     if config_flag.value is None:
         raise ConfigError("command line: --config=FILE is missing, e.g. --config=configs/digits.py")
-    recipe = next(a.partition("=")[2] for a in argv if a.lstrip("-").startswith("config="))
-    path, _, argument = recipe.partition(":")
     name = os.path.splitext(os.path.basename(path))[0] + (
         f"_{argument.replace(',', '_').replace('=', '')}" if argument else ""
     )
@@ -85,6 +90,14 @@ def parse_cluster(argv: list[str]) -> tuple[Cluster, list[str]]:
     return Cluster(**given), rest
 
 
+def _last_line(error: Exception) -> str:
+    """The text of an error; of a recipe's own, which comes with its traceback, where and what it was."""
+    # The text of a KeyError is the repr of what it says.
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    first, *rest = text.strip().splitlines() or [""]
+    return f"{first.partition(' Traceback')[0]} {rest[-1]}" if "Traceback" in text else text
+
+
 def run(
     usage: str,
     argv: list[str],
@@ -96,29 +109,61 @@ def run(
 
     several_processes   joins the other processes first, as the command line says.
     """
+
+    def parsed() -> int:
+        cluster, rest = parse_cluster(argv) if several_processes else (None, argv)
+        config, workdir = parse(usage, rest)
+        configure_jax()
+        if cluster:
+            join(cluster)
+        try:
+            work(config, workdir)
+        except Stopped as stopped:
+            print(f"{stopped}; start the same command again to go on", file=sys.stderr)
+            return 128 + stopped.signum
+        return 0
+
+    return guard(parsed)
+
+
+def guard(work: Callable[[], int]) -> int:
+    """What `work` returns, or 2 and one line on standard error for what a person can mend.
+
+    Of several processes one that fails ends the others.
+    """
     # Grain asks absl for its flags, and warnings of libraries belong to standard error.
     flags.FLAGS.mark_as_parsed()
     logging.set_verbosity(logging.ERROR)
     try:
-        cluster = None
-        if several_processes:
-            cluster, argv = parse_cluster(argv)
-        config, workdir = parse(usage, argv)
-        configure_jax()
-        if cluster:
-            join(cluster)
-        work(config, workdir)
-        status = 0
-    except Stopped as stopped:
-        print(f"{stopped}; start the same command again to go on", file=sys.stderr)
-        status = 128 + stopped.signum
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return processes.end_all(2, str(error))
+        status = work()
     except BaseException as error:
+        mendable = error if isinstance(error, UserError) else _of_devices(error)
+        if mendable is not None:
+            print(f"error: {mendable}", file=sys.stderr)
+            return processes.end_all(2, str(mendable))
         if not processes.are_several():
             raise
         sys.stderr.write(processes.explain(error))
         return processes.end_all(1, str(error) or type(error).__name__)
     processes.part()
     return status
+
+
+def _of_devices(error: BaseException) -> UserError | None:
+    """What JAX says of devices, as one line; None for anything else, which is a defect."""
+    if not isinstance(error, RuntimeError | AssertionError):
+        return None
+    frames = traceback.extract_tb(error.__traceback__)
+    # JAX only asserts that there is a backend where a platform of JAX_PLATFORMS has none at all.
+    if frames and frames[-1].filename.endswith("xla_bridge.py"):
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        return DeviceError(
+            f"JAX finds no device of the kind asked for (JAX_PLATFORMS={asked!r} {error}): install tosa-jax[cuda] or "
+            "tosa-jax[tpu], or set JAX_PLATFORMS=cpu"
+        )
+    if "RESOURCE_EXHAUSTED" in str(error):
+        return DeviceError(
+            f"the device's memory is full ({str(error)[:160]}): take a smaller batch size, model.map_chunk=64, or more "
+            "devices along --config.mesh.fsdp"
+        )
+    return None

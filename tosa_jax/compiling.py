@@ -95,7 +95,12 @@ def programs(run: RunConfig, mesh: Mesh) -> Iterator[Program]:
     if not run.has_stage("pretrain"):
         run = dataclasses.replace(run, init_from=run.init_from or "released weights")
     facts = DatasetFacts(
-        run.batch_size, run.eval.batch_size, run.model.num_classes, (), run.task, run.model.image_shape
+        run.batch_size,
+        run.eval.batch_size,
+        run.model.num_classes,
+        (),
+        run.task,
+        run.model.image_shape,
     )
     runner = Runner(run, Path(), StopRequest(), mesh=mesh, dataset=facts, init=abstract_init(run))
     stages, rows = plan_stages(run)

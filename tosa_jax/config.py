@@ -282,6 +282,29 @@ def to_json(run: RunConfig) -> dict[str, Any]:
     return values
 
 
+def from_json(values: Mapping[str, Any]) -> RunConfig:
+    """The run that `to_json` wrote; fields that it does not have take their defaults.
+
+    Raises ConfigError for values that this version does not know.
+    """
+    rest = dict(values)
+    sections = {"model": ViTConfig, "data": DataConfig, **SECTIONS}
+    try:
+        built = {
+            name: _build(cls, name, as_tuples(rest.pop(name, {}))) for name, cls in sections.items()
+        }
+        return RunConfig(**built, **rest)
+    except TypeError as error:
+        raise ConfigError(f"config.json is of another version of tosa_jax: {error}") from error
+
+
+def as_tuples(value: Any) -> Any:
+    """A JSON value with tuples for its lists, which is what configurations hold."""
+    if isinstance(value, Mapping):
+        return {name: as_tuples(x) for name, x in value.items()}
+    return tuple(map(as_tuples, value)) if isinstance(value, list) else value
+
+
 def process_differences(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """Lines `field: first -> other` for what two processes of a run may not set differently: all but where data is."""
     return differences(first, other, may_change={x for x in MAY_CHANGE if x.startswith("data.")})

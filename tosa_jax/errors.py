@@ -24,6 +24,10 @@ class WorkdirError(UserError):
     """A work directory holds something else, is in use, or has no checkpoint that can be read."""
 
 
+class DeviceError(UserError):
+    """There is no device of the kind asked for, or a program does not fit it."""
+
+
 class NonFiniteLossError(UserError):
     """Training produced a loss that is not finite."""
 

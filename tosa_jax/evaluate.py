@@ -47,10 +47,23 @@ class Evaluator:
             self.task.check_batch(batch, first)
             yield to_global(batch, self.mesh)
 
-    def output(self, params: Params, batch) -> Output:
-        """What the network makes of a batch."""
-        model = set_params(self.graphdef, params)
-        return self.task.predict(model, batch["image"], jax.random.key(self.seed))
+    @functools.cached_property
+    def _first_batch(self):
+        return next(self.batches())
+
+    @functools.cached_property
+    def _look(self):
+        def look(params, batch, count):
+            model, key = set_params(self.graphdef, params), jax.random.key(self.seed)
+            out = self.task.predict(model, batch["image"], key)
+            return jax.tree.map(lambda x: x[:count], (dict(batch), out))
+
+        # A copy on each device, so that every process can read all of it.
+        return jax.jit(look, static_argnums=2, out_shardings=replicated(self.mesh))
+
+    def look(self, params: Params, count: int) -> tuple[dict[str, np.ndarray], Output]:
+        """The first `count` examples of the split, and what the network makes of them."""
+        return jax.device_get(self._look(params, self._first_batch, count))
 
     def __call__(self, params: Params) -> tuple[dict[str, float], int]:
         """Mean of each metric, and the number of examples."""

@@ -20,6 +20,15 @@ _TEXT_HEIGHT = 20
 _PAPER, _INK, _OUTLINE = (255, 255, 255), (40, 40, 40), (200, 60, 30)
 _NOT_MEASURED = np.uint8(128)
 _LANCZOS = Image.Resampling.LANCZOS
+_SCORE_COLOURS = (
+    (16, 14, 54),
+    (38, 56, 112),
+    (32, 108, 126),
+    (48, 160, 112),
+    (160, 202, 70),
+    (250, 232, 80),
+)
+_BAR_HEIGHT = 12
 _FADE_TO, _GRID_DEPTH = 225.0, 20.0  # grey levels: pale, but not the white of the paper
 
 
@@ -31,6 +40,7 @@ def selected_tokens_figure(
     num_prefix_tokens: int,
     titles: Sequence[str] | None = None,
     labels: Sequence[str] | None = None,
+    scores: Sequence[Float[np.ndarray, "b _"]] | None = None,
 ) -> UInt8[np.ndarray, "rows columns 3"]:
     """A row an image: the picture, then a panel a selection with its bypassed patches faded.
 
@@ -40,7 +50,8 @@ def selected_tokens_figure(
         grid: patches down and across; it divides the images.
         num_prefix_tokens: prefix tokens, which come first and are nowhere in the picture.
         titles: one text a column, the picture's first; "input", "selection 1", ... if None.
-        labels: one text a row, written below it.
+        labels: one text an image, written below it.
+        scores: one float [b, tokens] a selection: a second row an image maps them from dark (low) to light.
 
     Returns:
         The figure, uint8 RGB.
@@ -57,6 +68,12 @@ def selected_tokens_figure(
         for selection in selections:
             panels.append(_fade(picture, _patch_mask(selection[row], grid, num_prefix_tokens)))
         rows.append(panels)
+        if scores is not None:
+            key = _colour_key(picture.shape)
+            maps = [_score_map(x[row, num_prefix_tokens:].reshape(grid), key.shape) for x in scores]
+            rows.append([key, *maps])
+    if labels is not None and scores is not None:
+        labels = [text for label in labels for text in ("", label)]
     return _assemble(rows, titles, labels)
 
 
@@ -211,27 +228,60 @@ def _fade(picture: np.ndarray, selected: np.ndarray) -> np.ndarray:
     return panel.clip(0, 255).round().astype(np.uint8)
 
 
+def _score_map(scores: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Scores [rows columns] as colours at the size of a picture.
+
+    From the 2nd to the 98th percentile: one patch that all attend to would leave the others equally dark.
+    """
+    low, high = np.percentile(scores, (2, 98))
+    level = ((scores - low) / max(high - low, 1e-12)).clip(0, 1)
+    height, width = (p // g for p, g in zip(shape, scores.shape, strict=False))
+    return _colours(level).repeat(height, axis=0).repeat(width, axis=1)
+
+
+def _colours(level: np.ndarray) -> np.ndarray:
+    """Levels in [0, 1] as uint8 colours, from dark blue over green to yellow."""
+    stops = np.linspace(0, 1, len(_SCORE_COLOURS))
+    channels = [np.interp(level, stops, channel) for channel in np.transpose(_SCORE_COLOURS)]
+    return np.stack(channels, axis=-1).round().astype(np.uint8)
+
+
+def _colour_key(shape: tuple[int, ...]) -> np.ndarray:
+    """What the colours of a row of score maps mean, in a panel of the size of a picture."""
+    height, width = shape[:2]
+    panel = Image.new("RGB", (width, height), _PAPER)
+    draw, font = ImageDraw.Draw(panel), ImageFont.load_default(size=_FONT_SIZE)
+    bar = _colours(np.linspace(0, 1, width))[None].repeat(_BAR_HEIGHT, axis=0)
+    middle = height // 2
+    panel.paste(Image.fromarray(bar), (0, middle - _BAR_HEIGHT // 2))
+    draw.text((0, middle - _BAR_HEIGHT), "token score", _INK, font, anchor="lb")
+    draw.text((0, middle + _BAR_HEIGHT), "low", _INK, font, anchor="lt")
+    draw.text((width - 1, middle + _BAR_HEIGHT), "high", _INK, font, anchor="rt")
+    return np.asarray(panel)
+
+
 def _assemble(
     rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], labels: Sequence[str] | None
 ) -> np.ndarray:
     font = ImageFont.load_default(size=_FONT_SIZE)
+    labels = labels or [""] * len(rows)
     height, width = rows[0][0].shape[:2]
     # A long title or a long label widens the figure rather than being cut.
     across = max([width, *(int(font.getlength(title)) + 2 for title in titles)]) + _GAP
-    down = height + _GAP + (_TEXT_HEIGHT if labels else 0)
-    longest = max([0, *(int(font.getlength(label)) + 2 for label in labels or ())])
+    longest = max([0, *(int(font.getlength(label)) + 2 for label in labels)])
+    down = [height + _GAP + (_TEXT_HEIGHT if label else 0) for label in labels]
     size = (
         max(_GAP + across * len(titles), longest + 2 * _GAP),
-        _GAP + _TEXT_HEIGHT + down * len(rows),
+        _GAP + _TEXT_HEIGHT + sum(down),
     )
     figure = Image.new("RGB", size, _PAPER)
     draw = ImageDraw.Draw(figure)
     for column, title in enumerate(titles):
         draw.text((_GAP + column * across, _GAP), title, _INK, font, anchor="lt")
-    for i, panels in enumerate(rows):
-        top = _GAP + _TEXT_HEIGHT + i * down
+    top = _GAP + _TEXT_HEIGHT
+    for panels, label, step in zip(rows, labels, down, strict=True):
         for column, panel in enumerate(panels):
             figure.paste(Image.fromarray(panel), (_GAP + column * across, top))
-        if labels:
-            draw.text((_GAP, top + height + 4), labels[i], _INK, font, anchor="lt")
+        draw.text((_GAP, top + height + 4), label, _INK, font, anchor="lt")
+        top += step
     return np.asarray(figure)

@@ -79,6 +79,14 @@ def format_table(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def table_columns(
+    report: Mapping[str, Any],
+) -> tuple[list[Mapping[str, Any]], list[list[str]]]:
+    """The rows in the order of the table, and all its columns of cells, each with its title first."""
+    rows = sorted(report["results"], key=_order)
+    return rows, _columns(rows, width=10**6)[0] if rows else []
+
+
 def _order(row: Mapping[str, Any]) -> tuple:
     """Dense first, then each budget with its controls, the largest budget first."""
     names = list(MODEL_NAMES)
@@ -91,7 +99,9 @@ def _order(row: Mapping[str, Any]) -> tuple:
     return 1, math.inf if rate is None else -rate, place
 
 
-def _columns(rows: Sequence[Mapping[str, Any]]) -> tuple[list[list[str]], list[str]]:
+def _columns(
+    rows: Sequence[Mapping[str, Any]], width: int = _TABLE_WIDTH
+) -> tuple[list[list[str]], list[str]]:
     """Columns of cells, the title first, and the names of the metrics that did not fit."""
     splits = {row.get("split") for row in rows}
     names = [MODEL_NAMES.get(row["name"], row["name"]) for row in rows]
@@ -114,7 +124,7 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> tuple[list[list[str]], list[s
     ]
     metrics, left_out = _metric_columns(rows), []
     fixed = sum(max(map(len, column)) + len(_GAP) for column in before + after) - len(_GAP)
-    while len(metrics) and fixed + _width(metrics) > _TABLE_WIDTH:
+    while len(metrics) and fixed + _width(metrics) > width:
         left_out.insert(0, metrics.pop()[0])
     return before + metrics + after, left_out
 

@@ -5,6 +5,7 @@ import platform
 import re
 import sys
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import flax
@@ -12,9 +13,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from tosa_jax import cost, figures, processes, report
+from tosa_jax import cost, figures, processes, report, report_page
 from tosa_jax.checkpoints import Checkpoints
 from tosa_jax.config import RunConfig, StageConfig, to_json
+from tosa_jax.data.class_names import write_names
 from tosa_jax.data.pipeline import DatasetFacts, open_dataset
 from tosa_jax.errors import ConfigError
 from tosa_jax.evaluate import Evaluator, shard, throughput
@@ -138,7 +140,27 @@ class Runner:
             evaluate_first=bool(start),
             flops_per_image=2.0 * macs,
             profile_dir=str(self.workdir / "profile" / stage.name),
+            draw=self.drawer(self.run.model if stage.kind == "selector" else stage.model),
         )
+
+    def drawer(self, model: ViTConfig) -> Callable[[Params], dict[str, np.ndarray]] | None:
+        """What draws the figures, by file name, of what such networks make of the first test images.
+
+        None where there is nothing to see.
+        """
+        task = self.task()
+        selects = any(place.opens for place in places(model))
+        if not self.run.eval.figure_images or not (selects or task.draws_predictions):
+            return None
+        names_of_classes = self.dataset.class_names if uses_labels(self.run) else ()
+        evaluator, names = self.evaluator(model, task), split(cost.abstract_model(model))[1]
+
+        def draw(params: Params) -> dict[str, np.ndarray]:
+            own = {name: params[name] for name in names}
+            batch, out = evaluator.look(own, self.run.eval.figure_images)
+            return task.pictures(batch, out, model, names_of_classes)
+
+        return draw
 
     def train(self, stage: Stage, writer: MetricWriter) -> None:
         """Trains one stage, or goes on with it, or loads it when it is done."""
@@ -185,17 +207,15 @@ class Runner:
             result["img_per_sec"] = speed
         return results
 
-    def draw(self, rows: list[Row]) -> dict[str, np.ndarray]:
-        """Figures of what ToSA, or else the last row, makes of the first test images, by file name."""
+    def draw(self, rows: list[Row], writer: MetricWriter) -> None:
+        """Writes the figures of what ToSA, or else the last row, makes of the first test images."""
         row = next((row for row in rows if row.name == "tosa"), rows[-1])
-        evaluator, params = self.contestant(row)
-        batch = next(iter(evaluator.batches()))
-        shown = to_host((dict(batch), jax.jit(evaluator.output)(params, batch)))
-        count = self.run.eval.figure_images
-        batch, out = jax.tree.map(lambda x: x[:count], shown)
-        opens = [place.layer for place in places(row.model) if place.opens]
-        titles = [f"layer {i + 1}" for i in opens[: len(out.selected)]]
-        return evaluator.task.pictures(batch, out, self.dataset, titles, row.model)
+        if (draw := self.drawer(row.model)) is None:
+            return
+        drawn = draw(self.contestant(row)[1])
+        for name, figure in drawn.items() if processes.is_main() else ():
+            figures.write_png(self.workdir / f"{name}.png", figure)
+            writer.image("eval", 0, name, figure)
 
 
 def _is_budgetless(row: Row) -> bool:
@@ -235,15 +255,14 @@ def run_stages(run: RunConfig, workdir: AnyPath) -> dict[str, Any]:
     stages, rows = plan_stages(run)
     with catch_signals() as stop, MetricWriter(workdir, processes.is_main()) as writer:
         runner = Runner(run, workdir, stop)
+        write_names(workdir, runner.dataset.class_names)
         for stage in stages:
             runner.train(stage, writer)
         if not uses_labels(run):
             rows = []  # labels that mean nothing here are not scored
         results = runner.compare(rows) if rows else []
-        drawn = runner.draw(rows) if rows else {}
-        for name, figure in drawn.items() if processes.is_main() else ():
-            figures.write_png(workdir / f"{name}.png", figure)
-            writer.image("eval", 0, name, figure)
+        if rows:
+            runner.draw(rows, writer)
     result = {
         "config": to_json(run),
         "device": describe_device(),
@@ -253,6 +272,7 @@ def run_stages(run: RunConfig, workdir: AnyPath) -> dict[str, Any]:
     }
     if processes.is_main():
         report.write_report(workdir, result)
+        report_page.write_page(workdir, result)
     return result
 
 

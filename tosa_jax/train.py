@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from tosa_jax.checkpoints import Checkpoints, with_shardings
@@ -16,7 +17,9 @@ from tosa_jax.data.pipeline import train_batches
 from tosa_jax.devices import peak_flops
 from tosa_jax.errors import NonFiniteLossError
 from tosa_jax.evaluate import Evaluator
+from tosa_jax.memory import check_fits
 from tosa_jax.metric_writer import MetricWriter
+from tosa_jax.models.params import Params
 from tosa_jax.processes import is_main
 from tosa_jax.profiling import StepTrace, profile_range
 from tosa_jax.progress import Chrono, Progress
@@ -37,6 +40,7 @@ class StageRun:
     evaluate_first   also score the network before the first step.
     flops_per_image  operations that training needs for an image, by arithmetic.
     profile_dir      where traces of steps go.
+    draw             the pictures for TensorBoard, by name, of parameters; None where there are none.
     """
 
     name: str
@@ -50,6 +54,7 @@ class StageRun:
     evaluate_first: bool
     flops_per_image: float
     profile_dir: str
+    draw: Callable[[Params], dict[str, np.ndarray]] | None = None
 
     def is_due(self, step: int, every: int) -> bool:
         """Whether something done every so many steps, and at the end, is due before the next step."""
@@ -135,6 +140,26 @@ def restore_or_init(
     return shardings, jax.jit(stage.init, out_shardings=shardings)(*stage.init_args), {}, False
 
 
+def compile_fitting(step_fn: Any, state: TrainState, batch: Any, batch_size: int) -> Any:
+    """The step compiled for these arguments. Raises DeviceError if it does not fit the device."""
+    compiled = step_fn.lower(state, batch).compile()
+    check_fits(
+        compiled,
+        f"a training step of batch_size={batch_size}",
+        "set --config.batch_size lower, --config.model.map_chunk=64, or spread the state with --config.mesh.fsdp=N",
+    )
+    return compiled
+
+
+def evaluate(stage: StageRun, step: int, params: Params, writer: MetricWriter) -> dict[str, float]:
+    """Scores the network, and writes its metrics and pictures of what it makes of the first examples."""
+    metrics, _ = stage.evaluator(params)
+    writer.write(stage.name, step, {f"val/{k}": x for k, x in metrics.items()})
+    for name, figure in stage.draw(params).items() if stage.draw else ():
+        writer.image(stage.name, step, name, figure)
+    return metrics
+
+
 def train_stage(
     stage: StageRun,
     run: RunConfig,
@@ -178,8 +203,7 @@ def train_stage(
             if fresh and stage.evaluates_at(step):
                 log.flush(everything=True)
                 with chrono.pause("evaluate"):
-                    metrics, _ = stage.evaluator(trained_params(state))
-                writer.write(stage.name, step, {f"val/{k}": x for k, x in metrics.items()})
+                    metrics = evaluate(stage, step, trained_params(state), writer)
                 progress.message(f"{stage.name} step {step}: {summary_line(metrics)}")
                 facts["before" if step == 0 else "after"] = metrics
             if fresh and (stage.is_due(step, stage.checkpoint_steps) or stopped_by):
@@ -195,6 +219,8 @@ def train_stage(
                 break
             with chrono.data_wait():
                 batch = to_global(next(batches), mesh)
+            if step == first:
+                step_fn = compile_fitting(step_fn, state, batch, run.batch_size)
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, step_metrics = step_fn(state, batch)
             log.add(step + 1, step_metrics)

@@ -30,8 +30,9 @@ VISIBLE_SECONDS = 20.0
 def open_workdir(workdir: str | os.PathLike, run: RunConfig) -> Iterator[AnyPath]:
     """Makes or re-opens the work directory of a run and locks it; all processes of the run call this.
 
-    Raises WorkdirError on all of them if another run works in it, if it holds a run of another configuration (the
-    fields that differ are named), or if one of them does not see it.
+    Raises WorkdirError on all of them if another run works in it, if it cannot be made, if it holds a run of another
+    configuration (the fields that differ are named), or if one of them does not see it. A run that came to no
+    checkpoint leaves it free.
     """
     workdir = as_path(workdir)
     with contextlib.ExitStack() as held:
@@ -42,10 +43,17 @@ def open_workdir(workdir: str | os.PathLike, run: RunConfig) -> Iterator[AnyPath
                 return
             if not is_remote(workdir) and workdir.exists() and not workdir.is_dir():
                 raise WorkdirError(f"{workdir} is a file; give another --workdir")
-            _check_config(workdir / "config.json", run)
-            workdir.mkdir(parents=True, exist_ok=True)
+            begun = any(workdir.glob("checkpoints/*/*/state")) or (workdir / "report.json").exists()
+            if begun:
+                _check_config(workdir / "config.json", run)
+            try:
+                workdir.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise WorkdirError(
+                    f"{workdir} cannot be made ({error.strerror}); give another --workdir"
+                ) from error
             held.enter_context(lease(workdir) if is_remote(workdir) else lock(workdir))
-            if not (workdir / "config.json").exists():
+            if not (begun and (workdir / "config.json").exists()):
                 text = json.dumps(_as_json(run), indent=2)
                 write_atomically(workdir / "config.json", text.encode())
 
@@ -65,8 +73,9 @@ def _check_config(path: AnyPath, run: RunConfig) -> None:
     except json.JSONDecodeError as error:
         raise WorkdirError(f"{path} cannot be read ({error}); delete {path.parent}") from error
     if lines:
+        more = f"; and {len(lines) - 6} more" if len(lines) > 6 else ""
         raise WorkdirError(
-            f"{path.parent} holds a run of another configuration ({'; '.join(lines)}); "
+            f"{path.parent} holds a run of another configuration ({'; '.join(lines[:6])}{more}); "
             "give another --workdir, or set these fields back"
         )
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 RESIZES = ("squeeze", "crop")
 
@@ -37,6 +37,8 @@ def pil_errors() -> Iterator[None]:
     """Turns what PIL raises for a broken file into BadImageError."""
     try:
         yield
+    except UnidentifiedImageError as error:
+        raise BadImageError("not the bytes of an image") from error
     except _PIL_ERRORS as error:
         raise BadImageError(f"{type(error).__name__}: {error}"[:200]) from error
 

@@ -201,11 +201,16 @@ def _kept_kinds(arrays: Mapping[str, np.ndarray], own: Params, say: Say) -> set[
     return theirs | ours if not (theirs and ours) else set()
 
 
-def save_weights(model: VisionTransformer, path: str | Path) -> None:
-    """Writes all parameters, selectors too, to a whole `.safetensors` for `load_pretrained`."""
+def save_weights(
+    model: VisionTransformer, path: str | Path, *, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes all parameters, selectors too, to a whole `.safetensors` for `load_pretrained`.
+
+    metadata  further texts to write into its header.
+    """
     fields = {name: getattr(model.config, name) for name in SILENT_FIELDS}
-    metadata = {"format": WEIGHTS_FORMAT, "fields": json.dumps(fields)}
-    write_safetensors(path, _to_host(get_params(model)), metadata)
+    facts = {"format": WEIGHTS_FORMAT, "fields": json.dumps(fields)}
+    write_safetensors(path, _to_host(get_params(model)), {**(metadata or {}), **facts})
 
 
 def save_selectors(model: VisionTransformer, path: str | os.PathLike) -> None:

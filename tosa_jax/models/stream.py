@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 from jaxtyping import Array, Float
 
-from tosa_jax.array_types import Indices, PerExample, Tokens
+from tosa_jax.array_types import Indices, PerExample, Scores, Tokens
 from tosa_jax.models.layers import Attend, Block, DropPath
 from tosa_jax.stand_ins import spread_groups
 from tosa_jax.token_ops import Selection, scatter_tokens
@@ -43,6 +43,7 @@ class Stream(NamedTuple):
     summary   what the layer before reports of its attention, because this one needs it.
     open      the open groups, the outermost first: a later one chose among the tokens that an earlier one selected.
     selected  int32 [b s] a selection made so far: indices into all n tokens.
+    scores    float [b n] a selection made by scores so far: what it chose by.
     aux       per-example scalars that layers report, by name.
     taps      by layer, all tokens [b n d] after the layers that the head reads.
     """
@@ -51,6 +52,7 @@ class Stream(NamedTuple):
     summary: Any = None
     open: tuple[Group, ...] = ()
     selected: tuple[Indices, ...] = ()
+    scores: tuple[Scores, ...] = ()
     aux: dict[str, PerExample] = {}
     taps: dict[int, Tokens] = {}
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from tosa_jax.array_types import Images, Indices, PerExample, Tokens
+from tosa_jax.array_types import Images, Indices, PerExample, Scores, Tokens
 from tosa_jax.errors import ConfigError
 from tosa_jax.models.layers import (
     Block,
@@ -32,6 +32,8 @@ class Output(NamedTuple):
               mean with `global_pool="avg"`, and they are as the last layer left them.
     selected  a tuple with one int32 [b s] a selection: indices into the n tokens, ascending, prefix included.
     aux       per-example scalars [b] that layers report, by name.
+    scores    one float [b n] a selection: what it chose by, higher is better; a program that does not return them
+              does not keep them.
     depth     [b height width] in metres, at the images' size; None for a classifier.
     """
 
@@ -39,6 +41,7 @@ class Output(NamedTuple):
     tokens: Tokens
     selected: tuple[Indices, ...]
     aux: dict[str, PerExample]
+    scores: tuple[Scores, ...] = ()
     depth: Float[Array, "b height width"] | None = None
 
     @property
@@ -150,7 +153,7 @@ class VisionTransformer(nnx.Module):
         """
         stream = self.layers(self.embed(images), key=key, train=train)
         tokens = stream.tokens if self.config.global_pool == "avg" else self.norm(stream.tokens)
-        return Output(self.classify(tokens), tokens, stream.selected, stream.aux)
+        return Output(self.classify(tokens), tokens, stream.selected, stream.aux, stream.scores)
 
 
 def drop_path_rates(config: ViTConfig) -> list[float]:

@@ -9,13 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from tosa_jax import figures, losses
+from tosa_jax import losses
 from tosa_jax.array_types import Images, PerExample
+from tosa_jax.data.class_names import readable
 from tosa_jax.data.mixing import MixingConfig, erase, mix
 from tosa_jax.errors import ConfigError
 from tosa_jax.metrics import top_k_correct
 from tosa_jax.models.vit import Output
 from tosa_jax.tasks.task import Batch, HostBatch, Task, input_fields
+from tosa_jax.token_pictures import draw_tokens
 
 Targets = Float[Array, "b classes"]
 
@@ -80,16 +82,11 @@ class Classification(Task):
         return values
 
     def pictures(
-        self, batch: HostBatch, out: Output, facts: Any, titles: Sequence[str], network: Any
+        self, batch: HostBatch, out: Output, network: Any, class_names: Sequence[str] = ()
     ) -> dict[str, np.ndarray]:
         if not out.selected:
             return {}
-        figure = figures.selected_tokens_figure(
-            batch["image"],
-            out.selected,
-            grid=network.grid,
-            num_prefix_tokens=network.num_prefix_tokens,
-            titles=["input", *titles],
-            labels=[facts.class_names[i] for i in batch["label"]],
-        )
+        names = readable(class_names)
+        labels = [names[i] for i in batch["label"]] if names else None
+        figure = draw_tokens(network, batch["image"], out.selected, labels=labels)
         return {"selected_tokens": figure}

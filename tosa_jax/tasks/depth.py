@@ -20,6 +20,7 @@ from tosa_jax.metrics import depth_errors
 from tosa_jax.models.vit import Output
 from tosa_jax.models.vit_config import check, check_choice
 from tosa_jax.tasks.task import Batch, HostBatch, Task, input_fields
+from tosa_jax.token_pictures import selection_titles
 
 DepthMaps = Float[Array, "b height width"]
 AnyMaps = Float[Array | np.ndarray, "b height width"]
@@ -64,6 +65,7 @@ class Depth(Task):
     options: ClassVar[type] = DepthOptions
     best_metric: ClassVar[str] = "abs_rel"
     lower_is_better: ClassVar[bool] = True
+    draws_predictions: ClassVar[bool] = True
 
     max_depth: float
     scoring: DepthOptions = DepthOptions()
@@ -142,7 +144,7 @@ class Depth(Task):
             )
 
     def pictures(
-        self, batch: HostBatch, out: Output, facts: Any, titles: Sequence[str], network: Any
+        self, batch: HostBatch, out: Output, network: Any, class_names: Sequence[str] = ()
     ) -> dict[str, np.ndarray]:
         panel = figures.depth_panel(
             batch["image"],
@@ -151,6 +153,6 @@ class Depth(Task):
             selections=out.selected,
             grid=network.grid_of(batch["image"].shape[1:3]),
             num_prefix_tokens=network.num_prefix_tokens,
-            titles=titles,
+            titles=selection_titles(network, out.selected),
         )
         return {"selected_tokens" if out.selected else "depth": panel}

@@ -29,14 +29,16 @@ class NoOptions:
 class Task:
     """What a batch holds, the loss and the metrics.
 
-    options       the dataclass of its fields in the section `task` of a recipe.
-    best_metric   what the best checkpoint is chosen by; high unless `lower_is_better`.
-    mean, std     a channel, of pixels in [0, 1].
+    options            the dataclass of its fields in the section `task` of a recipe.
+    best_metric        what the best checkpoint is chosen by; high unless `lower_is_better`.
+    draws_predictions  its pictures show more than selected tokens.
+    mean, std          a channel, of pixels in [0, 1].
     """
 
     options: ClassVar[type] = NoOptions
     best_metric: ClassVar[str]
     lower_is_better: ClassVar[bool] = False
+    draws_predictions: ClassVar[bool] = False
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -87,9 +89,9 @@ class Task:
         """Raise a DataError for an evaluation example that cannot be scored; the first one has the number `first`."""
 
     def pictures(
-        self, batch: HostBatch, out: Output, facts: Any, titles: Sequence[str], network: Any
+        self, batch: HostBatch, out: Output, network: Any, class_names: Sequence[str] = ()
     ) -> dict[str, np.ndarray]:
-        """Figures, RGB by file name, of a few examples; a title for each selection; `network` is a `ViTConfig`."""
+        """Figures, RGB by file name, of a few examples; `network` is a `ViTConfig`. Without names, no labels."""
         raise NotImplementedError
 
 

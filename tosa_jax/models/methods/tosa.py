@@ -52,6 +52,7 @@ class SelectiveLayer(Standard):
             if self.bypass.needs_stand_ins:
                 chosen = self.bypass.match(stream.tokens, chosen)
             stream = stream.opened(*self.bypass.open(block, stream.tokens, chosen))
+            stream = stream._replace(scores=(*stream.scores, scores))
         stream = super().apply(block, stream, self.weighing_sizes(stream, call))
         return stream.restored() if self.place.closes else stream
 

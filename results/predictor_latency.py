@@ -1,0 +1,81 @@
+"""Latency and throughput of `Predictor`, pictures in memory to logits on the host, at batch 1, 8 and 64.
+
+    python results/predictor_latency.py [--model=deit_tiny_patch16_224] [--rounds=20] > results/predictor_latency.json
+
+Random weights, which cost the same. Dense and every budget take turns; medians and quartiles count. A call holds what a
+caller waits for: uint8 array in, copy to the device, normalisation, the network, copy back.
+"""
+
+import argparse
+import json
+import sys
+import time
+
+import numpy as np
+from flax import nnx
+
+import tosa_jax
+from tosa_jax import command_line
+from tosa_jax.cost import gmacs
+from tosa_jax.stages import describe_device, versions
+
+BATCH_SIZES = (1, 8, 64)
+
+
+def measure(model: str, keep_rates: list[float], rounds: int, **fields) -> list[dict]:
+    """One record a network and batch size; `ms` of a call, images/s at the median."""
+    networks = {None: tosa_jax.create_model(model, rngs=nnx.Rngs(0), **fields)}
+    for rate in keep_rates:
+        networks[rate] = tosa_jax.create_model(model, keep_rate=rate, rngs=nnx.Rngs(0), **fields)
+    predictors = {k: tosa_jax.Predictor(x, batch_sizes=BATCH_SIZES) for k, x in networks.items()}
+    records = []
+    for size in BATCH_SIZES:
+        config = networks[None].config
+        shape = (size, config.image_size, config.image_size, config.in_chans)
+        images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+        seconds = np.zeros((rounds + 1, len(predictors)))
+        for i in range(rounds + 1):
+            for j, predictor in enumerate(predictors.values()):
+                start = time.perf_counter()
+                predictor(images)
+                seconds[i, j] = time.perf_counter() - start
+        low, median, high = np.percentile(seconds[1:], [25, 50, 75], axis=0)  # the first compiles
+        for j, (rate, predictor) in enumerate(predictors.items()):
+            records.append(
+                {
+                    "name": "dense" if rate is None else "tosa",
+                    "keep_rate": rate,
+                    "batch_size": size,
+                    "gmacs": gmacs(predictor.config),
+                    "ms": float(median[j] * 1e3),
+                    "ms_iqr": float((high[j] - low[j]) * 1e3),
+                    "img_per_sec": float(size / median[j]),
+                }
+            )
+    return records
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="deit_tiny_patch16_224")
+    parser.add_argument("--keep_rate", type=float, nargs="+", default=[0.5, 0.3])
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--rounds", type=int, default=20)
+    args = parser.parse_args()
+    command_line.configure_jax()
+    records = measure(args.model, args.keep_rate, args.rounds, dtype=args.dtype)
+    result = {
+        "command": f"python results/predictor_latency.py {' '.join(sys.argv[1:])}".strip(),
+        "device": describe_device(),
+        "versions": versions(),
+        "model": args.model,
+        "dtype": args.dtype,
+        "seed": 0,
+        "results": records,
+    }
+    json.dump(result, sys.stdout, indent=1)
+    print()
+
+
+if __name__ == "__main__":
+    main()
