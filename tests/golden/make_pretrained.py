@@ -2,7 +2,7 @@
 
     pip install "torch>=2.6" "transformers>=5" && python tests/golden/make_pretrained.py [--only REGEX]
 
-One case at a time, on one CPU; at most 8 GB and 15 minutes on two cores.
+One case at a time on the CPU: at most 9 GB, and 17 minutes of processor time for all of them.
 """
 
 import argparse

@@ -17,9 +17,9 @@ import jax
 import numpy as np
 from flax import nnx
 
+from tosa_jax.models.networks import create_model
 from tosa_jax.models.params import set_params, split
 from tosa_jax.models.pretrained import load_pretrained
-from tosa_jax.models.vit import create_model
 from tosa_jax.models.vit_config import VARIANTS
 
 # What the tests run: every form at a real width, two layers deep; giant's SwiGLU at the width of
