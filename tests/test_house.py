@@ -18,7 +18,7 @@ FLOORS = [
     "models.methods.tosa",
     "models.methods.controls models.methods.redundancy",
     "models.methods models.plan",
-    "models.vit models.depth models.networks models.bypass_fit",
+    "models.run_layers models.vit models.depth models.networks models.bypass_fit",
     "cost models.torch_files models.weight_names models.google_names models.weight_files models.weight_checks "
     "models.pretrained",
     "data.decoding data.randaugment data.rendering data.rooms",

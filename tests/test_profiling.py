@@ -8,12 +8,12 @@ from small import SIZES, small_run
 
 from tosa_jax import cost, train
 from tosa_jax.errors import ConfigError
+from tosa_jax.metric_writer import MetricWriter
 from tosa_jax.models.vit_config import variant_config
 from tosa_jax.profiling import profile_range
-from tosa_jax.progress import MetricWriter
 from tosa_jax.run_plan import plan_stages
 from tosa_jax.stages import Runner
-from tosa_jax.train import StopRequest
+from tosa_jax.stopping import StopRequest
 
 
 @pytest.mark.parametrize("text", ["100", "5:5", "6:5", "-1:3", "a:b", "1:2:3"])

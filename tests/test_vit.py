@@ -12,7 +12,7 @@ from tosa_jax.errors import ConfigError
 from tosa_jax.models.layers import DropPath
 from tosa_jax.models.networks import create_model
 from tosa_jax.models.params import get_params, set_params, split
-from tosa_jax.models.vit import drop_path_rates
+from tosa_jax.models.run_layers import drop_path_rates
 from tosa_jax.models.vit_config import alternate, variant_config
 
 

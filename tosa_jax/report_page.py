@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from tosa_jax import report_charts as charts
-from tosa_jax.progress import format_seconds, write_atomically
+from tosa_jax.files import write_atomically
+from tosa_jax.progress import format_seconds
 from tosa_jax.report import MODEL_NAMES, table_columns
 
 _GROUPS = {

@@ -20,11 +20,20 @@ class Selection(NamedTuple):
     mask     bool  [b n], true for selected tokens.
     slot     int32 [b n], the place of a selected token among the selected ones; of a bypassed token, the place of
              the one that stands in for it, where stand-ins were looked for. In [0, s) everywhere.
+    hot      [b s n], one where a token has a place: where it is there, gather and scatter are matrix products, which
+             suits the matrix units of TPUs.
     """
 
     indices: Int32[Array, "b s"]
     mask: Bool[Array, "b n"]
     slot: Int32[Array, "b n"]
+    hot: Float[Array, "b s n"] | None = None
+
+
+def with_one_hot(selection: Selection, dtype: jnp.dtype) -> Selection:
+    """The selection with its one-hot matrix, in the dtype of the tokens."""
+    hot = jax.nn.one_hot(selection.indices, selection.mask.shape[1], dtype=dtype)
+    return selection._replace(hot=hot)
 
 
 def num_selected(
@@ -65,27 +74,47 @@ def complement(selection: Selection) -> Selection:
     mask = ~selection.mask
     indices = jnp.sort(jnp.where(mask, jnp.arange(n, dtype=jnp.int32)[None], n), axis=1)
     slot = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
-    return Selection(indices[:, : n - s], mask, slot)
+    others = Selection(indices[:, : n - s], mask, slot)
+    return others if selection.hot is None else with_one_hot(others, selection.hot.dtype)
 
 
 # Gather and scatter are each other's transpose. Written with their own derivatives, each is a gather in both
 # directions: the scatter-add that differentiating a gather would give is slow on GPUs and never compiled.
 
 
-@jax.custom_vjp
 def gather_tokens(tokens: Tokens, selection: Selection) -> Float[Array, "b s d"]:
     """tokens [b n d] -> the selected ones [b s d], in raster order."""
+    if selection.hot is not None:
+        return jnp.einsum("bsn,bnd->bsd", selection.hot, tokens)
+    return _gather(tokens, selection)
+
+
+def scatter_tokens(
+    base: Float[Array, "..."], selected: Float[Array, "b s d"], selection: Selection
+) -> Tokens:
+    """`base` [b n d] (or a scalar) with the selected rows replaced by `selected` [b s d].
+
+    Rows that are not selected are bit-identical to those of `base`.
+    """
+    if selection.hot is not None:
+        placed = jnp.einsum("bsn,bsd->bnd", selection.hot, selected)
+        return jnp.where(selection.mask[:, :, None], placed, base)
+    return _scatter(base, selected, selection)
+
+
+@jax.custom_vjp
+def _gather(tokens, selection):
     return jnp.take_along_axis(
         tokens, selection.indices[:, :, None], axis=1, mode="promise_in_bounds"
     )
 
 
 def _gather_forward(tokens, selection):
-    return gather_tokens(tokens, selection), selection
+    return _gather(tokens, selection), selection
 
 
 def _gather_backward(selection, grad):
-    return scatter_tokens(jnp.zeros((), grad.dtype), grad, selection), None
+    return _place(jnp.zeros((), grad.dtype), grad, selection), None
 
 
 def _place(base, selected, selection):
@@ -96,13 +125,7 @@ def _place(base, selected, selection):
 
 
 @jax.custom_vjp
-def scatter_tokens(
-    base: Float[Array, "..."], selected: Float[Array, "b s d"], selection: Selection
-) -> Tokens:
-    """`base` [b n d] (or a scalar) with the selected rows replaced by `selected` [b s d].
-
-    Rows that are not selected are bit-identical to those of `base`.
-    """
+def _scatter(base, selected, selection):
     return _place(base, selected, selection)
 
 
@@ -113,11 +136,11 @@ def _scatter_forward(base, selected, selection):
 def _scatter_backward(residuals, grad):
     selection, ndim = residuals
     bypassed = jnp.where(selection.mask[:, :, None], 0, grad)
-    return bypassed if ndim else bypassed.sum(), gather_tokens(grad, selection), None
+    return bypassed if ndim else bypassed.sum(), _gather(grad, selection), None
 
 
-gather_tokens.defvjp(_gather_forward, _gather_backward)
-scatter_tokens.defvjp(_scatter_forward, _scatter_backward)
+_gather.defvjp(_gather_forward, _gather_backward)
+_scatter.defvjp(_scatter_forward, _scatter_backward)
 
 
 def overlap(found: Scores, truth: Scores, count: int, num_prefix_tokens: int) -> PerExample:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tosa_jax.errors import DataError
-from tosa_jax.progress import write_atomically
+from tosa_jax.files import write_atomically
 
 FILE = "classes.txt"
 """In a work directory: the name of each class on a line, in the order of the logits."""

@@ -12,15 +12,14 @@ from tosa_jax.errors import ConfigError
 from tosa_jax.models.layers import (
     Block,
     PatchEmbed,
-    attend_plainly,
-    fold_key,
     layer_norm,
     linear,
     token_init,
 )
 from tosa_jax.models.methods import LAYER_KINDS
 from tosa_jax.models.plan import places
-from tosa_jax.models.stream import LayerCall, Stream
+from tosa_jax.models.run_layers import run_layers, run_scanned
+from tosa_jax.models.stream import Stream
 from tosa_jax.models.vit_config import ViTConfig
 
 
@@ -124,16 +123,8 @@ class VisionTransformer(nnx.Module):
 
     def layers(self, tokens: Tokens, *, key: jax.Array | None, train: bool) -> Stream:
         """Runs the plan on tokens [b n d]."""
-        stream = Stream(tokens)
-        rates = drop_path_rates(self.config)
-        for i, (kind, block) in enumerate(zip(self.kinds, self.blocks, strict=True)):
-            attend = self.kinds[i + 1].needs() if i + 1 < len(self.kinds) else None
-            layer_key = None if key is None else fold_key(key, i)
-            call = LayerCall(attend or attend_plainly, layer_key, rates[i], train and rates[i] > 0)
-            stream = kind.apply(block, stream, call)
-            if i in self.config.taps:
-                stream = stream._replace(taps=stream.taps | {i: kind.restore(stream).tokens})
-        return stream
+        run = run_scanned if self.config.scan_layers else run_layers
+        return run(self.config, self.blocks, self.kinds, Stream(tokens), key=key, train=train)
 
     def classify(self, tokens: Tokens) -> Float[Array, "b c"]:
         """Logits of `Output.tokens` [b n d]."""
@@ -154,9 +145,3 @@ class VisionTransformer(nnx.Module):
         stream = self.layers(self.embed(images), key=key, train=train)
         tokens = stream.tokens if self.config.global_pool == "avg" else self.norm(stream.tokens)
         return Output(self.classify(tokens), tokens, stream.selected, stream.aux, stream.scores)
-
-
-def drop_path_rates(config: ViTConfig) -> list[float]:
-    """A rate a layer, rising linearly from 0 to `drop_path_rate`, as in DeiT."""
-    last = max(config.depth - 1, 1)
-    return [config.drop_path_rate * i / last for i in range(config.depth)]

@@ -82,6 +82,11 @@ class ViTConfig:
     head_pool: str = "mean"  # heads -> one score: "mean" or "max"
     selector_hidden: int = 0  # channels between the selector's convolutions; 0: 2 * num_heads
     kernel_size: int = 1  # of the selector's convolutions, along the keys
+    gather: str = "indices"  # or "one_hot": tokens are gathered and put back by matrix products
+    scan_layers: bool = (
+        False  # one program for all repetitions of the plan: compiles faster, computes the same
+    )
+    remat: str = "none"  # what backward computes again to save memory: "none", "full", "dots", "dots_no_batch"
     map_chunk: int = 0  # query rows at a time when a map is walked; 0: all
 
     def __post_init__(self) -> None:
@@ -102,6 +107,8 @@ class ViTConfig:
         check_choice("head_pool", self.head_pool, ("mean", "max"))
         check(0 <= self.redundancy_weight <= 1,
               f"redundancy_weight={self.redundancy_weight} is not in [0, 1]")  # fmt: skip
+        check_choice("gather", self.gather, ("indices", "one_hot"))
+        check_choice("remat", self.remat, ("none", "full", "dots", "dots_no_batch"))
         check_choice("budget", self.budget, ("uniform", "linear"))
         check_choice("bypass", self.bypass, ("", "identity", "low_rank", "shared"))
         for name in ("count_multiple", "bypass_rank"):

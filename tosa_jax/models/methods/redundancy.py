@@ -13,6 +13,7 @@ from tosa_jax.models.methods.tosa import SelectiveLayer
 from tosa_jax.models.stream import LayerCall, Place, Stream
 from tosa_jax.models.vit_config import ViTConfig, check
 from tosa_jax.stand_ins import least_dissimilar, select_dissimilar
+from tosa_jax.token_ops import with_one_hot
 
 
 class Redundancy(SelectiveLayer):
@@ -38,6 +39,8 @@ class Redundancy(SelectiveLayer):
         tokens = stream.tokens + (call.drop(update, 0) if call.drop else update)
         if self.place.opens:
             chosen = select_dissimilar(keys, self.place.count, self.num_prefix_tokens)
+            if self.one_hot:
+                chosen = with_one_hot(chosen, tokens.dtype)
             stream = stream.opened(*self.bypass.open(block, tokens, chosen, stream.sizes))
             tokens = stream.tokens
         update = block.mlp_branch(tokens)

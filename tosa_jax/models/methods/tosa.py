@@ -21,7 +21,7 @@ from tosa_jax.models.selector import TokenSelector
 from tosa_jax.models.stream import LayerCall, Place, Stream
 from tosa_jax.models.vit_config import ViTConfig
 from tosa_jax.stand_ins import weigh_redundancy
-from tosa_jax.token_ops import overlap, select_tokens
+from tosa_jax.token_ops import overlap, select_tokens, with_one_hot
 
 
 class SelectiveLayer(Standard):
@@ -37,6 +37,7 @@ class SelectiveLayer(Standard):
         path = BYPASSES[config.bypass or self.default_bypass]
         self.bypass = path(config, place, rngs=rngs) if place.opens else None
         self.size_bias, self.redundancy_weight = config.bypass_size_bias, config.redundancy_weight
+        self.one_hot = config.gather == "one_hot"
         self.num_tokens, self.width = config.num_tokens, config.embed_dim
 
     def scores(self, stream: Stream, call: LayerCall) -> Scores:
@@ -51,6 +52,8 @@ class SelectiveLayer(Standard):
             chosen = select_tokens(scores, self.place.count, self.num_prefix_tokens)
             if self.bypass.needs_stand_ins:
                 chosen = self.bypass.match(stream.tokens, chosen)
+            if self.one_hot:
+                chosen = with_one_hot(chosen, stream.tokens.dtype)
             stream = stream.opened(*self.bypass.open(block, stream.tokens, chosen))
             stream = stream._replace(scores=(*stream.scores, scores))
         stream = super().apply(block, stream, self.weighing_sizes(stream, call))

@@ -1,0 +1,138 @@
+"""How the layers of a plan are run: one after the other, or scanned; what backward keeps of them.
+
+Both are choices of execution: parameters lie the same way, and the results are equal up to float noise.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tosa_jax.errors import ConfigError
+from tosa_jax.models.layers import attend_plainly, fold_key
+from tosa_jax.models.plan import places
+from tosa_jax.models.stream import LayerCall, Stream
+from tosa_jax.models.vit_config import ViTConfig
+
+POLICIES: dict[str, Callable | None] = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+"""What is kept for backward, by name: nothing but layer inputs, matrix products, those of weights alone."""
+
+
+def drop_path_rates(config: ViTConfig) -> list[float]:
+    """A rate a layer, rising linearly from 0 to `drop_path_rate`, as in DeiT."""
+    last = max(config.depth - 1, 1)
+    return [config.drop_path_rate * i / last for i in range(config.depth)]
+
+
+def run_layers(
+    config: ViTConfig,
+    blocks: Any,
+    kinds: Any,
+    stream: Stream,
+    *,
+    key: jax.Array | None,
+    train: bool,
+) -> Stream:
+    """Each layer in turn (`blocks` and `kinds` are NNX lists); `taps` gets all tokens after layers that the head reads."""
+    rates = drop_path_rates(config)
+    for i, (kind, block) in enumerate(zip(kinds, blocks, strict=True)):
+        after = kinds[i + 1].needs() if i + 1 < len(kinds) else None
+        layer_key = None if key is None else fold_key(key, i)
+
+        def layer(stream, layer_key, kind=kind, block=block, after=after, rate=rates[i]):
+            call = LayerCall(after or attend_plainly, layer_key, rate, train and rate > 0)
+            return kind.apply(block, stream, call)
+
+        stream = _remat(config, layer)(stream, layer_key)
+        if i in config.taps:
+            stream = stream._replace(taps=stream.taps | {i: kind.restore(stream).tokens})
+    return stream
+
+
+def run_scanned(
+    config: ViTConfig,
+    blocks: Any,
+    kinds: Any,
+    stream: Stream,
+    *,
+    key: jax.Array | None,
+    train: bool,
+) -> Stream:
+    """One compiled body for all repetitions of the plan's shortest part that repeats.
+
+    Raises ConfigError where the plan does not repeat, counts differ from one repetition to the next, or a head reads
+    tokens between them.
+    """
+    period = repeated_part(config)
+    starts = range(0, config.depth, period)
+    graphdef = nnx.graphdef(_part(blocks, kinds, 0, period))
+    states = [nnx.state(_part(blocks, kinds, i, period)) for i in starts]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *states)
+    rates = jnp.asarray(drop_path_rates(config), jnp.float32).reshape(-1, period)
+    drops = train and config.drop_path_rate > 0
+
+    def body(tokens, part):
+        state, part_rates, start = part
+        part_blocks, part_kinds = nnx.merge(graphdef, state)
+        inner = Stream(tokens)
+        for j, (kind, block) in enumerate(zip(part_kinds, part_blocks, strict=True)):
+            after = part_kinds[j + 1].needs() if j + 1 < period else None
+            layer_key = None if key is None else fold_key(key, start + j)
+            call = LayerCall(after or attend_plainly, layer_key, part_rates[j], drops)
+            inner = kind.apply(block, inner, call)
+        return inner.tokens, (inner.selected, inner.scores, inner.aux)
+
+    xs = (stacked, rates, jnp.asarray(list(starts), jnp.uint32))
+    tokens, reported = jax.lax.scan(_remat(config, body), stream.tokens, xs)
+    return _gather_reports(stream._replace(tokens=tokens), reported, starts)
+
+
+def repeated_part(config: ViTConfig) -> int:
+    """Layers in the shortest part of the plan that repeats to make all of it. Raises ConfigError if none does."""
+    if config.taps:
+        raise ConfigError(
+            "scan_layers: this network's head reads tokens between layers; leave it False"
+        )
+    found = [place._replace(layer=0) for place in places(config)]
+    for period in range(1, config.depth // 2 + 1):
+        plan = config.plan[:period] * (config.depth // period)
+        same = found[:period] * (config.depth // period)
+        whole = not (found[period - 1].opens and not found[period - 1].closes)
+        if plan == config.plan and same == found and whole:
+            return period
+    raise ConfigError(
+        f"scan_layers: no part of the plan {','.join(config.plan)} repeats with the same token counts; use a plan of "
+        "equal groups with one keep_rate and budget='uniform', or leave scan_layers False"
+    )
+
+
+def _remat(config: ViTConfig, function: Callable) -> Callable:
+    if config.remat == "none":
+        return function
+    return jax.checkpoint(
+        function, policy=POLICIES[config.remat], prevent_cse=not config.scan_layers
+    )
+
+
+def _part(blocks: Any, kinds: Any, start: int, period: int) -> tuple:
+    stop = start + period
+    return nnx.List(list(blocks)[start:stop]), nnx.List(list(kinds)[start:stop])
+
+
+def _gather_reports(stream: Stream, reported: Any, starts: Sequence[int]) -> Stream:
+    """What each repetition reported, in the order of layers; names end in the layer's number."""
+    selected, scores, aux = [], [], {}
+    for i, start in enumerate(starts):
+        part_selected, part_scores, part_aux = jax.tree.map(lambda x, i=i: x[i], reported)
+        selected += part_selected
+        scores += part_scores
+        for name, values in part_aux.items():
+            group, _, layer = name.rpartition("/")
+            aux[f"{group}/{int(layer) + start}"] = values
+    return stream._replace(selected=tuple(selected), scores=tuple(scores), aux=aux)
