@@ -139,7 +139,7 @@ def _cost_chart(rows: Sequence[Mapping[str, Any]]) -> str:
     if len(points) < 2:
         return ""
     label = metric_title(metric)
-    chart = charts.scatter_chart(points, ylabel=label, salt="cost")
+    chart = charts.scatter_chart(points, ylabel=label)
     return f'<figure class="card"><h3>{escape(label)} against cost</h3><div class="scroll wide">{chart}</div></figure>'
 
 
@@ -171,7 +171,7 @@ def _curves(records: Sequence[Mapping[str, Any]]) -> str:
         figures, seen = [], []
         for name, heading, factor, log in panels:
             if lines := charts.curves(own, stages, name, factor):
-                chart = charts.line_chart(lines, log=log, salt=f"{group} {name}")
+                chart = charts.line_chart(lines, log=log)
                 figures.append(f'<figure class="card"><h3>{escape(heading)}</h3>{chart}</figure>')
                 seen += lines
         if figures:
