@@ -39,7 +39,7 @@ def run_layers(
     key: jax.Array | None,
     train: bool,
 ) -> Stream:
-    """Each layer in turn (`blocks` and `kinds` are NNX lists); `taps` gets all tokens after layers that the head reads."""
+    """Each layer in turn (`blocks`, `kinds`: NNX lists); `taps` gets all tokens after those that the head reads."""
     rates = drop_path_rates(config)
     for i, (kind, block) in enumerate(zip(kinds, blocks, strict=True)):
         after = kinds[i + 1].needs() if i + 1 < len(kinds) else None
