@@ -36,6 +36,7 @@ def plot(record: dict, path: Path) -> None:
             text = f"{row['speedup']:.2f}x"
             axis.annotate(text, (i, row["ms"] / row["batch_size"]), ha="center", va="bottom")
         axis.set_title("training step, ms an image" if train else "forward pass, ms an image")
+        axis.margins(y=0.12)
     bottom = [0.0] * len(rows)
     for part, colour in parts.items():
         heights = [row["gmacs_by_part"][part] for row in rows]
@@ -43,7 +44,8 @@ def plot(record: dict, path: Path) -> None:
         axes[0].bar(names, heights, bottom=bottom, color=colour, label=label)
         bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
     axes[0].set_title("GMACs an image")
-    axes[0].legend(fontsize=8)
+    axes[0].set_ylim(0, 1.35 * max(bottom))
+    axes[0].legend(fontsize=8, loc="upper right")
     figure.suptitle(f"DeiT-S with a depth decoder, 480x640, {record['device']}", fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
