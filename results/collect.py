@@ -1,6 +1,7 @@
 """Gathers the reports of runs that differ in their seed only into one result file.
 
     python results/collect.py --command="launch/local.sh --config=..." RUN_DIR ... > results/NAME.json
+    python results/collect.py --command=... --baseline=runs/mean_depth_map.json RUN_DIR ... > results/rooms.json
 
 For each row of the reports: the metric of every seed, mean and standard deviation. Device, versions and the seconds of
 each stage are kept, so that a table can be traced to what made it.
@@ -51,10 +52,20 @@ def collect(reports: list[dict], command: str) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--command", required=True, help="the command that made the runs")
+    parser.add_argument(
+        "--baseline",
+        type=Path,
+        action="append",
+        default=[],
+        help="a record of results/mean_depth_map.py",
+    )
     parser.add_argument("runs", nargs="+", type=Path, help="work directories")
     args = parser.parse_args()
     reports = [json.loads((run / "report.json").read_text()) for run in args.runs]
-    json.dump(collect(reports, args.command), sys.stdout, indent=1)
+    record = collect(reports, args.command)
+    if args.baseline:
+        record["baselines"] = [json.loads(path.read_text()) for path in args.baseline]
+    json.dump(record, sys.stdout, indent=1)
     print()
 
 

@@ -11,7 +11,7 @@ from tosa_jax.data.rooms import render_room
 
 def write_nyu_files(folder: Path, *, train: int = 4, validation: int = 2) -> Path:
     """What nyudepthv2.tar.gz unpacks to, at 480x640: the place of `source_dir`."""
-    names = [f"train/room_{i % 2}/{i:05d}.h5" for i in range(train)]
+    names = [f"train/room_{i % 2}/{i // 2:05d}.h5" for i in range(train)]
     names += [f"val/official/{i:05d}.h5" for i in range(validation)]
     for seed, name in enumerate(names):
         image, depth = render_room((9, seed), 480, 640)

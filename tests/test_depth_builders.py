@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
+from tensorflow_datasets.core import hashing
 
 from tests.depth_files import write_nyu_files, write_pair
 from tosa_jax.data import builders
@@ -78,13 +79,18 @@ def test_nyu_files_become_the_stock_set(nyu):
     builder = tfds.builder_from_directory(str(path))
     assert str(builder.info.features) == str(stock.features)
     assert kind_of(builder) == "depth" and picture_size(builder, "train") == (480, 640)
-    rooms = [render_room((9, seed), 480, 640) for seed in range(6)]
-    for split, wanted in (("train", rooms[:4]), ("validation", rooms[4:])):
-        found = {e["image"].tobytes(): e["depth"] for e in examples(path, split)}
-        assert len(found) == len(wanted)
-        for image, depth in wanted:
-            depth = depth.astype(np.float32).astype(np.float16)
-            np.testing.assert_array_equal(found[image.tobytes()], depth)
+    # As TFDS orders them: by the hash of scene and file.
+    keys = {
+        "train": {f"room_{i % 2}_{i // 2:05d}.h5": (9, i) for i in range(4)},
+        "validation": {f"official_{i:05d}.h5": (9, 4 + i) for i in range(2)},
+    }
+    for split, seeds in keys.items():
+        order = sorted(seeds, key=hashing.Hasher(split).hash_key)
+        for key, example in zip(order, examples(path, split), strict=True):
+            image, depth = render_room(seeds[key], 480, 640)
+            np.testing.assert_array_equal(example["image"], image)
+            stored = depth.astype(np.float32).astype(np.float16)
+            np.testing.assert_array_equal(example["depth"], stored)
     assert any("train: 4 examples of the 47584" in line for line in said)
 
 
@@ -146,9 +152,8 @@ def test_a_folder_of_splits_keeps_its_files(tmp_path):
         depth = raw / "train/depth/scene" / f"{rgb.stem}.png"
         assert record["image"] == rgb.read_bytes() and record["depth"] == depth.read_bytes()
     assert prepare_own("depth_folder", tmp_path / "tfds", raw) == path
-    write_pair(
-        raw / "val", "0", seed=3, depth=np.ones((24, 32), np.uint16)
-    )  # the depth map alone changed
+    # The depth map alone changed.
+    Image.fromarray(np.ones((24, 32), np.uint16)).save(raw / "val/depth/0.png")
     assert prepare_own("depth_folder", tmp_path / "tfds", raw) != path
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 
 import tosa_jax
 from tosa_jax import main as entry
+from tosa_jax import stages
 from tosa_jax.checkpoints import Checkpoints
 from tosa_jax.command_line import parse
 from tosa_jax.config import default_config, make_run_config
@@ -82,6 +83,12 @@ def test_a_run_goes_on_from_its_own_weights_as_a_trained_network(rooms_run, tmp_
     assert (tmp_path / "again/depth.png").exists()
 
 
+@pytest.fixture
+def untimed(monkeypatch):
+    """Large images, and no test of speed: they are not timed."""
+    monkeypatch.setattr(stages, "throughput", lambda contestants: [1.0] * len(contestants))
+
+
 @pytest.fixture(scope="module")
 def nyu(tmp_path_factory):
     """NYU's files with rendered rooms in them, prepared; and weights of a classifier for each backbone."""
@@ -102,16 +109,15 @@ def nyu_argv(root, tmp_path, variant, backbone):
             f"--config.data.data_dir={root}/tfds", f"--config.init_from={root}/{backbone}.safetensors"]  # fmt: skip
 
 
-def test_nyu_runs_from_released_weights_at_full_size(nyu, tmp_path, capsys):
+def test_nyu_runs_from_released_weights_at_full_size(nyu, tmp_path, capsys, untimed):
     argv = nyu_argv(nyu, tmp_path, ":dinov2_s", "vit_small_patch14_dinov2")
-    argv += [*steps("selector", 1), *steps("finetune", 1)]
+    argv += [*steps("selector", 1), *steps("finetune", 1), "--config.eval.controls=()"]
     assert entry.main(argv) == 0
-    said = capsys.readouterr()
-    assert "the decoder stays as the model has it" in said.err
-    assert "from 4x4 to 35x46" in said.err
+    said = capsys.readouterr().err
+    assert "the decoder stays as the model has it" in said and "from 4x4 to 35x46" in said
     report = report_of(tmp_path / "run")
     rows = {row["name"]: row for row in report["results"]}
-    assert rows.keys() == {"dense_pretrained", "tosa", "dense"}
+    assert rows.keys() == {"dense_pretrained", "tosa"}
     assert rows["dense_pretrained"]["metrics"] == {} and rows["dense_pretrained"]["gmacs"] > 0
     assert rows["tosa"]["count"] == 2 and rows["tosa"]["metrics"]["abs_rel"] > 0
     config = report["config"]
@@ -120,12 +126,18 @@ def test_nyu_runs_from_released_weights_at_full_size(nyu, tmp_path, capsys):
     assert config["finetune"]["schedule"] == "polynomial"
 
 
-def test_nyu_trains_the_dense_network_alone(nyu, tmp_path):
+def test_nyu_trains_the_dense_network_alone_on_crops_and_scores_whole_images(
+    nyu, tmp_path, untimed
+):
     argv = nyu_argv(nyu, tmp_path, ":dense", "deit_small_patch16_224")
-    assert entry.main([*argv, *steps("pretrain", 1)]) == 0
+    argv += [*steps("pretrain", 1), "--config.model.image_size=(96,128)"]
+    assert entry.main(argv) == 0
     report = report_of(tmp_path / "run")
-    assert [row["name"] for row in report["results"]] == ["dense_pretrained"]
-    assert report["results"][0]["metrics"]["abs_rel"] > 0 and list(report["stages"]) == ["pretrain"]
+    assert list(report["stages"]) == ["pretrain"]
+    (row,) = report["results"]
+    assert row["name"] == "dense_pretrained" and row["metrics"]["abs_rel"] > 0
+    with Image.open(tmp_path / "run/depth.png") as image:
+        assert image.size[0] >= 4 * 320  # input, truth, depth, error of 30x40 patches of 8 pixels
 
 
 def test_the_recipes_are_valid_and_say_what_they_know():

@@ -35,6 +35,43 @@ def test_schedule_warms_up_linearly_and_falls_as_a_cosine():
         assert float(rate(step)) == pytest.approx(value, abs=1e-6), step
 
 
+def test_the_polynomial_is_that_of_the_depth_recipes():
+    """(base - end) (1 - step / total)^.9 + end, cleinc/bts and aliyun/NeWCRFs."""
+    rate = learning_rate(
+        OptimConfig(
+            steps=100,
+            learning_rate=2.0,
+            min_learning_rate=0.2,
+            warmup_steps=10,
+            schedule="polynomial",
+        )
+    )
+    for step, value in {
+        5: 1.0,
+        10: 1.8 * 0.9**0.9 + 0.2,
+        50: 1.8 * 0.5**0.9 + 0.2,
+        100: 0.2,
+    }.items():
+        assert float(rate(step)) == pytest.approx(value, abs=1e-6), step
+    assert float(rate(101)) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 1.0])
+def test_head_and_decoder_have_a_learning_rate_of_their_own(clip_norm):
+    names = ("blocks/0/attn/proj/kernel", "kinds/1/selector/conv1/kernel", "head/kernel",
+             "head_dist/bias", "decoder/conv/kernel", "blocks/0/head/kernel")  # fmt: skip
+    params = {name: jnp.ones((2, 2)) for name in names}
+    grads = {name: jnp.full((2, 2), 0.5) for name in names}
+    updates = {}
+    for scale in (1.0, 10.0):
+        config = OptimConfig(steps=10, learning_rate=1e-3, head_lr_scale=scale, clip_norm=clip_norm)
+        optimizer = make_optimizer(config)
+        updates[scale], _ = optimizer.update(grads, optimizer.init(params), params)
+    ratios = {name: float((updates[10.0][name] / updates[1.0][name])[0, 0]) for name in names}
+    expected = [1, 1, 10, 10, 10, 1]
+    assert list(ratios.values()) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize(("batch_size", "peak"), [(1024, 1e-3), (256, 2.5e-4)])
 def test_the_deit_recipe_has_its_published_numbers(batch_size, peak):
     """facebookresearch/deit: 5e-4 per 512, warm-up 5 epochs from 1e-6, cosine over 300 to 1e-5."""

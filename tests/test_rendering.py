@@ -1,10 +1,12 @@
 """The renderer: exact distances, checked by other formulas than its own, and rooms that a seed decides."""
 
+import itertools
 import math
 
 import numpy as np
 import pytest
 
+from tosa_jax.data import speed
 from tosa_jax.data.rendering import Box, Camera, Cylinder, Sphere, cast, looking, nyu_camera
 from tosa_jax.data.rooms import MAX_DEPTH, random_scene, render_room, shade
 
@@ -237,6 +239,20 @@ def test_other_sizes_show_the_same_room():
     assert close.mean() > 0.7
 
 
+def lowest(solid) -> float:
+    """The least height of a solid's points: of a box's corners, of a cylinder's rims."""
+    if isinstance(solid, Sphere):
+        return solid.centre[2] - solid.radius
+    if isinstance(solid, Box):
+        local = solid.half * np.array(list(itertools.product((-1, 1), repeat=3)))
+    else:
+        angle = np.linspace(0, 2 * np.pi, 1000)
+        rim = np.stack([np.cos(angle) * solid.radius, np.sin(angle) * solid.radius], 1)
+        local = np.concatenate([np.pad(rim, ((0, 0), (0, 1)), constant_values=h) for h in (-1, 1)])
+        local[:, 2] *= solid.half_height
+    return (local @ solid.rotation.T + solid.centre)[:, 2].min()
+
+
 def test_rooms_are_within_the_range_and_furnished():
     depths, shares = [], []
     for seed in range(40):
@@ -244,9 +260,9 @@ def test_rooms_are_within_the_range_and_furnished():
         hits = cast(scene.camera(24, 32), scene.room, scene.solids)
         depths.append(hits.depth)
         shares.append((hits.surface > 5).mean())
-        for k, solid in enumerate(scene.solids):
-            assert 0 < solid.centre[2] < 2 * scene.room.half[2]
-            assert outside(solid, scene.position[None])[0] > 0.3, k
+        for solid in scene.solids:
+            assert outside(solid, scene.position[None])[0] > 0.8
+            assert lowest(solid) == pytest.approx(0, abs=1e-3)  # on the floor
     depths = np.array(depths)
     assert depths.min() > 0.3 and depths.max() < MAX_DEPTH
     assert depths.max() > 7 and np.mean(shares) > 0.2 and np.mean(np.array(shares) > 0.02) > 0.9
@@ -260,3 +276,10 @@ def test_light_falls_with_distance_and_shapes_the_solids():
     assert light.dtype == np.float32 and light.min() >= 0 and np.isfinite(light).all()
     image, _ = render_room((0, 4), 48, 64)
     assert image.dtype == np.uint8 and 60 < image.mean() < 200 and image.std() > 15
+
+
+def test_rates_are_times_turned_over():
+    rows = speed.measure_rooms(count=2, rounds=1)
+    assert [row["size"] for row in rows] == ["128x160", "480x640"]
+    for row in rows:
+        assert row["images_per_second_per_core"] * row["milliseconds"] == pytest.approx(1000, 0.02)

@@ -1,7 +1,8 @@
 """Random rooms as NYU Depth V2 would show them: a uint8 picture and its exact z-depth, a function of a seed.
 
 What a person uses to judge distance is there, and in sizes of a house: floor tiles and planks, doors two metres high,
-ceilings at 2.4 to 2.9 m, a camera held at 1.3 to 1.7 m, shading by a lamp, darkness where things stand on the floor.
+ceilings at 2.4 to 2.9 m, a camera held at 1.4 to 1.6 m whose own lamp lights what is near, darkness where things stand
+on the floor.
 """
 
 import math
@@ -31,6 +32,8 @@ MAX_DEPTH = 10.0
 _WALLS, _FLOOR, _CEILING = slice(0, 4), 4, 5
 _ENDLESS = 1e3  # metres: a tile that never ends
 _CLEARANCE = 0.8  # metres between the camera and the nearest solid
+_LAMP, _FLASH = 1.0, 3.0  # light of the room's lamp and of the camera's, close to them
+_EXPOSURE = 0.35  # fixed: how bright something is tells how near it is
 _SHADES = 256  # different tiles of one surface
 
 
@@ -68,7 +71,8 @@ class Scene:
 
     materials  of the six faces, then of the solids.
     panels     one for each of the four walls.
-    lamp       where the light is; `ambient` is what comes from everywhere, by the lamp's at a metre.
+    lamp       where the light of the room is; another one is at the camera.
+    ambient    what comes from everywhere.
     seed       of the tiles' shades.
     """
 
@@ -111,7 +115,7 @@ def random_scene(rng: np.random.Generator) -> Scene:
     position = (
         np.array([math.cos(angle), math.sin(angle), 0.0]) * (half - 0.3) * rng.uniform(0.6, 1)
     )
-    position[2] = rng.uniform(1.3, 1.7)
+    position[2] = rng.uniform(1.4, 1.6)
     yaw = math.atan2(-position[1], -position[0]) + rng.uniform(-0.6, 0.6)
     solids = []
     for _ in range(rng.integers(4, 13)):
@@ -126,9 +130,9 @@ def random_scene(rng: np.random.Generator) -> Scene:
         materials=materials + [_random_finish(rng) for _ in solids],
         panels=[_random_panel(rng, length) for length in half[[1, 1, 0, 0]]],
         position=position,
-        axes=looking(yaw, rng.normal(-0.2, 0.1), rng.normal(0, 0.02)),
+        axes=looking(yaw, rng.normal(-0.2, 0.06), rng.normal(0, 0.02)),
         lamp=np.array([*(rng.uniform(-0.5, 0.5, 2) * half[:2]), 2 * half[2] - 0.3]),
-        ambient=rng.uniform(0.15, 0.4),
+        ambient=rng.uniform(0.1, 0.25),
         seed=int(rng.integers(2**31)),
     )
 
@@ -211,7 +215,7 @@ def _random_panel(rng: np.random.Generator, wall_half: float) -> Panel:
     kind = rng.choice(["door", "window", "picture"])
     sides = {"door": (0.9, 0.0, 2.0), "window": (1.2, 0.9, 2.1), "picture": (0.7, 1.3, 1.8)}
     wide, low, high = sides[kind]
-    colour = (3.0, 3.2, 3.4) if kind == "window" else _paint(rng, 0.1, 0.6, 0.7)
+    colour = (1.9, 2.0, 2.1) if kind == "window" else _paint(rng, 0.1, 0.6, 0.7)
     left = rng.uniform(-wall_half, wall_half - wide)
     return Panel(colour=colour, along=(left, left + wide), up=(low, high))
 
@@ -219,11 +223,13 @@ def _random_panel(rng: np.random.Generator, wall_half: float) -> Panel:
 def shade(scene: Scene, camera: Camera, hits: Hits) -> Float[np.ndarray, "3 h w"]:
     """Light from each pixel, float32, linear: reflectance times diffuse light, darker in corners and under solids."""
     points, normals = hits.points.astype(np.float32), hits.normals.astype(np.float32)
-    to_lamp = scene.lamp.astype(np.float32)[:, None, None] - points
-    square = (to_lamp * to_lamp).sum(axis=0)
-    facing = np.maximum((to_lamp * normals).sum(axis=0), 0) / np.sqrt(square)
-    # Not the inverse square alone: the room's other faces send light back.
-    light = scene.ambient + facing * (2 / (1 + 0.3 * square))
+    light = np.full(hits.depth.shape, scene.ambient, np.float32)
+    for place, strength in ((scene.lamp, _LAMP), (scene.position, _FLASH)):
+        to_light = place.astype(np.float32)[:, None, None] - points
+        square = (to_light * to_light).sum(axis=0)
+        facing = np.maximum((to_light * normals).sum(axis=0), 0) / np.sqrt(square)
+        # Not the inverse square alone: the room's other faces send light back.
+        light += facing * (strength / (1 + 0.35 * square))
     light *= _corners(scene, points) * _contacts(scene, hits.surface, points)
     return _reflectance(scene, camera, hits) * light
 
@@ -281,7 +287,7 @@ def _reflectance(scene: Scene, camera: Camera, hits: Hits) -> np.ndarray:
 
 
 def _develop(light: Float[np.ndarray, "3 h w"], rng: np.random.Generator) -> np.ndarray:
-    """Automatic exposure, gamma 2.2, and a sensor's noise: uint8 [h w 3]."""
-    exposed = np.clip(light * (0.25 / light.mean()), 0, 1) ** np.float32(1 / 2.2)
+    """Exposure, gamma 2.2, and a sensor's noise: uint8 [h w 3]."""
+    exposed = np.clip(light * np.float32(_EXPOSURE), 0, 1) ** np.float32(1 / 2.2)
     exposed += 0.015 * rng.standard_normal(light.shape, dtype=np.float32)
     return np.clip(np.rint(exposed.transpose(1, 2, 0) * 255), 0, 255).astype(np.uint8)

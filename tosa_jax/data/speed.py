@@ -1,9 +1,11 @@
 """How fast the input of training is: images/s a core, beside a straightforward pipeline's.
 
     python -m tosa_jax.data.speed --images=DIR
+    python -m tosa_jax.data.speed --rooms
 
 writes its figures as JSON. `--images` is a folder of image files; without one, 200 JPEGs of
-500 x 375 are made from scikit-learn's two photographs, noise and stripes.
+500 x 375 are made from scikit-learn's two photographs, noise and stripes. `--rooms` times the
+renderer of rooms instead.
 
 Rates are by the processor time of one thread, so that other programs on the machine hardly count.
 """
@@ -25,6 +27,7 @@ from tosa_jax.data import randaugment
 from tosa_jax.data.builders import num_examples, open_builder
 from tosa_jax.data.decoding import open_image
 from tosa_jax.data.pipeline import DataConfig
+from tosa_jax.data.rooms import render_room
 from tosa_jax.data.settings import example_kind
 from tosa_jax.data.sources import Encoded
 from tosa_jax.data.transforms import crop_flip, deit, draw_crop, random_resized_crop
@@ -167,7 +170,33 @@ def measure_config(config: DataConfig, *, count: int = 200, **kwargs) -> list[di
     return measure(images, image_size=config.image_size, repeats=config.repeats, **kwargs)
 
 
-def _seconds(step: Step, image: object, rng: np.random.Generator) -> float:
+def measure_rooms(*, count: int = 200, rounds: int = 3) -> list[dict]:
+    """Rows {"size", "images_per_second_per_core", "milliseconds"} of rendering `count` rooms.
+
+    As in `measure`, the best time of each room counts. At 480x640 a tenth of them is enough.
+    """
+    rows = []
+    for (height, width), number in (((128, 160), count), ((480, 640), -(-count // 10))):
+        times = np.full(number, np.inf)
+        render = functools.partial(_render, height, width)
+        for i in np.tile(np.arange(number), rounds):
+            times[i] = min(times[i], _seconds(render, (0, int(i)), None))
+        rows.append(
+            {
+                "size": f"{height}x{width}",
+                "images_per_second_per_core": round(float(1 / times.mean()), 1),
+                "milliseconds": round(float(1000 * times.mean()), 3),
+            }
+        )
+    return rows
+
+
+def _render(height: int, width: int, seed: tuple[int, int], rng: None) -> None:
+    del rng  # the seed decides
+    render_room(seed, height, width)
+
+
+def _seconds(step: Step, image: object, rng: np.random.Generator | None) -> float:
     start = time.thread_time()
     step(image, rng)
     return time.thread_time() - start
@@ -213,6 +242,7 @@ def main() -> None:
     """Prints the figures as JSON."""
     parser = argparse.ArgumentParser(description="Measures the training input on one core.")
     parser.add_argument("--images", type=Path, help="folder of image files")
+    parser.add_argument("--rooms", action="store_true", help="time the renderer of rooms")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=1, help="copies of each image; DeiT's is 3")
     parser.add_argument("--accelerator_rate", type=float, default=2500.0, help="images/s to feed")
@@ -223,7 +253,9 @@ def main() -> None:
         rounds=args.rounds,
         accelerator_rate=args.accelerator_rate,
     )
-    if args.images:
+    if args.rooms:
+        figures = {"rooms": measure_rooms(rounds=args.rounds)}
+    elif args.images:
         files = sorted(path for path in args.images.rglob("*") if path.is_file())
         figures = {"images": run([path.read_bytes() for path in files])}
     else:

@@ -1,0 +1,52 @@
+"""Scores the constant that every depth network must beat: the training set's mean depth map, for every test image.
+
+    python results/mean_depth_map.py --config=configs/rooms.py [--config.FIELD=VALUE ...] > runs/mean_depth_map.json
+
+Prints a record as the rows of `report.json` are, for the `--baseline` of `results/collect.py`.
+"""
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tosa_jax import metrics
+from tosa_jax.command_line import parse
+from tosa_jax.config import StageConfig, make_run_config
+from tosa_jax.data.pipeline import eval_batches
+from tosa_jax.models.vit import Output
+from tosa_jax.tasks import TASKS
+
+
+def main() -> None:
+    config, _ = parse(__doc__, sys.argv[1:])
+    run = make_run_config(config)
+    task = TASKS[run.task].from_run(run, StageConfig())
+    size = run.eval.batch_size
+    total = count = 0
+    for batch in eval_batches(run.data, batch_size=size, split=run.data.train_split):
+        measured = batch["depth"] > 0
+        total = total + np.where(measured, batch["depth"], 0).sum(axis=0, dtype=np.float64)
+        count = count + measured.sum(axis=0)
+    mean = jnp.asarray(total / np.maximum(count, 1), jnp.float32)
+
+    @jax.jit
+    def score(batch):
+        depth = jnp.broadcast_to(mean[None], batch["depth"].shape)
+        out = Output(None, jnp.zeros((len(depth), 1, 1)), (), {}, depth)
+        return metrics.totals(task.metrics(out, batch), batch["mask"])
+
+    sums, seen = None, 0
+    for batch in eval_batches(run.data, batch_size=size):
+        task.check_batch(batch, seen)
+        seen += int(batch["mask"].sum())
+        sums = metrics.add(sums, score(batch))
+    record = {"name": "mean_depth_map", "split": run.data.eval_split, "count": seen}
+    json.dump(record | {"metrics": metrics.means(jax.device_get(sums))}, sys.stdout, indent=1)
+    print()
+
+
+if __name__ == "__main__":
+    main()
