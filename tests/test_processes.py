@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from small import SIZES
@@ -33,11 +34,13 @@ def get_config():
     config.eval.batch_size = 360
     return config
 """
-PATIENCE = 120  # seconds; none of the tests waits for it unless it fails
+PATIENCE = 400  # seconds; none of the tests waits for it unless it fails
 
 
 class Run:
     """Two processes of one run, a CPU device each: with more, the threads of a small machine starve each other."""
+
+    started: ClassVar[list[list[subprocess.Popen]]] = []
 
     def __init__(
         self, folder: Path, *args: str, each: tuple[tuple[str, ...], ...] = ((), ()), trees=()
@@ -48,7 +51,8 @@ class Run:
         folder.mkdir(exist_ok=True)
         (folder / "tiny.py").write_text(RECIPE)
         self.outputs = [(folder / f"out{i}", folder / f"err{i}") for i in range(2)]
-        self.children = []
+        self.children: list[subprocess.Popen] = []
+        self.started.append(self.children)
         for i, (out, err) in enumerate(self.outputs):
             command = [
                 sys.executable, "-m", "tosa_jax.main", f"--config={folder}/tiny.py",
@@ -56,15 +60,12 @@ class Run:
                 "--num_processes=2", f"--process_id={i}", *args, *each[i],
             ]  # fmt: skip
             tree = trees[i] if trees else ROOT
-            self.children.append(
-                subprocess.Popen(
-                    command,
-                    cwd=tree,
-                    env=environment(tree),
-                    stdout=out.open("w"),
-                    stderr=err.open("w"),
+            with out.open("w") as stdout, err.open("w") as stderr:
+                self.children.append(
+                    subprocess.Popen(
+                        command, cwd=tree, env=environment(tree), stdout=stdout, stderr=stderr
+                    )
                 )
-            )
 
     def wait_for(self, pattern: str) -> None:
         """Until process 0 has printed it."""
@@ -77,12 +78,16 @@ class Run:
         return self.outputs[i][1].read_text()
 
     def statuses(self) -> list[int]:
-        try:
-            return [child.wait(PATIENCE) for child in self.children]
-        finally:
-            for child in self.children:
-                if child.poll() is None:
-                    child.kill()
+        return [child.wait(PATIENCE) for child in self.children]
+
+
+@pytest.fixture(autouse=True)
+def no_orphans():
+    yield
+    while Run.started:
+        for child in Run.started.pop():
+            child.kill()
+            child.wait()
 
 
 def environment(tree: Path) -> dict[str, str]:
@@ -134,7 +139,8 @@ def test_signals_stop_all_at_one_step_and_a_death_ends_all(digits_dir, tmp_path)
     assert run.statuses() == [1, -signal.SIGKILL], run.said(0)
     assert time.monotonic() - killed < 60  # a promise, of which 25 s are used
     (line,) = [x for x in own_lines(run.said(0)) if not x.startswith("pretrain step")]
-    assert line.startswith("error: another process of this run has stopped (process 1: silent for")
+    # By the broken connection; where that hangs, as with accelerators, by the silence.
+    assert line.startswith("error: another process of this run has stopped")
 
 
 def test_what_differs_is_told_before_anything_is_trained(digits_dir, tmp_path):
