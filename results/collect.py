@@ -13,7 +13,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from tosa_jax.config import differences
+from tosa_jax.config_json import differences
 
 
 def collect(reports: list[dict], command: str) -> dict:

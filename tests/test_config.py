@@ -7,7 +7,8 @@ from small import SIZES, small_run
 
 from tosa_jax import config as config_lib
 from tosa_jax.command_line import parse
-from tosa_jax.config import default_config, differences, make_run_config, to_json
+from tosa_jax.config import default_config, make_run_config
+from tosa_jax.config_json import differences, to_json
 from tosa_jax.errors import ConfigError, WorkdirError
 from tosa_jax.workdir import open_workdir
 

@@ -29,7 +29,7 @@ FLOORS = [
     "data.builders",
     "data.sources data.settings data.pipeline data.speed data.image_files",
     "token_pictures tasks.task tasks.selector_fitting tasks.classification tasks.depth tasks",
-    "config run_plan",
+    "config config_json run_plan",
     "steps checkpoints workdir report report_charts report_page network_sources predictor",
     "evaluate",
     "train",

@@ -10,7 +10,7 @@ from PIL import Image
 from small import small_run
 
 from tosa_jax.checkpoints import Checkpoints
-from tosa_jax.config import to_json
+from tosa_jax.config_json import to_json
 from tosa_jax.data.class_names import write_names
 from tosa_jax.models.params import split
 from tosa_jax.models.vit import VisionTransformer

@@ -6,7 +6,7 @@ is set. Durations carry a unit: `epochs` or `steps`; the other of the two stays 
 
 import dataclasses
 import difflib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +48,9 @@ class StageConfig:
     label_smoothing: float = 0.0
     drop_path_rate: float = 0.0
     distill_weight: float = 0.0
+    keep_rates: tuple[
+        float, ...
+    ] = ()  # fine-tuning draws each step's budget from these; empty: the model's
     mixup: float = 0.0  # alpha of its Beta distribution
     cutmix: float = 0.0
     switch_prob: float = 0.5
@@ -70,6 +73,8 @@ class StageConfig:
         check_choice("schedule", self.schedule, SCHEDULES)
         check(self.head_lr_scale > 0, f"head_lr_scale={self.head_lr_scale} must be above 0")
         check(self.learning_rate >= 0, f"learning_rate={self.learning_rate} is negative")
+        for rate in self.keep_rates:
+            check(0 < rate <= 1, f"keep_rates={self.keep_rates}: {rate} is not in (0, 1]")
         self.mixing  # noqa: B018  # its own checks
 
     def duration(self, name: str, steps_per_epoch: int) -> int:
@@ -103,7 +108,7 @@ class EvalConfig:
     """What the closing evaluation compares.
 
     controls    "dense" is fine-tuned as long as ToSA; "random", "previous" and "skip" likewise, at each budget.
-    keep_rates  budgets, each fine-tuned on its own; empty: the model's.
+    keep_rates  budgets, each fine-tuned on its own, unless fine-tuning draws its budgets; empty: those, or the model's.
     """
 
     batch_size: int = 256
@@ -151,6 +156,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         for name in ("batch_size", "accumulate", "log_steps"):
             check(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        for stage in ("pretrain", "selector"):
+            check(not getattr(self, stage).keep_rates,
+                  f"{stage}.keep_rates is not read: only fine-tuning draws its budgets")  # fmt: skip
         TASKS[self.task].check_run(self)
         profile_range(self.profile_steps)
 
@@ -161,8 +169,8 @@ class RunConfig:
 
     @property
     def keep_rates(self) -> tuple[Any, ...]:
-        """The budgets that are fine-tuned and compared; the first is the main one."""
-        return self.eval.keep_rates or (self.model.keep_rate,)
+        """The budgets that are compared; the first is the main one."""
+        return self.eval.keep_rates or self.finetune.keep_rates or (self.model.keep_rate,)
 
 
 SECTIONS = {
@@ -206,7 +214,8 @@ def default_config(model: str = "vit", task: str = "classification") -> ml_colle
     return config
 
 
-def _build(cls: type, section: str, values: Mapping[str, Any]) -> Any:
+def build_section(cls: type, section: str, values: Mapping[str, Any]) -> Any:
+    """A section's dataclass; its ConfigErrors name the section."""
     try:
         return cls(**values)
     except ConfigError as error:
@@ -222,15 +231,15 @@ def make_run_config(config: ml_collections.ConfigDict) -> RunConfig:
     model = values.pop("model")
     name, plan = model.pop("name"), model.pop("plan")
     options = values.pop("task")
-    options = _build(TASKS[options.pop("name")].options, "task", options)
+    options = build_section(TASKS[options.pop("name")].options, "task", options)
     try:
         fields = model | {"plan": tuple(plan.split(",")) if "," in plan else plan}
         vit = network_config(task, name, **fields)
     except ConfigError as error:
         raise ConfigError(f"config.model: {error}") from error
     data = values.pop("data") | {"image_size": vit.image_size, "channels": vit.in_chans}
-    built = {name: _build(cls, name, values.pop(name)) for name, cls in SECTIONS.items()}
-    data = _build(DataConfig, "data", data)
+    built = {name: build_section(cls, name, values.pop(name)) for name, cls in SECTIONS.items()}
+    data = build_section(DataConfig, "data", data)
     return RunConfig(task=task, options=options, model=vit, data=data, **built, **values)
 
 
@@ -256,75 +265,3 @@ def _check_fields(where: str, values: Mapping[str, Any], template: Mapping[str, 
             raise ConfigError(
                 f"config.{where}{name}={value!r} must be of type {type(default).__name__}"
             )
-
-
-MAY_CHANGE = {
-    "accumulate",
-    "log_steps",
-    "profile_steps",
-    "mesh",
-    "eval.batch_size",
-    "eval.figure_images",
-    "data.data_dir",
-    "data.source_dir",
-    "data.workers",
-    "data.prefetch_batches",
-    "data.prefetch_mib",
-    "data.in_memory",
-}
-"""Fields that do not change what is trained: a run may go on with other values of them."""
-
-
-def to_json(run: RunConfig) -> dict[str, Any]:
-    """The run as plain JSON values, in sections."""
-    values = dataclasses.asdict(run)
-    values["model"] |= {name: str(values["model"][name]) for name in ("dtype", "param_dtype")}
-    return values
-
-
-def from_json(values: Mapping[str, Any]) -> RunConfig:
-    """The run that `to_json` wrote; fields that it does not have take their defaults.
-
-    Raises ConfigError for values that this version does not know.
-    """
-    rest = dict(values)
-    sections = {"model": ViTConfig, "data": DataConfig, **SECTIONS}
-    try:
-        built = {
-            name: _build(cls, name, as_tuples(rest.pop(name, {}))) for name, cls in sections.items()
-        }
-        return RunConfig(**built, **rest)
-    except TypeError as error:
-        raise ConfigError(f"config.json is of another version of tosa_jax: {error}") from error
-
-
-def as_tuples(value: Any) -> Any:
-    """A JSON value with tuples for its lists, which is what configurations hold."""
-    if isinstance(value, Mapping):
-        return {name: as_tuples(x) for name, x in value.items()}
-    return tuple(map(as_tuples, value)) if isinstance(value, list) else value
-
-
-def process_differences(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Lines `field: first -> other` for what two processes of a run may not set differently: all but where data is."""
-    return differences(first, other, may_change={x for x in MAY_CHANGE if x.startswith("data.")})
-
-
-def differences(
-    old: Mapping[str, Any],
-    new: Mapping[str, Any],
-    where: str = "",
-    may_change: Collection[str] = MAY_CHANGE,
-) -> list[str]:
-    """Lines `field: old -> new` for what differs between two runs' JSON and may not."""
-    lines = []
-    for name in sorted(old.keys() | new.keys()):
-        path = f"{where}{name}"
-        before, after = old.get(name), new.get(name)
-        if path in may_change:
-            continue
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            lines += differences(before, after, f"{path}.", may_change)
-        elif before != after:
-            lines.append(f"{path}: {before} -> {after}")
-    return lines

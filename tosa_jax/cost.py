@@ -15,13 +15,7 @@ def macs(model: VisionTransformer) -> int:
 
     Norms, softmax and element-wise work are left out, as usual. Abstract models will do.
     """
-    config = model.config
-    patch_weights = config.patch_size**2 * config.in_chans * config.embed_dim
-    layers = sum(
-        kind.block_macs(block) + kind.own_macs(block)
-        for kind, block in zip(model.kinds, model.blocks, strict=True)
-    )
-    return config.num_patches * patch_weights + layers + model.head_macs()
+    return model.macs()
 
 
 def macs_by_part(model: VisionTransformer) -> dict[str, int]:

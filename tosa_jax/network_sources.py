@@ -13,7 +13,8 @@ import jax
 from flax import nnx
 
 from tosa_jax import cost
-from tosa_jax.config import RunConfig, as_tuples, from_json
+from tosa_jax.config import RunConfig
+from tosa_jax.config_json import as_tuples, from_json
 from tosa_jax.data import class_names as names_of
 from tosa_jax.data.decoding import Form
 from tosa_jax.errors import ConfigError, UserError, WeightsError, WorkdirError

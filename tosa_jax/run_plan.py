@@ -66,18 +66,21 @@ def plan_stages(run: RunConfig) -> tuple[list[Stage], list[Row]]:
                 for rate in run.keep_rates
             ]
         return stages, rows
+    elastic = bool(run.finetune.keep_rates)
     contestants = [("tosa", run.keep_rates)]
     for control in run.eval.controls:
         contestants.append((control, run.keep_rates[: 1 if control in BUDGETLESS else None]))
     for name, rates in contestants:
         for i, rate in enumerate(rates):
             stage = "finetune" if name == "tosa" else f"finetune_{name}"
-            stage += f"_{rate}" if name not in BUDGETLESS and (name != "tosa" or i) else ""
+            of_budget = name not in BUDGETLESS and not elastic
+            stage += f"_{rate}" if of_budget and (name != "tosa" or i) else ""
             kind = {"tosa": None, "dense": "standard"}.get(name, name)
             model = dataclasses.replace(run.model, keep_rate=rate)
             model = with_plan(model, kind) if kind else model
             start = selectors if name == "tosa" else trunk
-            stages.append(Stage(stage, "finetune", model, start, r"^(?!kinds/\d+/selector/)"))
+            if stage not in [s.name for s in stages]:
+                stages.append(Stage(stage, "finetune", model, start, r"^(?!kinds/\d+/selector/)"))
             rows.append(Row(name, model, stage))
     return stages, rows
 

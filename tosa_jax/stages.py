@@ -15,7 +15,8 @@ from jax.sharding import Mesh
 
 from tosa_jax import cost, figures, processes, report, report_page
 from tosa_jax.checkpoints import Checkpoints
-from tosa_jax.config import RunConfig, StageConfig, to_json
+from tosa_jax.config import RunConfig, StageConfig
+from tosa_jax.config_json import to_json
 from tosa_jax.data.class_names import write_names
 from tosa_jax.data.pipeline import DatasetFacts, open_dataset
 from tosa_jax.errors import ConfigError
@@ -118,6 +119,11 @@ class Runner:
             self.run.seed, zlib.crc32(stage.name.encode()) >> 1, teacher, config.distill_weight,
             self.run.accumulate,
         )  # fmt: skip
+        budgets = tuple(
+            dataclasses.replace(setup, graphdef=split(cost.abstract_model(
+                dataclasses.replace(model, keep_rate=rate)))[0])
+            for rate in (config.keep_rates if any(p.opens for p in places(model)) else ())
+        )  # fmt: skip
         start = {name: x for name, x in self.networks[stage.start].items() if name in own}
 
         def init(start, teacher_params):
@@ -139,6 +145,7 @@ class Runner:
             evaluator=self.evaluator(stage.model, task),
             evaluate_first=bool(start),
             flops_per_image=2.0 * macs,
+            budgets=budgets,
             profile_dir=str(self.workdir / "profile" / stage.name),
             draw=self.drawer(self.run.model if stage.kind == "selector" else stage.model),
         )

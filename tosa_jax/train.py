@@ -38,6 +38,7 @@ class StageRun:
     init             makes the state at step 0 of `init_args`, already sharded when jitted so. Arrays are
                      arguments, not closed over: a program would hold them as constants.
     evaluate_first   also score the network before the first step.
+    budgets          the step at each of several budgets, of which every update draws one; empty: `setup` alone.
     flops_per_image  operations that training needs for an image, by arithmetic.
     profile_dir      where traces of steps go.
     draw             the pictures for TensorBoard, by name, of parameters; None where there are none.
@@ -54,6 +55,7 @@ class StageRun:
     evaluate_first: bool
     flops_per_image: float
     profile_dir: str
+    budgets: tuple[StepSetup, ...] = ()
     draw: Callable[[Params], dict[str, np.ndarray]] | None = None
 
     def is_due(self, step: int, every: int) -> bool:
@@ -151,6 +153,29 @@ def compile_fitting(step_fn: Any, state: TrainState, batch: Any, batch_size: int
     return compiled
 
 
+class Updates:
+    """The compiled updates of a stage: one, or one for each budget, of which every step draws its own."""
+
+    def __init__(self, stage: StageRun, shardings: Any, mesh: Mesh, batch_size: int) -> None:
+        self.setups = stage.budgets or (stage.setup,)
+        self.shardings, self.mesh, self.batch_size = shardings, mesh, batch_size
+        self.compiled: dict[int, Any] = {}
+
+    def drawn(self, step: int) -> int:
+        """Which budget the update after `step` has: the same in every process, and after a restart."""
+        setup = self.setups[0]
+        draw = np.random.default_rng([setup.seed, setup.stage_id, step])
+        return int(draw.integers(len(self.setups)))
+
+    def __call__(self, step: int, state: TrainState, batch: Any) -> tuple[TrainState, Any]:
+        """The state after an update on `batch`, and its metrics. Raises DeviceError if it does not fit."""
+        i = self.drawn(step)
+        if i not in self.compiled:
+            step_fn = compile_step(self.setups[i], self.shardings, self.mesh)
+            self.compiled[i] = compile_fitting(step_fn, state, batch, self.batch_size)
+        return self.compiled[i](state, batch)
+
+
 def evaluate(stage: StageRun, step: int, params: Params, writer: MetricWriter) -> dict[str, float]:
     """Scores the network, and writes its metrics and pictures of what it makes of the first examples."""
     metrics, _ = stage.evaluator(params)
@@ -179,7 +204,7 @@ def train_stage(
     if restored and first == stage.total_steps:
         return state, facts
 
-    step_fn = compile_step(stage.setup, shardings, mesh)
+    update = Updates(stage, shardings, mesh, run.batch_size)
     chrono = Chrono(first, stage.total_steps, run.batch_size)
     seconds_before = facts.get("seconds", 0.0)
     index, count = process_rows(mesh)
@@ -219,10 +244,8 @@ def train_stage(
                 break
             with chrono.data_wait():
                 batch = to_global(next(batches), mesh)
-            if step == first:
-                step_fn = compile_fitting(step_fn, state, batch, run.batch_size)
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                state, step_metrics = step_fn(state, batch)
+                state, step_metrics = update(step, state, batch)
             log.add(step + 1, step_metrics)
             if (step + 1) % run.log_steps == 0:
                 log.flush()

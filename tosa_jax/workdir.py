@@ -15,7 +15,8 @@ from collections.abc import Iterator
 import fsspec
 
 from tosa_jax import processes
-from tosa_jax.config import RunConfig, differences, to_json
+from tosa_jax.config import RunConfig
+from tosa_jax.config_json import differences, to_json
 from tosa_jax.errors import WorkdirError
 from tosa_jax.files import AnyPath, as_path, is_remote, write_atomically
 

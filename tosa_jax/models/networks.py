@@ -1,10 +1,13 @@
 """Which network a configuration describes, and `create_model`: the front door."""
 
+import bisect
+import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 
+from tosa_jax.errors import ConfigError
 from tosa_jax.models.depth import DepthTransformer
 from tosa_jax.models.vit import VisionTransformer
 from tosa_jax.models.vit_config import ViTConfig, check_choice, variant_config
@@ -22,9 +25,40 @@ def build(config: ViTConfig, *, rngs: nnx.Rngs) -> VisionTransformer:
 
 
 def network_config(task: str, name: str, **fields: Any) -> ViTConfig:
-    """`variant_config` for the network of a task."""
+    """`variant_config` for the network of a task, with the `keep_rate` that `budget_gmacs` asks for."""
     check_choice("task", task, NETWORKS)
-    return variant_config(name, NETWORKS[task].config_class, **fields)
+    config = variant_config(name, NETWORKS[task].config_class, **fields)
+    return with_budget(config, config.budget_gmacs) if config.budget_gmacs else config
+
+
+def with_budget(config: ViTConfig, gmacs: float) -> ViTConfig:
+    """The network with the largest `keep_rate` (one for all selections, or their mean) within `gmacs` an image.
+
+    Raises ConfigError where no keep_rate is, naming the range that can be had.
+    """
+
+    def cost_of(keep_rate: float) -> float:
+        candidate = dataclasses.replace(config, keep_rate=keep_rate)
+        return nnx.eval_shape(lambda: build(candidate, rngs=nnx.Rngs(0))).macs() / 1e9
+
+    def reaches(patches: int) -> bool:
+        try:
+            cost_of(patches / config.num_patches)
+        except ConfigError:
+            return False
+        return True
+
+    every = range(1, config.num_patches + 1)
+    least = every[bisect.bisect_left(every, True, key=reaches)]
+    cheapest, dearest = cost_of(least / config.num_patches), cost_of(1.0)
+    if gmacs < cheapest:
+        raise ConfigError(
+            f"budget_gmacs={gmacs:g} cannot be met: with this plan an image costs from {cheapest:.3f} to "
+            f"{dearest:.3f} GMACs"
+        )
+    fitting = range(least, config.num_patches + 1)
+    place = bisect.bisect_right(fitting, gmacs, key=lambda p: cost_of(p / config.num_patches))
+    return dataclasses.replace(config, keep_rate=fitting[place - 1] / config.num_patches)
 
 
 def create_model(
@@ -43,7 +77,7 @@ def create_model(
     """A model by timm's name, or "vit" with sizes of your own; random weights, initialised as DeiT.
 
     keep_rate  share in (0, 1] of the patches that selective layers take: one number, or one a selection.
-               None, without a plan, makes the plain dense network.
+               None, without a plan and `budget_gmacs`, makes the plain dense network.
     image_size pixels: the side of a square, or (height, width); by default the variant's own.
     task       "classification", or "depth": a decoder instead of the head (`num_classes` is not read).
     plan       a layer kind for each layer, or the name of one for every second layer; by default every second
@@ -63,6 +97,6 @@ def create_model(
         fields["image_size"] = image_size
     if keep_rate is not None:
         fields["keep_rate"] = keep_rate
-    if plan is None and keep_rate is not None:
+    if plan is None and (keep_rate is not None or fields.get("budget_gmacs")):
         plan = "selective"
     return build(network_config(task, name, plan=plan, **fields), rngs=rngs)

@@ -94,6 +94,16 @@ class VisionTransformer(nnx.Module):
         """Multiply-adds of those modules for one example."""
         return (1 + self.config.distilled) * self.config.embed_dim * self.config.num_classes
 
+    def macs(self) -> int:
+        """Multiply-adds of one example's forward pass: patch projection, layers, what their kinds add, head."""
+        config = self.config
+        patch_weights = config.patch_size**2 * config.in_chans * config.embed_dim
+        layers = sum(
+            kind.block_macs(block) + kind.own_macs(block)
+            for kind, block in zip(self.kinds, self.blocks, strict=True)
+        )
+        return config.num_patches * patch_weights + layers + self.head_macs()
+
     def positions(self, size: tuple[int, int]) -> Float[Array, "1 m d"]:
         """Positions for images of (height, width) pixels, of the prefix tokens too where those have some."""
         if size != self.config.image_shape:

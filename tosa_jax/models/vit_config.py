@@ -70,6 +70,7 @@ class ViTConfig:
     param_dtype: Any = jnp.float32  # stores
     plan: tuple[str, ...] | None = None  # a layer kind for each layer; None: all standard
     keep_rate: float | tuple[float, ...] = 0.5  # share of patches selected: one, or one a selection
+    budget_gmacs: float = 0.0  # above 0: keep_rate is solved for this cost of an image, and what was given is not read
     budget: str = "uniform"  # one keep_rate for all selections; "linear": falls with depth, keep_rate is the mean
     count_multiple: int = 1  # counts of selected tokens are rounded up to a multiple of it
     bypass: str = ""  # "identity", "low_rank" or "shared"; "": the layer kind's own
@@ -111,6 +112,7 @@ class ViTConfig:
         check_choice("remat", self.remat, ("none", "full", "dots", "dots_no_batch"))
         check_choice("budget", self.budget, ("uniform", "linear"))
         check_choice("bypass", self.bypass, ("", "identity", "low_rank", "shared"))
+        check(self.budget_gmacs >= 0, f"budget_gmacs={self.budget_gmacs} is negative")
         for name in ("count_multiple", "bypass_rank"):
             check(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         check(
