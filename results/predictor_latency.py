@@ -17,7 +17,7 @@ from flax import nnx
 import tosa_jax
 from tosa_jax import command_line
 from tosa_jax.cost import gmacs
-from tosa_jax.stages import describe_device, versions
+from tosa_jax.devices import describe_device, versions
 
 BATCH_SIZES = (1, 8, 64)
 

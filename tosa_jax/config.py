@@ -143,6 +143,9 @@ class RunConfig:
     log_steps: int = 50
     profile_steps: str = ""  # "100:105": steps of each stage whose trace goes to WORKDIR/profile
     init_from: str = ""  # weights to start from: whatever `load_pretrained` reads
+    bypass_fit_images: int = (
+        256  # unlabelled ones that a low-rank bypass is fitted on, after the selector stage
+    )
     init_selectors: str = ""  # a file of selectors, from another run's selector stage
     model: ViTConfig
     data: DataConfig
@@ -154,7 +157,7 @@ class RunConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulate", "log_steps"):
+        for name in ("batch_size", "accumulate", "log_steps", "bypass_fit_images"):
             check(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         for stage in ("pretrain", "selector"):
             check(not getattr(self, stage).keep_rates,

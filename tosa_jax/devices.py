@@ -5,10 +5,12 @@ table is unknown, never guessed.
 """
 
 import math
+import platform
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import flax
 import jax
 
 
@@ -62,3 +64,17 @@ def peak_flops(devices: Sequence[jax.Device]) -> float:
     """Operations a second of all these devices together; NaN if one of them is unknown."""
     known = [accelerator(device.device_kind) for device in devices]
     return sum(math.nan if one is None else one.peak_flops for one in known)
+
+
+def describe_device() -> str:
+    """Number and kind of the devices."""
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result depends on."""
+    return {
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "flax": flax.__version__,
+    }

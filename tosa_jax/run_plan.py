@@ -78,7 +78,7 @@ def plan_stages(run: RunConfig) -> tuple[list[Stage], list[Row]]:
             kind = {"tosa": None, "dense": "standard"}.get(name, name)
             model = dataclasses.replace(run.model, keep_rate=rate)
             model = with_plan(model, kind) if kind else model
-            start = selectors if name == "tosa" else trunk
+            start = trunk if name in BUDGETLESS else selectors  # with what was fitted there
             if stage not in [s.name for s in stages]:
                 stages.append(Stage(stage, "finetune", model, start, r"^(?!kinds/\d+/selector/)"))
             rows.append(Row(name, model, stage))

@@ -1,11 +1,11 @@
 """Carries a run through its stages: what each one loads, freezes and optimises; then scores what they left."""
 
+import contextlib
 import dataclasses
-import platform
 import re
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax
@@ -18,11 +18,13 @@ from tosa_jax.checkpoints import Checkpoints
 from tosa_jax.config import RunConfig, StageConfig
 from tosa_jax.config_json import to_json
 from tosa_jax.data.class_names import write_names
-from tosa_jax.data.pipeline import DatasetFacts, open_dataset
+from tosa_jax.data.pipeline import DatasetFacts, open_dataset, train_batches
+from tosa_jax.devices import describe_device, versions
 from tosa_jax.errors import ConfigError
 from tosa_jax.evaluate import Evaluator, shard, throughput
 from tosa_jax.files import AnyPath
 from tosa_jax.metric_writer import MetricWriter
+from tosa_jax.models.bypass_fit import fit_bypass
 from tosa_jax.models.networks import build
 from tosa_jax.models.params import Params, get_params, set_params, split
 from tosa_jax.models.plan import places
@@ -30,7 +32,7 @@ from tosa_jax.models.pretrained import load_pretrained, save_selectors
 from tosa_jax.models.vit_config import ViTConfig, with_plan
 from tosa_jax.optim import HEAD, learning_rate, make_optimizer, split_trainable
 from tosa_jax.run_plan import BUDGETLESS, Row, Stage, plan_stages, uses_labels
-from tosa_jax.sharding import check_batch, make_mesh, to_host
+from tosa_jax.sharding import check_batch, make_mesh, process_rows, to_global, to_host
 from tosa_jax.steps import StepSetup, init_state, trained_params
 from tosa_jax.stopping import StopRequest, catch_signals
 from tosa_jax.tasks import TASKS
@@ -181,12 +183,29 @@ class Runner:
         self.facts[stage.name] = facts
         self.networks[stage.name] = self.networks[stage.start] | trained_params(state)
         if stage.kind == "selector":
-            graphdef, names = split(cost.abstract_model(self.run.model))
-            network = self.networks[stage.name]
-            params = to_host({name: network[name] for name in names})
-            if processes.is_main():
-                model = set_params(graphdef, params)
-                save_selectors(model, self.workdir / "selectors.safetensors")
+            self.fit_and_save(stage)
+
+    def fit_and_save(self, stage: Stage) -> None:
+        """Fits what the bypass needs, in closed form, and writes it with the selectors to a file of their own."""
+        graphdef, names = split(cost.abstract_model(self.run.model))
+        network = self.networks[stage.name]
+        model = set_params(graphdef, {name: network[name] for name in names})
+        fitted = shard(fit_bypass(model, self.images(stage)), self.mesh)
+        network |= fitted
+        params = to_host({name: network[name] for name in names})
+        if processes.is_main():
+            save_selectors(set_params(graphdef, params), self.workdir / "selectors.safetensors")
+
+    def images(self, stage: Stage) -> Iterator[jax.Array]:
+        """The first normalised images [b height width c] of a stage, `bypass_fit_images` or a few more."""
+        setup, (index, count) = self.stage_run(stage).setup, process_rows(self.mesh)
+        batches = train_batches(
+            self.run.data, batch_size=self.run.batch_size, seed=self.run.seed + setup.stage_id,
+            start_step=0, process_index=index, process_count=count,
+        )  # fmt: skip
+        with contextlib.closing(batches):
+            for _ in range(-(-self.run.bypass_fit_images // self.run.batch_size)):
+                yield setup.task.inputs(to_global(next(batches), self.mesh)["image"])
 
     def contestant(self, row: Row) -> tuple[Evaluator, Params]:
         """What scores a row, and its parameters on the mesh."""
@@ -281,17 +300,3 @@ def run_stages(run: RunConfig, workdir: AnyPath) -> dict[str, Any]:
         report.write_report(workdir, result)
         report_page.write_page(workdir, result)
     return result
-
-
-def describe_device() -> str:
-    """Number and kind of the devices."""
-    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-
-
-def versions() -> dict[str, str]:
-    """Versions that a result depends on."""
-    return {
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "flax": flax.__version__,
-    }

@@ -28,7 +28,7 @@ def attend_plainly(query: Heads, key: Heads, value: Heads) -> tuple[Heads, None]
     return attention(query, key, value), None
 
 
-def fold_key(key: jax.Array, number: int) -> jax.Array:
+def fold_key(key: jax.Array, number: int | jax.Array) -> jax.Array:
     """`jax.random.fold_in` for one key, or for one an example."""
     fold = jax.random.fold_in
     return jax.vmap(fold, (0, None))(key, number) if key.ndim else fold(key, number)

@@ -214,7 +214,7 @@ def save_weights(
 
 
 def save_selectors(model: VisionTransformer, path: str | os.PathLike) -> None:
-    """Writes the selectors alone to a `.safetensors`, with their plan and sizes as metadata.
+    """Writes the selectors and fitted bypasses alone to a `.safetensors`, with their plan and sizes as metadata.
 
     Raises WeightsError if the model has none.
     """
@@ -232,17 +232,16 @@ def selector_params(model: VisionTransformer, path: str | Path) -> dict[str, np.
     """The parameters of a file of `save_selectors`, checked against the model's.
 
     Raises WeightsError: another kind of file, or selectors at other layers, of other heads, width
-    or kernel.
+    or kernel, or a bypass of another rank.
     """
     file, own = read_weights(path), _selectors_of(model)
     if file.metadata.get("format") != _SELECTORS:
         raise WeightsError(
             f"{file.path} holds no selectors (save_selectors writes them); pass it as path"
         )
-    theirs = {
-        key: file.metadata.get(key) for key in ("layers", "num_heads", "kernel_size", "hidden")
-    }
-    ours = {key: value for key, value in _selector_facts(model, own).items() if key in theirs}
+    ours = _selector_facts(model, own)
+    ours.pop("plan", None)
+    theirs = {key: file.metadata.get(key, "none") for key in ours}
     if theirs != ours:
         faults = [
             f"{key} is {theirs[key]} in the file and {ours.get(key)} in the model"
@@ -258,24 +257,22 @@ def selector_params(model: VisionTransformer, path: str | Path) -> dict[str, np.
 
 
 def _selectors_of(model: VisionTransformer) -> Params:
-    return {
-        name: x
-        for name, x in get_params(model).items()
-        if name.startswith("kinds/") and "/selector/" in name
-    }
+    """What layer kinds added to the network: selectors, and bypasses that are fitted."""
+    return {name: x for name, x in get_params(model).items() if name.startswith("kinds/")}
 
 
 def _selector_facts(model: VisionTransformer, params: Params) -> dict[str, str]:
-    """What selectors must agree in, as text."""
-    if not params:
-        return {"layers": "none"}
-    kernel = next(x for name, x in params.items() if name.endswith("conv1/kernel"))
+    """What selectors and bypasses must agree in, as text; "none" for what is not there."""
+    kernel = next((x for name, x in params.items() if name.endswith("conv1/kernel")), None)
+    down = next((x for name, x in params.items() if name.endswith("bypass/down/kernel")), None)
+    layers = sorted({int(name.split("/")[1]) for name in params})
     return {
-        "layers": ",".join(map(str, sorted({int(name.split("/")[1]) for name in params}))),
+        "layers": ",".join(map(str, layers)) or "none",
         "plan": ",".join(model.config.plan),
         "num_heads": str(model.config.num_heads),
-        "kernel_size": str(kernel.shape[0]),
-        "hidden": str(kernel.shape[2]),
+        "kernel_size": "none" if kernel is None else str(kernel.shape[0]),
+        "hidden": "none" if kernel is None else str(kernel.shape[2]),
+        "bypass_rank": "none" if down is None else str(down.shape[1]),
     }
 
 
