@@ -5,6 +5,7 @@
 Prints a record as the rows of `report.json` are, for the `--baseline` of `results/collect.py`.
 """
 
+import contextlib
 import json
 import sys
 
@@ -20,8 +21,9 @@ from tosa_jax.models.vit import Output
 from tosa_jax.tasks import TASKS
 
 
-def main() -> None:
-    config, _ = parse(__doc__, sys.argv[1:])
+def score_mean_map(argv: list[str]) -> dict:
+    """The record for the recipe of a command line."""
+    config, _ = parse(__doc__, argv)
     run = make_run_config(config)
     task = TASKS[run.task].from_run(run, StageConfig())
     size = run.eval.batch_size
@@ -44,7 +46,13 @@ def main() -> None:
         seen += int(batch["mask"].sum())
         sums = metrics.add(sums, score(batch))
     record = {"name": "mean_depth_map", "split": run.data.eval_split, "count": seen}
-    json.dump(record | {"metrics": metrics.means(jax.device_get(sums))}, sys.stdout, indent=1)
+    return record | {"metrics": metrics.means(jax.device_get(sums))}
+
+
+def main() -> None:
+    with contextlib.redirect_stdout(sys.stderr):  # preparing a set talks
+        record = score_mean_map(sys.argv[1:])
+    json.dump(record, sys.stdout, indent=1)
     print()
 
 

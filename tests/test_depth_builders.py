@@ -1,17 +1,27 @@
 """Depth sets: rendered rooms, NYU Depth V2's files and folders of pairs become TFDS sets, or one clear line."""
 
+import json
+import struct
 import sys
 
 import h5py
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordReader
 from PIL import Image
 from tensorflow_datasets.core import hashing
 
 from tests.depth_files import write_nyu_files, write_pair
 from tosa_jax.data import builders
-from tosa_jax.data.builders import kind_of, open_builder, picture_size, prepare, prepare_own
+from tosa_jax.data.builders import (
+    kind_of,
+    open_builder,
+    picture_size,
+    prepare,
+    prepare_own,
+    tfrecord,
+)
 from tosa_jax.data.builders.rooms import rooms_config
 from tosa_jax.data.rooms import render_room
 from tosa_jax.errors import ConfigError, DataError
@@ -101,6 +111,31 @@ def test_nyu_again_is_complete_already(nyu):
     assert said == [
         f"{split}: complete already, {n} examples" for split, n in (("train", 4), ("validation", 2))
     ]
+
+
+def test_a_tfrecord_copy_of_nyu_is_converted(nyu, tmp_path):
+    made, copy = nyu[1] / "nyu_depth_v2/0.0.1", tmp_path / "nyu_depth_v2/0.0.1"
+    copy.mkdir(parents=True)
+    (copy / "features.json").write_bytes((made / "features.json").read_bytes())
+    info = json.loads((made / "dataset_info.json").read_text())
+    (copy / "dataset_info.json").write_text(json.dumps(info | {"fileFormat": "tfrecord"}))
+    for shard in made.glob("*.array_record-*"):
+        records = ArrayRecordReader(str(shard)).read_all()
+        frames = []
+        for record in records:
+            length = struct.pack("<Q", len(record))
+            for part in (length, record):
+                frames += [part, struct.pack("<I", tfrecord.masked_crc32c(part))]
+        (copy / shard.name.replace("array_record", "tfrecord")).write_bytes(b"".join(frames))
+    with pytest.raises(DataError, match="exists only as tfrecord"):
+        open_builder("nyu_depth_v2", str(tmp_path))
+    prepare("nyu_depth_v2", tmp_path, say=lambda line: None)
+    builder = open_builder("nyu_depth_v2", str(tmp_path))
+    for got, wanted in zip(
+        builder.as_data_source("validation"), examples(made, "validation"), strict=True
+    ):
+        np.testing.assert_array_equal(got["depth"], wanted["depth"])
+        np.testing.assert_array_equal(got["image"], wanted["image"])
 
 
 def test_nyu_refusals(tmp_path, monkeypatch):

@@ -20,9 +20,7 @@ from tosa_jax.errors import ConfigError
 class DataConfig:
     """Which images, in which form, read how. Wrong values raise ConfigError when it is made."""
 
-    name: (
-        str  # TFDS name ("imagenet2012", "set/config"), one of ours, or an IDX set with source_dir
-    )
+    name: str  # TFDS's ("imagenet2012", "set/config"), one of ours, or an IDX set with source_dir
     data_dir: str = "~/tensorflow_datasets"
     source_dir: str = ""  # raw files that the set is prepared from, when it is one of ours
     train_split: str = "train"
@@ -32,6 +30,8 @@ class DataConfig:
     image_size: int | tuple[int, int]
     channels: int  # 1 or 3; grey is repeated, colour becomes luma
     augment: str = "none"  # a key of AUGMENTATIONS, for a depth set of DEPTH_AUGMENTATIONS
+    depth_scale: float = 0.0  # units of a depth PNG in a metre, for a set of such files
+    depth_box: tuple[int, ...] = ()  # (top, bottom, left, right) that training trusts: DepthAugment
     repeats: int = 1  # copies of each example in a row, each drawn anew; DeiT's is 3
     # How images that no augmentation crops are brought to size: "squeeze" (bilinear to the square)
     # or "crop" (DeiT's evaluation: short side to image_size / eval_crop_pct, bicubic, centre crop).
@@ -42,8 +42,6 @@ class DataConfig:
     in_memory: bool = False  # decode the set once and keep it as uint8 (small sets)
     num_threads: int = 2  # reader threads a process, where there are no workers
     num_workers: int = 0  # worker processes of one thread each (0: threads)
-    depth_scale: float = 0.0  # units of a depth PNG in a metre, for a set of such files
-    depth_box: tuple[int, ...] = ()  # (top, bottom, left, right) that training trusts: DepthAugment
     prefetch_batches: int = 4  # finished batches that wait
     prefetch_mib: int = 512  # and how much memory they may take; a worker always has one
 
@@ -65,7 +63,7 @@ class DataConfig:
         if min(self.size) < 1:
             raise ConfigError(f"image_size={self.image_size} must be at least 1")
         if not (math.isfinite(self.depth_scale) and self.depth_scale >= 0):
-            raise ConfigError(f"depth_scale={self.depth_scale} must be a number above 0")
+            raise ConfigError(f"depth_scale={self.depth_scale} must be 0 or more")
         if self.depth_box:
             _check_box(self.depth_box)
         lowest_values = {"repeats": 1, "prefetch_mib": 1}
@@ -140,10 +138,13 @@ def example_kind(
             "metres: set it to 0"
         )
     size = picture_size(builder, split)
-    if any(have < want for have, want in zip(size, config.size, strict=True)):
+    top, bottom, left, right = config.depth_box or (0, size[0], 0, size[1])
+    largest = size if config.size == size else (bottom - top, right - left)
+    if any(have < want for have, want in zip(largest, config.size, strict=True)):
         raise ConfigError(
             f"config.model.image_size={config.size}: the images of {config.name!r} have only "
-            f"{size[0]}x{size[1]} pixels; set it to at most {size}"
+            f"{largest[0]}x{largest[1]} pixels"
+            f"{' within config.data.depth_box' if largest != size else ''}; set it to at most {largest}"
         )
     return DepthMaps(config.channels, config.depth_scale, size)
 
