@@ -82,9 +82,9 @@ def written(digits_dir, tmp_path_factory):
 @pytest.mark.parametrize(
     ("devices", "mesh", "data"),
     [
-        (1, MeshConfig(), {"num_threads": 0}),
-        (2, MeshConfig(fsdp=2), {"num_threads": 1, "prefetch_batches": 1}),
-        (4, MeshConfig(data=2, model=2), {"num_workers": 1}),
+        (1, MeshConfig(), {"workers": "threads:0"}),
+        (2, MeshConfig(fsdp=2), {"workers": "threads:1", "prefetch_batches": 1}),
+        (4, MeshConfig(data=2, model=2), {"workers": "processes:1"}),
     ],
 )
 def test_eight_devices_checkpoint_goes_on_on_fewer(

@@ -91,7 +91,7 @@ def test_batches_can_be_resumed_and_split_over_processes(config):
 
 @pytest.mark.parametrize(
     "change",
-    [{"num_threads": 0}, {"in_memory": True}, {"num_workers": 1}, {"prefetch_mib": 1}],
+    [{"workers": "threads:0"}, {"in_memory": True}, {"workers": "processes:1"}, {"prefetch_mib": 1}],
     ids=str,
 )
 def test_batches_do_not_depend_on_how_they_are_read(config, change):
@@ -99,7 +99,7 @@ def test_batches_do_not_depend_on_how_they_are_read(config, change):
 
 
 def test_evaluation_from_memory_is_the_same(config):
-    cached = dataclasses.replace(config, in_memory=True, num_threads=0)
+    cached = dataclasses.replace(config, in_memory=True, workers="threads:0")
     assert_same(list(eval_batches(cached, batch_size=3)), list(eval_batches(config, batch_size=3)))
 
 

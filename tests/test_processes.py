@@ -145,7 +145,7 @@ def test_signals_stop_all_at_one_step_and_a_death_ends_all(digits_dir, tmp_path)
 
 def test_what_differs_is_told_before_anything_is_trained(digits_dir, tmp_path):
     args = (f"--config.data.data_dir={digits_dir}", "--config.pretrain.steps=5")
-    run = Run(tmp_path, *args, each=((), ("--config.seed=5", "--config.data.num_threads=1")))
+    run = Run(tmp_path, *args, each=((), ("--config.seed=5", "--config.data.workers=threads:1")))
     assert run.statuses() == [2, 2], run.said(0) + run.said(1)
     for i in range(2):
         (line,) = own_lines(run.said(i))
@@ -208,7 +208,7 @@ def test_a_run_of_one_process_goes_on_in_two_and_ends_in_one(digits_dir, tmp_pat
             run_stages(run, tmp_path / "run")
     assert steps_of(tmp_path) == [4]
 
-    two = Run(tmp_path, *args, "--config.mesh.fsdp=2", "--config.data.num_threads=1")
+    two = Run(tmp_path, *args, "--config.mesh.fsdp=2", "--config.data.workers=threads:1")
     assert two.statuses() == [0, 0], two.said(0) + two.said(1)
     assert "ToSA" in two.outputs[0][0].read_text()
     assert "pretrain step 5/8" in two.said(0) and "pretrain step 4/8" not in two.said(0)

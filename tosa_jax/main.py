@@ -24,7 +24,8 @@ def main(argv: list[str] | None = None) -> int:
 def _train(config, workdir: AnyPath) -> None:
     # Imported late, so that a wrong command line is told at once.
     from tosa_jax import processes, report
-    from tosa_jax.config import make_run_config, process_differences, to_json
+    from tosa_jax.config import make_run_config
+    from tosa_jax.config_json import process_differences, to_json
     from tosa_jax.stages import run_stages
     from tosa_jax.workdir import open_workdir
 

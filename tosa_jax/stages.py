@@ -18,7 +18,7 @@ from tosa_jax.checkpoints import Checkpoints
 from tosa_jax.config import RunConfig, StageConfig
 from tosa_jax.config_json import to_json
 from tosa_jax.data.class_names import write_names
-from tosa_jax.data.pipeline import DatasetFacts, open_dataset, train_batches
+from tosa_jax.data.pipeline import DatasetFacts, open_dataset
 from tosa_jax.devices import describe_device, versions
 from tosa_jax.errors import ConfigError
 from tosa_jax.evaluate import Evaluator, shard, throughput
@@ -32,13 +32,13 @@ from tosa_jax.models.pretrained import load_pretrained, save_selectors
 from tosa_jax.models.vit_config import ViTConfig, with_plan
 from tosa_jax.optim import HEAD, learning_rate, make_optimizer, split_trainable
 from tosa_jax.run_plan import BUDGETLESS, Row, Stage, plan_stages, uses_labels
-from tosa_jax.sharding import check_batch, make_mesh, process_rows, to_global, to_host
+from tosa_jax.sharding import check_batch, make_mesh, to_global, to_host
 from tosa_jax.steps import StepSetup, init_state, trained_params
 from tosa_jax.stopping import StopRequest, catch_signals
 from tosa_jax.tasks import TASKS
 from tosa_jax.tasks.selector_fitting import SelectorFitting
 from tosa_jax.tasks.task import Task
-from tosa_jax.train import StageRun, train_stage
+from tosa_jax.train import StageRun, stage_batches, train_stage
 
 
 class Runner:
@@ -198,12 +198,8 @@ class Runner:
 
     def images(self, stage: Stage) -> Iterator[jax.Array]:
         """The first normalised images [b height width c] of a stage, `bypass_fit_images` or a few more."""
-        setup, (index, count) = self.stage_run(stage).setup, process_rows(self.mesh)
-        batches = train_batches(
-            self.run.data, batch_size=self.run.batch_size, seed=self.run.seed + setup.stage_id,
-            start_step=0, process_index=index, process_count=count,
-        )  # fmt: skip
-        with contextlib.closing(batches):
+        setup = self.stage_run(stage).setup
+        with contextlib.closing(stage_batches(self.run, setup, self.mesh)) as batches:
             for _ in range(-(-self.run.bypass_fit_images // self.run.batch_size)):
                 yield setup.task.inputs(to_global(next(batches), self.mesh)["image"])
 

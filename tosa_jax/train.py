@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from tosa_jax.checkpoints import Checkpoints, with_shardings
 from tosa_jax.config import RunConfig
-from tosa_jax.data.pipeline import train_batches
+from tosa_jax.data.pipeline import BatchStream, train_batches
 from tosa_jax.devices import peak_flops
 from tosa_jax.errors import NonFiniteLossError
 from tosa_jax.evaluate import Evaluator
@@ -185,6 +185,19 @@ def evaluate(stage: StageRun, step: int, params: Params, writer: MetricWriter) -
     return metrics
 
 
+def stage_batches(run: RunConfig, setup: StepSetup, mesh: Mesh, first: int = 0) -> BatchStream:
+    """This process's rows of a stage's batches, from the update `first` on."""
+    index, count = process_rows(mesh)
+    return train_batches(
+        run.data,
+        batch_size=run.batch_size,
+        seed=run.seed + setup.stage_id,
+        start_step=first,
+        process_index=index,
+        process_count=count,
+    )
+
+
 def train_stage(
     stage: StageRun,
     run: RunConfig,
@@ -207,15 +220,7 @@ def train_stage(
     update = Updates(stage, shardings, mesh, run.batch_size)
     chrono = Chrono(first, stage.total_steps, run.batch_size)
     seconds_before = facts.get("seconds", 0.0)
-    index, count = process_rows(mesh)
-    batches = train_batches(
-        run.data,
-        batch_size=run.batch_size,
-        seed=run.seed + stage.setup.stage_id,
-        start_step=first,
-        process_index=index,
-        process_count=count,
-    )
+    batches = stage_batches(run, stage.setup, mesh, first)
     trace = StepTrace(profile_range(run.profile_steps), stage.profile_dir)
     bar = Progress(stage.name, first, stage.total_steps, main_process=is_main())
     with contextlib.closing(batches), bar as progress, trace:

@@ -40,8 +40,9 @@ class DataConfig:
     exif_rotate: bool = False  # turn images upright by EXIF; published ImageNet numbers did not
     max_bad_fraction: float = 0.0  # of a split's images that training may skip as not decodable
     in_memory: bool = False  # decode the set once and keep it as uint8 (small sets)
-    num_threads: int = 2  # reader threads a process, where there are no workers
-    num_workers: int = 0  # worker processes of one thread each (0: threads)
+    # Who reads and augments: "threads:8" of this process ("threads:0": the one that takes the batches),
+    # or "processes:8", each with one thread. The batches are the same.
+    workers: str = "threads:2"
     prefetch_batches: int = 4  # finished batches that wait
     prefetch_mib: int = 512  # and how much memory they may take; a worker always has one
 
@@ -67,10 +68,23 @@ class DataConfig:
         if self.depth_box:
             _check_box(self.depth_box)
         lowest_values = {"repeats": 1, "prefetch_mib": 1}
-        lowest_values |= {"num_threads": 0, "num_workers": 0, "prefetch_batches": 0}
+        lowest_values |= {"prefetch_batches": 0}
         for field, lowest in lowest_values.items():
             if getattr(self, field) < lowest:
                 raise ConfigError(f"{field}={getattr(self, field)} must be at least {lowest}")
+        self.readers  # noqa: B018  # its own check
+
+    @property
+    def readers(self) -> tuple[str, int]:
+        """`workers` as ("threads" or "processes", how many)."""
+        kind, _, count = self.workers.partition(":")
+        lowest = {"threads": 0, "processes": 1}
+        if kind in lowest and count.isdecimal() and int(count) >= lowest[kind]:
+            return kind, int(count)
+        raise ConfigError(
+            f"workers={self.workers!r} must be 'threads:N', N from 0, or 'processes:N', N from 1: "
+            "for example 'threads:8'"
+        )
 
     @property
     def size(self) -> tuple[int, int]:
