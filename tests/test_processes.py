@@ -15,8 +15,10 @@ from typing import ClassVar
 import pytest
 from small import SIZES
 
-from tosa_jax.command_line import parse
+from tosa_jax.command_line import parse, parse_cluster
 from tosa_jax.config import make_run_config
+from tosa_jax.errors import ConfigError
+from tosa_jax.joining import join
 from tosa_jax.stages import run_stages
 from tosa_jax.stopping import Stopped, StopRequest
 from tosa_jax.workdir import open_workdir
@@ -212,7 +214,7 @@ def test_a_run_of_one_process_goes_on_in_two_and_ends_in_one(digits_dir, tmp_pat
     assert two.statuses() == [0, 0], two.said(0) + two.said(1)
     assert "ToSA" in two.outputs[0][0].read_text()
     assert "pretrain step 5/8" in two.said(0) and "pretrain step 4/8" not in two.said(0)
-    assert two.outputs[1][0].read_text() == "" and own_lines(two.said(1)) == []
+    assert own_lines(two.outputs[1][0].read_text() + two.said(1)) == []
     expected, losses = losses_of(tmp_path / "straight"), losses_of(tmp_path / "run")
     assert losses.keys() == expected.keys() and len(losses) == 16
     for key, loss in expected.items():
@@ -230,3 +232,38 @@ def test_a_run_of_one_process_goes_on_in_two_and_ends_in_one(digits_dir, tmp_pat
         assert (tmp_path / "run" / name).stat().st_size == (
             tmp_path / "straight" / name
         ).stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--coordinator=localhost:1"], "go together, with --multihost"),
+        (["--multihost", "--process_id=0"], "go together"),
+        (["--multihost", "--coordinator=host", "--num_processes=2", "--process_id=0"], "HOST:PORT"),
+        (
+            ["--multihost", "--coordinator=h:1", "--num_processes=2", "--process_id=2"],
+            "--process_id=2 is not in [0, 2)",
+        ),
+        (["--num_processes=two"], "num_processes"),
+    ],
+)
+def test_arguments_that_do_not_go_together(arguments, says):
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        parse_cluster(arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("SLURM_STEP_NUM_TASKS", "4"), ("TPU_WORKER_HOSTNAMES", "a,b"), ("OMPI_COMM_WORLD_SIZE", "2")],
+)
+def test_a_launched_process_never_trains_alone_unasked(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(
+        ConfigError, match=f"{name}={value}: .*each would train a network of its own"
+    ):
+        join(parse_cluster([])[0])
+    cluster, rest = parse_cluster(["--nomultihost", "--config=x", "--config.seed=1"])
+    assert rest == ["--config=x", "--config.seed=1"]
+    join(cluster)
+    monkeypatch.setenv(name, "1")
+    join(parse_cluster([])[0])
