@@ -62,6 +62,8 @@ def test_truth_and_depth_share_their_colours_and_a_hole_is_grey() -> None:
     at = {(y, x): (56 + 112 * y, 56 + 112 * x) for y in (0, 1) for x in (0, 1, 2)}
     true, found, error = (panel(drawn, i) for i in (1, 2, 3))
     assert (true[at[1, 0]] == 128).all() and (error[at[1, 0]] == 128).all()
+    nearest = colour_map(np.zeros((1, 1), np.float32), 0, 1)[0, 0]
+    assert (true[at[0, 0]] == nearest).all()  # of what was measured
     assert (found[at[0, 0]] == true[at[0, 1]]).all()
     assert (found[at[1, 0]] == true[at[0, 2]]).all()  # nothing is redder than the farthest truth
     expected = colour_map(np.array([[1.0, 0.25]], np.float32), 0, 0.5)[0]
