@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from tosa_jax.checkpoints import Checkpoints, with_shardings
 from tosa_jax.config import RunConfig
-from tosa_jax.data.pipeline import BatchStream, train_batches
+from tosa_jax.data.pipeline import train_batches
 from tosa_jax.devices import peak_flops
 from tosa_jax.errors import NonFiniteLossError
 from tosa_jax.evaluate import Evaluator
@@ -185,7 +185,7 @@ def evaluate(stage: StageRun, step: int, params: Params, writer: MetricWriter) -
     return metrics
 
 
-def stage_batches(run: RunConfig, setup: StepSetup, mesh: Mesh, first: int = 0) -> BatchStream:
+def stage_batches(run: RunConfig, setup: StepSetup, mesh: Mesh, first: int = 0) -> Iterator[Any]:
     """This process's rows of a stage's batches, from the update `first` on."""
     index, count = process_rows(mesh)
     return train_batches(
