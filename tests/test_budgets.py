@@ -52,8 +52,8 @@ def elastic_run(data_dir, **finetune):
     )
 
 
-def test_one_stage_serves_every_budget(data_dir):
-    run = elastic_run(data_dir)
+def test_one_stage_serves_every_budget(digits_dir):
+    run = elastic_run(digits_dir)
     stages, rows = plan_stages(run)
     assert [s.name for s in stages] == [
         "pretrain", "selector", "finetune", "finetune_dense", "finetune_random"
@@ -64,7 +64,7 @@ def test_one_stage_serves_every_budget(data_dir):
     assert sum(r.network == "finetune_random" for r in rows) == 3
 
 
-def test_updates_draw_their_budgets_alike_after_a_restart(data_dir, tmp_path, monkeypatch):
+def test_updates_draw_their_budgets_alike_after_a_restart(digits_dir, tmp_path, monkeypatch):
     drawn = []
     draw = Updates.drawn
 
@@ -73,7 +73,7 @@ def test_updates_draw_their_budgets_alike_after_a_restart(data_dir, tmp_path, mo
         return drawn[-1][2]
 
     monkeypatch.setattr(Updates, "drawn", spy)
-    run = elastic_run(data_dir)
+    run = elastic_run(digits_dir)
     result = run_stages(run, tmp_path)
     by_stage = {}
     for stage, step, budget in drawn:
@@ -92,8 +92,8 @@ def draw_again(run, stage, step):
     return int(np.random.default_rng([run.seed, stage, step]).integers(3))
 
 
-def test_only_fine_tuning_draws_budgets(data_dir):
+def test_only_fine_tuning_draws_budgets(digits_dir):
     with pytest.raises(ConfigError, match="only fine-tuning"):
-        small_run(data_dir, pretrain={"steps": 2, "keep_rates": (0.5,)})
+        small_run(digits_dir, pretrain={"steps": 2, "keep_rates": (0.5,)})
     with pytest.raises(ConfigError, match="not in"):
-        elastic_run(data_dir, keep_rates=(1.5,))
+        elastic_run(digits_dir, keep_rates=(1.5,))
