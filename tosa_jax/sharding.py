@@ -6,12 +6,13 @@ their averages over `fsdp` and `model`, so that between slices nothing but gradi
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -20,6 +21,7 @@ from tosa_jax.errors import ConfigError
 AXES = ("dcn", "data", "fsdp", "model")
 BATCH_AXES = ("dcn", "data", "fsdp")
 BATCH = P(BATCH_AXES)
+GATHERED = "gathered"  # the name of parameters that were put together for a layer
 
 RULES: tuple[tuple[str, P], ...] = (
     (r"(attn/qkv|mlp/fc1)/kernel$", P("fsdp", "model")),
@@ -142,6 +144,30 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
         return NamedSharding(mesh, spec_for(path, leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def gather_params(params: Mapping[str, jax.Array], mesh: Mesh) -> dict[str, jax.Array]:
+    """Inside a step: parameters as the layers compute with them, no longer split over `fsdp`.
+
+    Said explicitly, because XLA may else move activations to where a parameter's parts are.
+    """
+    if mesh.shape["fsdp"] == 1:
+        return dict(params)
+
+    def one(path, x):
+        spec = P(*(None if a == "fsdp" else a for a in spec_for(path, x.shape, mesh)))
+        x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+        return checkpoint_name(x, GATHERED)
+
+    return {path: one(path, x) for path, x in params.items()}
+
+
+def gathering_again(loss: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """`loss`, whose backward pass gathers what `gather_params` gave once more, instead of keeping it."""
+    if mesh.shape["fsdp"] == 1:
+        return loss
+    policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
+    return jax.checkpoint(loss, policy=policy)
 
 
 def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
