@@ -14,8 +14,8 @@ from tosa_jax.devices import accelerator
 ROOT = Path(__file__).parents[1]
 DIGITS = f"--config={ROOT}/configs/digits.py"
 TINY = [
-    "--config.model.depth=2", "--config.model.embed_dim=128", "--config.eval.controls=()",
-    "--config.batch_size=32",
+    "--config.model.depth=2", "--config.model.embed_dim=256", "--config.model.num_classes=128",
+    "--config.batch_size=32", "--config.eval.controls=()",
 ]  # fmt: skip
 
 
@@ -40,8 +40,10 @@ def test_the_training_step_is_compiled_for_the_tpu(capsys):
     status, (record,) = check(capsys, "--only=train finetune", "--mesh=fsdp:4,data:1")
     assert status == 0 and record["fits"]
     assert (record["platform"], record["device"], record["devices"]) == ("tpu", "TPU v5 lite", 4)
-    # No form that another platform's compiler is called by: XLA's own for TPUs at most.
-    assert set(record["custom_calls"]) <= {"GatherScatterIndicesBitpacked", "tpu_custom_call"}
+    # Libraries that programs for other platforms call.
+    assert not [
+        x for x in record["custom_calls"] if re.search("cpu|onednn|lapack|TopK|cu|triton", x)
+    ]
     batch = 8 * (8 * 8 + 4)
     assert record["argument_bytes"] - batch == pytest.approx(record["state_bytes"], rel=0.01)
     assert record["total_bytes"] < record["memory_bytes"] == 16 * 2**30

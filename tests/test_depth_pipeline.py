@@ -91,7 +91,12 @@ def test_batches_can_be_resumed_and_split_over_processes(config):
 
 @pytest.mark.parametrize(
     "change",
-    [{"workers": "threads:0"}, {"in_memory": True}, {"workers": "processes:1"}, {"prefetch_mib": 1}],
+    [
+        {"workers": "threads:0"},
+        {"in_memory": True},
+        {"workers": "processes:1"},
+        {"prefetch_mib": 1},
+    ],
     ids=str,
 )
 def test_batches_do_not_depend_on_how_they_are_read(config, change):

@@ -38,6 +38,8 @@ from tosa_jax.train import compile_step
 
 MISSING = 'the TPU compiler is not installed: pip install "tosa-jax[tpu]"'
 
+_USED = re.compile(r"[Uu]sed ([\d.]+)([KMGT]?)i?B? of [\d.]+[KMGT]?i?B? hbm")
+_TEMPORARIES = re.compile(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -64,11 +66,14 @@ def tpu_devices(topology: str, slices: int = 1) -> list[jax.Device]:
     """The devices of `slices` TPU slices such as "v5e:4x4", for compiling only. Raises ConfigError."""
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError(MISSING)
-    # Without a TPU beside it libtpu complains of what it cannot find out.
-    for name, value in (
-        ("TPU_ACCELERATOR_TYPE", "v5litepod-8"),
-        ("TPU_WORKER_HOSTNAMES", "localhost"),
-    ):
+    settings = {
+        # Without a TPU beside it libtpu complains of what it cannot find out.
+        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        # Its lock is for chips; compilers may stand side by side.
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
+    for name, value in settings.items():
         os.environ.setdefault(name, value)
     try:
         found = topologies.get_topology_desc(topology, "tpu", num_slices=slices)
@@ -166,6 +171,7 @@ def _device_bytes(tree: Any) -> int:
 def compile_program(program: Program, mesh: Mesh) -> dict[str, Any]:
     """Compiles a step and says what it takes; numbers are one device's, those of the compiler but for:
 
+    compile_*         seconds to trace and compile, by the clock and of all this machine's cores together.
     flops_arithmetic  by `cost.py`; the compiler's `flops` count the body of a loop once.
     state_bytes       the sum over the arrays of parameters, optimizer and average.
     total_bytes       arguments, temporaries, code, and results that take no argument's place.
@@ -191,7 +197,7 @@ def compile_program(program: Program, mesh: Mesh) -> dict[str, Any]:
     found = dict.fromkeys(
         ("argument_bytes", "temp_bytes", "total_bytes", "flops", "collectives", "custom_calls")
     )
-    start = time.perf_counter()
+    start, start_cpu = time.perf_counter(), time.process_time()
     try:
         compiled = program.lower().compile()
     except jax.errors.JaxRuntimeError as error:
@@ -201,7 +207,9 @@ def compile_program(program: Program, mesh: Mesh) -> dict[str, Any]:
     else:
         found |= _facts(compiled)
         found["fits"] = known is None or found["total_bytes"] <= known.memory
-    return record | {"compile_seconds": time.perf_counter() - start} | found
+    record["compile_seconds"] = time.perf_counter() - start
+    record["compile_cpu_seconds"] = time.process_time() - start_cpu
+    return record | found
 
 
 def _facts(compiled: jax.stages.Compiled) -> dict[str, Any]:
@@ -219,8 +227,8 @@ def _facts(compiled: jax.stages.Compiled) -> dict[str, Any]:
 
 
 def _bytes_wanted(message: str) -> int | None:
-    """What a TPU program that does not fit would need, from the compiler's words."""
-    match = re.search(r"[Uu]sed ([\d.]+)([KMGT]?)i?B? of [\d.]+[KMGT]?i?B? hbm", message)
+    """What a TPU program that does not fit would need, from the compiler's words: all, or its temporaries."""
+    match = _USED.search(message) or _TEMPORARIES.search(message)
     return int(float(match.group(1)) * _UNITS[match.group(2)]) if match else None
 
 
@@ -230,8 +238,10 @@ def following(batch: int) -> int:
 
 
 def preceding(batch: int) -> int:
-    """The largest batch worth trying below this one."""
-    return (batch - 1) // 8 * 8 if batch > 8 else 2 ** ((batch - 1).bit_length() - 1)
+    """The largest batch worth trying below this one; 0 below 1."""
+    if batch > 8:
+        return (batch - 1) // 8 * 8
+    return 2 ** ((batch - 1).bit_length() - 1) if batch > 1 else 0
 
 
 def largest_batch(needed: Callable[[int], tuple[bool, int | None]], memory: int, start: int) -> int:
@@ -243,17 +253,18 @@ def largest_batch(needed: Callable[[int], tuple[bool, int | None]], memory: int,
     fits, fails, known = 0, None, {}
     batch = preceding(start + 1)
     while following(fits) != fails:
-        good, used = needed(batch)
+        good, known[batch] = needed(batch)
         fits, fails = (batch, fails) if good else (fits, batch)
-        if used:
-            known[batch] = used
-        if len(known) > 1:
-            (a, at_a), (b, at_b) = sorted(known.items())[-2:]
-            guess = a + int((memory - at_a) * (b - a) / max(at_b - at_a, 1))
-        elif known:
-            guess = int(batch * memory / used)
-        else:
-            guess = batch // 2
-        highest = preceding(fails) if fails else 16 * max(fits, 1)
+        highest = preceding(fails) if fails else 16 * fits
+        guess = _where_full(known, memory) or (fits + highest) // 2
         batch = preceding(min(max(guess, following(fits)), highest) + 1)
     return fits
+
+
+def _where_full(known: dict[int, int | None], memory: int) -> int | None:
+    """The batch that would take `memory` bytes, on the line through what the two largest take."""
+    points = sorted((batch, used) for batch, used in known.items() if used is not None)
+    if len(points) < 2:
+        return int(points[0][0] * memory / points[0][1]) if points else None
+    (a, at_a), (b, at_b) = points[-2:]
+    return a + int((memory - at_a) * (b - a) / max(at_b - at_a, 1))

@@ -33,7 +33,9 @@ class Evaluator:
     @functools.cached_property
     def step(self):
         """The compiled `eval_step`: (params, batch, number of the batch) -> totals."""
-        step = functools.partial(eval_step, graphdef=self.graphdef, task=self.task, seed=self.seed)
+        step = functools.partial(
+            eval_step, graphdef=self.graphdef, task=self.task, seed=self.seed, mesh=self.mesh
+        )
         return jax.jit(step, out_shardings=replicated(self.mesh))
 
     def batches(self):

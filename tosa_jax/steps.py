@@ -13,10 +13,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 from tosa_jax.metrics import Totals, totals
 from tosa_jax.models.params import Params, set_params
 from tosa_jax.optim import global_norm, update_ema
+from tosa_jax.sharding import gather_params, gathering_again
 
 Batch = Mapping[str, jax.Array]
 
@@ -81,7 +83,7 @@ def trained_params(state: TrainState) -> Params:
 
 
 def train_step(
-    state: TrainState, batch: Batch, *, setup: StepSetup
+    state: TrainState, batch: Batch, *, setup: StepSetup, mesh: Mesh
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update on a batch; the metrics are float32 scalars: loss, grad_norm, learning_rate."""
     key = jax.random.fold_in(
@@ -90,16 +92,16 @@ def train_step(
     images, targets = setup.task.training_batch(batch, jax.random.fold_in(key, MIXING))
 
     def mean_loss(params, images, targets, keys):
-        model = set_params(setup.graphdef, state.frozen | params)
+        model = set_params(setup.graphdef, gather_params(state.frozen | params, mesh))
         out = model(images, key=keys, train=True)
         loss = setup.task.loss(out, targets)
         if setup.teacher is not None:
-            teacher_out = set_params(setup.teacher, state.teacher)(images)
+            teacher_out = set_params(setup.teacher, gather_params(state.teacher, mesh))(images)
             loss = loss + setup.distill_weight * setup.task.distillation(out, teacher_out)
         return loss.mean()
 
     loss, grads = mean_over_parts(
-        functools.partial(jax.value_and_grad(mean_loss), state.params),
+        functools.partial(jax.value_and_grad(gathering_again(mean_loss, mesh)), state.params),
         (images, targets, jax.random.split(key, len(images))),
         setup.accumulate,
     )
@@ -142,12 +144,20 @@ def mean_over_parts(function: Callable[..., Any], batch: tuple[Any, ...], parts:
 
 
 def eval_step(
-    params: Params, batch: Batch, number: jax.Array, *, graphdef: nnx.GraphDef, task: Any, seed: int
+    params: Params,
+    batch: Batch,
+    number: jax.Array,
+    *,
+    graphdef: nnx.GraphDef,
+    task: Any,
+    seed: int,
+    mesh: Mesh,
 ) -> Totals:
     """(sum, count) of each metric over the examples of a batch whose `mask` is 1.
 
     `number` of the batch and `seed` give the key of random selections.
     """
     key = jax.random.fold_in(jax.random.key(seed), number)
-    out = task.predict(set_params(graphdef, params), batch["image"], key)
+    model = set_params(graphdef, gather_params(params, mesh))
+    out = task.predict(model, batch["image"], key)
     return totals(task.metrics(out, batch), batch["mask"])

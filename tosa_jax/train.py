@@ -70,7 +70,7 @@ class StageRun:
 def compile_step(setup: StepSetup, shardings: Any, mesh: Mesh) -> Callable:
     """The jitted training step: state donated, and sharded going in and coming out."""
     return jax.jit(
-        functools.partial(train_step, setup=setup),
+        functools.partial(train_step, setup=setup, mesh=mesh),
         donate_argnums=0,
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
