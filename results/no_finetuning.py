@@ -76,7 +76,7 @@ def tome(config, reduce: int, proportional: bool):
 
             update, keys = block.attn_branch(tokens, attend)
             tokens = tokens + update
-            chosen = select_dissimilar(keys, left, prefix)
+            chosen, _ = select_dissimilar(keys, left, prefix)
             sizes = jnp.ones((*tokens.shape[:2], 1)) if sizes is None else sizes
             total = sum_groups(sizes, chosen)
             tokens, sizes = sum_groups(tokens * sizes, chosen) / total, total

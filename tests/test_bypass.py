@@ -82,6 +82,12 @@ def test_nested_selections_shrink_and_index_the_full_grid():
         for row, rest in zip(np.asarray(before), np.asarray(after), strict=True):
             assert set(rest) < set(row) and list(rest) == sorted(rest)
     assert out.tokens.shape == (4, 17, 16)
+    for i, scores in enumerate(out.scores):
+        assert scores.shape == (4, 17)
+        if i:  # what an earlier selection left out, this one has not seen
+            seen = np.zeros((4, 17), bool)
+            np.put_along_axis(seen, np.asarray(out.selected[i - 1]), True, axis=1)
+            assert (np.asarray(scores)[~seen] == 0).all() and (np.asarray(scores)[seen] > 0).all()
 
 
 def test_low_rank_starts_at_the_identity_and_its_fit_misses_less_of_the_dense_network():

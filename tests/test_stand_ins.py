@@ -67,7 +67,7 @@ def test_groups_are_summed_and_spread_and_each_is_the_others_transpose():
 @pytest.mark.parametrize(("n", "count", "prefix"), [(9, 7, 1), (9, 5, 1), (10, 6, 2), (5, 5, 1)])
 def test_the_most_redundant_candidates_leave_to_their_nearest(n, count, prefix):
     features = random(7, 3, n, 5)
-    selection = stand_ins.select_dissimilar(features, count, prefix)
+    selection, scores = stand_ins.select_dissimilar(features, count, prefix)
     chex.assert_shape(selection.indices, (3, count))
     candidates = list(range(prefix, n, 2))
     stay = [i for i in range(prefix, n) if i not in candidates]
@@ -79,12 +79,13 @@ def test_the_most_redundant_candidates_leave_to_their_nearest(n, count, prefix):
         assert np.asarray(selection.mask)[b].nonzero()[0].tolist() == kept
         for i in leave:
             assert kept[int(selection.slot[b, i])] == stay[int(similar[i].argmax())]
+            np.testing.assert_allclose(scores[b, i], 1 - similar[i].max(), atol=1e-5)
 
 
 def test_the_least_count_is_what_can_be_reached():
     for n, prefix, least in ((9, 1, 5), (10, 1, 5), (10, 2, 6), (3, 1, 2)):
         assert stand_ins.least_dissimilar(n, prefix) == least
-        selection = stand_ins.select_dissimilar(random(0, 1, n, 4), least, prefix)
+        selection, _ = stand_ins.select_dissimilar(random(0, 1, n, 4), least, prefix)
         assert len(set(np.asarray(selection.indices)[0])) == least
     assert stand_ins.least_dissimilar(2, 1) == 2  # nobody could stand in for a single patch
 

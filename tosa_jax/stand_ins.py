@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from tosa_jax.array_types import Scores, Tokens
-from tosa_jax.token_ops import Selection, complement, gather_tokens
+from tosa_jax.token_ops import Selection, complement, gather_tokens, select_tokens
 
 # Summing groups and spreading over them are each other's transpose, with derivatives of their own: no float
 # scatter-add is compiled.
@@ -69,26 +69,27 @@ def with_stand_ins(
 
 def select_dissimilar(
     features: Float[Array, "b n f"], count: int, num_prefix_tokens: int
-) -> Selection:
+) -> tuple[Selection, Scores]:
     """Bypasses the `n - count` most redundant patches, each with the one most like it as its stand-in.
 
     Every second patch may be bypassed, the others stand in for them, as in ToMe's bipartite matching (Bolya et al.
     2023, "Token Merging: Your ViT But Faster"). `count` is at least `least_dissimilar(n, prefix)`.
+
+    The scores are 1 - cosine to the stand-in, in [0, 2], and 3 for those that stay.
     """
     n = features.shape[1]
-    candidates = jnp.arange(num_prefix_tokens, n, 2)
-    stay = np.setdiff1d(np.arange(n), np.arange(num_prefix_tokens, n, 2))
-    similarity = cosines(features[:, candidates], features[:, stay])
+    places = np.arange(n)
+    may_leave = (places >= num_prefix_tokens) & ((places - num_prefix_tokens) % 2 == 0)
+    number = np.where(may_leave, (places - num_prefix_tokens) // 2, 0)  # among those that may
+    stay = places[~may_leave]
+    similarity = cosines(features[:, places[may_leave]], features[:, stay])
+    likeness = similarity[:, :, num_prefix_tokens:].max(axis=-1)
+    scores = jnp.where(may_leave[None], 1 - likeness[:, number], 3.0)
+    selection = select_tokens(scores, count, num_prefix_tokens)
     nearest = jnp.asarray(stay)[_argmax_patch(similarity, num_prefix_tokens)]
-    best = similarity[:, :, num_prefix_tokens:].max(axis=-1)
-    _, most = jax.lax.top_k(best, n - count)
-    bypassed = candidates[most]
-    mask = ~(bypassed[:, :, None] == jnp.arange(n)[None, None]).any(axis=1)
-    indices = jnp.sort(jnp.where(mask, jnp.arange(n, dtype=jnp.int32)[None], n), axis=1)[:, :count]
-    place = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
-    stand_in = jnp.tile(jnp.arange(n)[None], (len(features), 1)).at[:, candidates].set(nearest)
-    owner = jnp.where(mask, jnp.arange(n)[None], stand_in)
-    return Selection(indices, mask, jnp.take_along_axis(place, owner, axis=1))
+    owner = jnp.where(selection.mask, places[None], nearest[:, number])
+    slot = jnp.take_along_axis(selection.slot, owner, axis=1)
+    return selection._replace(slot=slot), scores
 
 
 def weigh_redundancy(

@@ -7,6 +7,7 @@ runs its blocks in the order of a plan, each through the kind that the plan name
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tosa_jax.array_types import Indices, PerExample, Scores, Tokens
@@ -43,7 +44,7 @@ class Stream(NamedTuple):
     summary   what the layer before reports of its attention, because this one needs it.
     open      the open groups, the outermost first: a later one chose among the tokens that an earlier one selected.
     selected  int32 [b s] a selection made so far: indices into all n tokens.
-    scores    float [b n] a selection made by scores so far: what it chose by.
+    scores    float [b n] a selection made so far: what it chose by; 0 for tokens that it did not see.
     aux       per-example scalars that layers report, by name.
     taps      by layer, all tokens [b n d] after the layers that the head reads.
     """
@@ -61,13 +62,19 @@ class Stream(NamedTuple):
         """How many tokens each of `tokens` stands for; None: one."""
         return self.open[-1].sizes if self.open else None
 
-    def opened(self, tokens: Tokens, group: Group) -> "Stream":
-        """The stream inside `group`, whose selected tokens enter it as `tokens`."""
+    def opened(self, tokens: Tokens, group: Group, scores: Float[Array, "b m"]) -> "Stream":
+        """The stream inside `group`, chosen by `scores`, whose selected tokens enter it as `tokens`."""
         chosen = group.selection.indices
         if self.open:
-            chosen = jax.numpy.take_along_axis(self.selected[-1], chosen, axis=1)
+            chosen = jnp.take_along_axis(self.selected[-1], chosen, axis=1)
+        for around in reversed(self.open):
+            seen = jnp.take_along_axis(scores, around.selection.slot, axis=1)
+            scores = jnp.where(around.selection.mask, seen, 0)
         return self._replace(
-            tokens=tokens, open=(*self.open, group), selected=(*self.selected, chosen)
+            tokens=tokens,
+            open=(*self.open, group),
+            selected=(*self.selected, chosen),
+            scores=(*self.scores, scores),
         )
 
     def restored(self) -> "Stream":

@@ -38,10 +38,11 @@ class Redundancy(SelectiveLayer):
         update, (summary, keys) = block.attn_branch(stream.tokens, attend)
         tokens = stream.tokens + (call.drop(update, 0) if call.drop else update)
         if self.place.opens:
-            chosen = select_dissimilar(keys, self.place.count, self.num_prefix_tokens)
+            chosen, scores = select_dissimilar(keys, self.place.count, self.num_prefix_tokens)
             if self.one_hot:
                 chosen = with_one_hot(chosen, tokens.dtype)
-            stream = stream.opened(*self.bypass.open(block, tokens, chosen, stream.sizes))
+            entered = self.bypass.open(block, tokens, chosen, stream.sizes)
+            stream = stream.opened(*entered, scores)
             tokens = stream.tokens
         update = block.mlp_branch(tokens)
         tokens = tokens + (call.drop(update, 1) if call.drop else update)

@@ -54,8 +54,7 @@ class SelectiveLayer(Standard):
                 chosen = self.bypass.match(stream.tokens, chosen)
             if self.one_hot:
                 chosen = with_one_hot(chosen, stream.tokens.dtype)
-            stream = stream.opened(*self.bypass.open(block, stream.tokens, chosen))
-            stream = stream._replace(scores=(*stream.scores, scores))
+            stream = stream.opened(*self.bypass.open(block, stream.tokens, chosen), scores)
         stream = super().apply(block, stream, self.weighing_sizes(stream, call))
         return stream.restored() if self.place.closes else stream
 
