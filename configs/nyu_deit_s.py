@@ -37,7 +37,7 @@ def get_config(arguments: str = ""):
         eval_split="validation",
         augment="nyu",
         depth_box=(45, 472, 43, 608),
-        num_threads=16,
+        workers="threads:16",
     )
     training = {
         "epochs": 25.0,

@@ -22,7 +22,7 @@ from tosa_jax.run_plan import plan_stages
 
 SMALL = ["--config.model.embed_dim=16", "--config.model.num_heads=2", "--config.model.depth=2",
          "--config.model.decoder_dim=4", "--config.batch_size=8", "--config.eval.batch_size=8",
-         "--config.data.num_threads=2", "--config.log_steps=1"]  # fmt: skip
+         "--config.data.workers=threads:2", "--config.log_steps=1"]  # fmt: skip
 
 
 def steps(stage, number, warmup=0):

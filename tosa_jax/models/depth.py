@@ -219,4 +219,4 @@ class DepthTransformer(VisionTransformer):
         depth = self.decoder([taps[layer] for layer in self.config.taps], grid, size)
         last = self.config.depth - 1
         tokens = taps[last] if last in taps else self.norm(stream.tokens)
-        return Output(None, tokens, stream.selected, stream.aux, stream.scores, depth)
+        return Output(None, tokens, stream.selected, stream.aux, depth, stream.scores)

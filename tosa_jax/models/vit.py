@@ -31,17 +31,17 @@ class Output(NamedTuple):
               mean with `global_pool="avg"`, and they are as the last layer left them.
     selected  a tuple with one int32 [b s] a selection: indices into the n tokens, ascending, prefix included.
     aux       per-example scalars [b] that layers report, by name.
+    depth     [b height width] in metres, at the images' size; None for a classifier.
     scores    one float [b n] a selection: what it chose by, higher is better; a program that does not return them
               does not keep them.
-    depth     [b height width] in metres, at the images' size; None for a classifier.
     """
 
     logits: Float[Array, "b c"] | None
     tokens: Tokens
     selected: tuple[Indices, ...]
     aux: dict[str, PerExample]
-    scores: tuple[Scores, ...] = ()
     depth: Float[Array, "b height width"] | None = None
+    scores: tuple[Scores, ...] = ()
 
     @property
     def prediction(self) -> Array:
@@ -154,4 +154,6 @@ class VisionTransformer(nnx.Module):
         """
         stream = self.layers(self.embed(images), key=key, train=train)
         tokens = stream.tokens if self.config.global_pool == "avg" else self.norm(stream.tokens)
-        return Output(self.classify(tokens), tokens, stream.selected, stream.aux, stream.scores)
+        return Output(
+            self.classify(tokens), tokens, stream.selected, stream.aux, scores=stream.scores
+        )
