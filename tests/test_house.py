@@ -30,12 +30,13 @@ FLOORS = [
     "data.sources data.settings data.pipeline data.speed data.image_files",
     "token_pictures tasks.task tasks.selector_fitting tasks.classification tasks.depth tasks",
     "config config_json run_plan",
-    "steps checkpoints workdir report report_charts report_page network_sources predictor",
+    "steps checkpoints workdir report report_charts report_page network_sources predictions predictor",
     "evaluate",
     "train",
     "stages",
     "compiling",
     "command_line",
+    "answers",
     "main prepare bench compile_check predict",
 ]
 """From the ground up; a room imports from lower floors, or from a room of its own floor listed before it."""

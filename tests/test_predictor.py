@@ -15,7 +15,8 @@ from tosa_jax.data.decoding import BadImageError, Form
 from tosa_jax.errors import ConfigError, DeviceError, WeightsError, WorkdirError
 from tosa_jax.models.params import get_params, set_params, split
 from tosa_jax.models.pretrained import save_selectors, save_weights
-from tosa_jax.predictor import Prediction, Predictor, split_batch
+from tosa_jax.predictions import Prediction, split_batch
+from tosa_jax.predictor import Predictor
 
 MEAN, STD = 0.3, 0.4
 
@@ -59,7 +60,7 @@ def test_no_image_is_no_row(predictor):
 def test_only_the_given_sizes_are_compiled_once(model, monkeypatch):
     own = Predictor(model, mean=(MEAN,), std=(STD,), batch_sizes=(2, 4))
     own.warm_up()
-    assert sorted(own._programs) == [2, 4]
+    assert sorted(own._programs) == [(2, 8, 8), (4, 8, 8)]
     monkeypatch.setattr(own, "_run", None)  # compiling again would need it
     assert own(pixels(7)).logits.shape == (7, 10)
 
@@ -205,5 +206,7 @@ def test_what_cannot_be_is_said_in_one_line(predictor, model, tmp_path):
 def test_a_batch_that_does_not_fit_is_told_before_it_runs(model, monkeypatch):
     monkeypatch.setattr(memory, "device_bytes", lambda device: 2**10)
     own = Predictor(model, mean=(MEAN,), std=(STD,), batch_sizes=(4,))
-    with pytest.raises(DeviceError, match=r"a batch of 4 images needs .* GiB .*--batch_size"):
+    with pytest.raises(
+        DeviceError, match=r"a batch of 4 images of 8x8 pixels needs .* GiB .*--batch_size"
+    ):
         own(pixels(1))

@@ -38,7 +38,8 @@ with epy.lazy_api_imports(globals()):
     from tosa_jax.models.pretrained import load_pretrained, save_selectors, save_weights
     from tosa_jax.models.vit import Output, VisionTransformer
     from tosa_jax.models.vit_config import VARIANTS, ViTConfig, alternate
-    from tosa_jax.predictor import Guess, Prediction, Predictor
+    from tosa_jax.predictions import Guess, Prediction
+    from tosa_jax.predictor import Predictor
 
 __all__ = [
     "VARIANTS",

@@ -1,6 +1,6 @@
 """A network ready to be run: from the work directory of a run, released weights, or one file that says all.
 
-Each comes with its preprocessing and class names: the arguments of a `Predictor`.
+Each comes with its preprocessing, its task's options and class names: the arguments of a `Predictor`.
 """
 
 import dataclasses
@@ -18,11 +18,13 @@ from tosa_jax.config_json import as_tuples, from_json
 from tosa_jax.data import class_names as names_of
 from tosa_jax.data.decoding import Form
 from tosa_jax.errors import ConfigError, UserError, WeightsError, WorkdirError
+from tosa_jax.models.networks import NETWORKS, build, network_config
 from tosa_jax.models.params import Params, get_params, set_params, split
 from tosa_jax.models.pretrained import pretrained_params, save_weights, selector_params
 from tosa_jax.models.vit import VisionTransformer
-from tosa_jax.models.vit_config import ViTConfig, variant_config
+from tosa_jax.models.vit_config import ViTConfig, check
 from tosa_jax.models.weight_files import read_weights
+from tosa_jax.tasks import TASKS
 
 KeepRate = float | tuple[float, ...] | None
 Say = Callable[[str], None]
@@ -37,6 +39,7 @@ class Network(TypedDict):
 
     form         how pictures become arrays.
     mean, std    of each channel's pixels in [0, 1].
+    options      the task's own fields, those of a recipe's section `task`.
     class_names  one a class; None: ImageNet's for 1000 classes, else numbers.
     """
 
@@ -44,6 +47,7 @@ class Network(TypedDict):
     form: Form
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    options: Any
     class_names: Sequence[str] | None
 
 
@@ -60,9 +64,10 @@ def from_workdir(workdir: Path, keep_rate: KeepRate, say: Say) -> Network:
     names = workdir / names_of.FILE
     return Network(
         model=_model(config, params),
-        form=run.data.form,
+        form=form_of("", config) if config.resizes else run.data.form,
         mean=run.inputs.mean,
         std=run.inputs.std,
+        options=run.options,
         class_names=names_of.readable(names_of.read_names(names)) if names.exists() else None,
     )
 
@@ -74,6 +79,8 @@ def from_pretrained(
     keep_rate: KeepRate,
     class_names: Sequence[str] | None,
     say: Say,
+    *,
+    task: str = "classification",
     **fields: Any,
 ) -> Network:
     """A released network and the preprocessing that it was published with."""
@@ -81,15 +88,16 @@ def from_pretrained(
         fields["num_classes"] = len(class_names)
     if selectors or keep_rate is not None:
         fields = {"plan": "selective"} | fields
-    config = with_keep_rate(variant_config(name, **fields), keep_rate)
+    config = with_keep_rate(network_config(task, name, **fields), keep_rate)
     if not selectors and "selective" in config.plan:
         say("no selectors were given: tokens are chosen by the map of the layer before")
     halves = _is_augreg(name)
     return Network(
         model=_model(config, _load(config, weights, selectors, say)),
-        form=form_of(name, config.image_size, config.in_chans),
+        form=form_of(name, config),
         mean=(0.5,) if halves else IMAGENET_MEAN,
         std=(0.5,) if halves else IMAGENET_STD,
+        options=TASKS[task].options(),
         class_names=class_names,
     )
 
@@ -103,27 +111,41 @@ def from_weights(path: str | Path, keep_rate: KeepRate, say: Say) -> Network:
             "Predictor.from_pretrained)"
         )
     said = as_tuples(json.loads(text))
-    config = with_keep_rate(ViTConfig(**said.pop("model")), keep_rate)
-    params = _load(config, path, None, say)
-    return Network(model=_model(config, params), form=Form(**said.pop("form")), **said)
+    task = said.pop("task", "classification")  # files of before there was depth do not say
+    options = TASKS[task].options(**said.pop("options", {}))
+    config = with_keep_rate(NETWORKS[task].config_class(**said.pop("model")), keep_rate)
+    params, form = _load(config, path, None, say), Form(**said.pop("form"))
+    return Network(model=_model(config, params), form=form, options=options, **said)
 
 
 def save(network: Network, path: str | Path) -> None:
     """Writes a network and what belongs to it to one `.safetensors` file."""
     config = dataclasses.asdict(network["model"].config)
     config |= {name: str(config[name]) for name in ("dtype", "param_dtype")}
-    said = {**network, "model": config, "form": dataclasses.asdict(network["form"])}
+    said = {**network, "task": network["model"].config.task, "model": config}
+    said |= {name: dataclasses.asdict(network[name]) for name in ("form", "options")}
     save_weights(network["model"], path, metadata={_METADATA: json.dumps(said)})
 
 
-def form_of(name: str, image_size: int, channels: int = 3) -> Form:
+def form_of(name: str, config: ViTConfig) -> Form:
     """How the weights of a variant were evaluated: the short side resized, bicubic, and the centre cropped.
+
+    Images of a network that takes any size keep theirs.
 
     The share kept is .875 as in DeiT's code (facebookresearch/deit), .9 for AugReg's `vit_*` (timm), and all of it from
     384 pixels on (both).
+
+    Raises ConfigError: the network takes images of one size, which is no square.
     """
-    crop_pct = 1.0 if image_size >= 384 else 0.9 if _is_augreg(name) else 0.875
-    return Form(image_size=image_size, channels=channels, resize="crop", crop_pct=crop_pct)
+    if config.resizes:
+        return Form(image_size=None, channels=config.in_chans)
+    size = config.image_size
+    check(
+        isinstance(size, int),
+        f"image_size={size} is no square: say how pictures become such arrays (form)",
+    )
+    crop_pct = 1.0 if size >= 384 else 0.9 if _is_augreg(name) else 0.875
+    return Form(image_size=size, channels=config.in_chans, resize="crop", crop_pct=crop_pct)
 
 
 def _is_augreg(name: str) -> bool:
@@ -162,7 +184,7 @@ def _load(config: ViTConfig, path: str | Path, selectors: str | Path | None, say
     if selectors:
         params |= selector_params(abstract, selectors)
     if get_params(abstract).keys() - params.keys():
-        return get_params(VisionTransformer(config, rngs=nnx.Rngs(0))) | params
+        return get_params(build(config, rngs=nnx.Rngs(0))) | params
     return params
 
 

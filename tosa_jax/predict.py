@@ -1,12 +1,14 @@
-"""Classify images with a trained network, and show which tokens it selected.
+"""Classify images with a trained network, or measure their depth, and show which tokens it selected.
 
     python -m tosa_jax.predict --workdir=runs/digits IMAGE ...              what a run trained
     python -m tosa_jax.predict --weights=FILE IMAGE ...                     one file, from --export
     python -m tosa_jax.predict --model=NAME --weights=FILE [--selectors=FILE] IMAGE ...     released weights
+    python -m tosa_jax.predict --workdir=runs/rooms --depth_dir=DIR [--truth=DIR] IMAGE ...     a depth network
 
 IMAGE is a file, a folder or a glob. `--keep_rate=.3`, or one share a selection (`--keep_rate=.7,.5,.3`), is another
 budget for the same weights. `--show_tokens=DIR` writes a PNG an image: the picture, each selection with its bypassed
-tokens dimmed, and its score map. Exit status: 0 done, 1 some files were no images, 2 bad input.
+tokens dimmed, and its score map; of a depth network the picture, depth, with `--truth` truth and error, and each
+selection. Exit status: 0 done, 1 some files were no images, 2 bad input.
 """
 
 import argparse
@@ -14,7 +16,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,13 @@ import rich.console
 import rich.progress
 
 from tosa_jax import command_line
+from tosa_jax.answers import ANSWERS, Answers, Record
 from tosa_jax.data import class_names
+from tosa_jax.data.decoding import BadImageError
 from tosa_jax.data.image_files import find_images, read_ahead
-from tosa_jax.errors import ConfigError, DataError
-from tosa_jax.figures import write_png
+from tosa_jax.errors import ConfigError
 from tosa_jax.predictor import Predictor
-from tosa_jax.token_pictures import draw_tokens
+from tosa_jax.tasks import TASKS
 
 _BAR_FROM = 20
 """So many images get a progress bar."""
@@ -53,18 +56,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--workdir", type=Path, help="work directory of a run")
     add("--model", help="variant by timm's name, for --weights")
     add("--weights", help="whatever load_pretrained reads, or one file from --export")
+    add("--task", choices=list(TASKS), help="what the network of --model is for")
     add("--selectors", help="a file of selectors, for --weights")
     add("--classes", type=Path, help="text file with a class name a line, for --weights")
     add("--keep_rate", type=shares, help="another budget: a share in (0, 1], or one a selection")
-    add("--top", type=int, default=5, help="classes to name (default 5)")
+    add("--top", type=int, help="classes to name (default 5)")
     add("--json", action="store_true", help="JSON Lines instead of text")
     add("--show_tokens", type=Path, metavar="DIR", help="write a picture of the selections here")
-    add(
-        "--export",
-        type=Path,
-        metavar="FILE",
-        help="write network, preprocessing and names to one file",
-    )
+    add("--depth_dir", type=Path, metavar="DIR", help="write depth here, in mm and in colours")
+    add("--truth", type=Path, metavar="DIR", help="true depth: 16-bit PNG files named as images")
+    add("--depth_scale", type=float, help="units of those files in a metre (default 1000)")
+    add("--export", type=Path, metavar="FILE", help="write all that is needed to one file")
     add("--batch_size", type=int, default=16)
     add("--threads", type=int, default=2, help="that decode images")
     try:
@@ -91,12 +93,16 @@ def _check(args: argparse.Namespace) -> None:
     for flag in ("model", "selectors", "classes"):
         if getattr(args, flag) and not args.weights:
             raise ConfigError(f"command line: --{flag} goes with --weights=FILE")
-    for flag in ("selectors", "classes"):
+    for flag in ("task", "selectors", "classes"):
         if getattr(args, flag) and not args.model:
             raise ConfigError(f"command line: --{flag} goes with --model=NAME")
     for flag in ("top", "batch_size", "threads"):
-        if getattr(args, flag) < 1:
-            raise ConfigError(f"command line: --{flag}={getattr(args, flag)} must be at least 1")
+        if (value := getattr(args, flag)) is not None and value < 1:
+            raise ConfigError(f"command line: --{flag}={value} must be at least 1")
+    if args.depth_scale is not None and not args.truth:
+        raise ConfigError("command line: --depth_scale goes with --truth=DIR")
+    if args.depth_scale is not None and not 0 < args.depth_scale < float("inf"):
+        raise ConfigError(f"command line: --depth_scale={args.depth_scale} must be above 0")
     if not args.images and not args.export:
         raise ConfigError("command line: name at least one image, folder or glob")
 
@@ -114,20 +120,16 @@ def make_predictor(args: argparse.Namespace, num_images: int) -> Predictor:
         return Predictor.from_weights(args.weights, **common)
     names = class_names.read_names(args.classes) if args.classes else None
     return Predictor.from_pretrained(
-        args.model, args.weights, selectors=args.selectors, class_names=names, **common
-    )
+        args.model, args.weights, selectors=args.selectors, class_names=names,
+        task=args.task or "classification", **common,
+    )  # fmt: skip
 
 
 def _predict(args: argparse.Namespace) -> int:
     paths = find_images(args.images)
     command_line.configure_jax()
     predictor = make_predictor(args, len(paths))
-    if args.show_tokens:
-        if not predictor.num_selections:
-            raise ConfigError(
-                "--show_tokens: this network selects no tokens; give --keep_rate (and --selectors)"
-            )
-        _make_folder(args.show_tokens)
+    answers = ANSWERS[predictor.config.task](predictor, args, paths)
     if args.export:
         predictor.save(args.export)
         print(f"written: {args.export}", file=sys.stderr)
@@ -135,74 +137,35 @@ def _predict(args: argparse.Namespace) -> int:
     with _bar(len(paths)) as advance:
         ahead = 2 * predictor.batch_sizes[-1]
         images = read_ahead(paths, predictor.form.decode, threads=args.threads, ahead=ahead)
-        taken: set[Path] = set()
         while chunk := list(islice(images, predictor.batch_sizes[-1])):
-            for record in _records(predictor, chunk, args, taken):
+            for record in _records(predictor, chunk, answers):
                 failed += "error" in record
-                show(record, args.json)
+                show(record, args.json, answers)
                 advance()
     return 1 if failed else 0
 
 
-def _records(
-    predictor: Predictor, chunk: list, args: argparse.Namespace, taken: set[Path]
-) -> Iterator[dict[str, Any]]:
-    """A record for each file of a batch, in order; the pictures of its tokens are written on the way."""
-    good = [image for _, image in chunk if isinstance(image, np.ndarray)]
-    prediction = predictor(np.stack(good)) if good else None
-    guesses = iter(predictor.top(prediction, args.top) if good else [])
-    row = count()
+def _records(predictor: Predictor, chunk: list, answers: Answers) -> Iterator[Record]:
+    """A record for each file of a batch, in order; what is to be written of it is written on the way."""
+    rows = iter(predictor.each([image for _, image in chunk if isinstance(image, np.ndarray)]))
     for path, image in chunk:
         if not isinstance(image, np.ndarray):
             yield {"image": str(path), "error": f"cannot be read as an image ({image})"}
             continue
-        record = {"image": str(path), "top": next(guesses)}
-        if args.show_tokens:
-            target = _free_name(args.show_tokens / f"{path.stem}.png", taken)
-            i = next(row)
-            guess = record["top"][0]
-            figure = draw_tokens(
-                predictor.config,
-                image[None],
-                [x[i : i + 1] for x in prediction.selected],
-                scores=[x[i : i + 1] for x in prediction.scores],
-                labels=[f"{guess.name}, {guess.probability:.1%}"],
-            )
-            write_png(target, figure)
-            record["tokens"] = str(target)
-        yield record
+        try:
+            yield answers.record(path, image, next(rows))
+        except BadImageError as error:
+            yield {"image": str(path), "error": str(error)}
 
 
-def show(record: dict[str, Any], as_json: bool) -> None:
+def show(record: Record, as_json: bool, answers: Answers) -> None:
     """One image's result on standard output; a failure on standard error too, where JSON would hide it."""
     if "error" in record:
         print(f"{record['image']}: {record['error']}", file=sys.stderr)
     if as_json:
-        top = [
-            {"class": g.label, "name": g.name, "probability": g.probability}
-            for g in record.get("top", ())
-        ]
-        print(json.dumps(record | ({"top": top} if "top" in record else {})))
-    elif "top" in record:
-        width = max(len(guess.name) for guess in record["top"])
-        lines = [f"  {guess.name:{width}}  {guess.probability:6.1%}" for guess in record["top"]]
-        print("\n".join([record["image"], *lines]))
-
-
-def _free_name(path: Path, taken: set[Path]) -> Path:
-    """`path`, or with a number where another image of this command has it."""
-    numbered = (path.with_stem(f"{path.stem}-{i}") for i in count(2))
-    while path in taken:
-        path = next(numbered)
-    taken.add(path)
-    return path
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"--show_tokens={folder} cannot be made ({error.strerror})") from error
+        print(json.dumps(record))
+    elif "error" not in record:
+        print("\n".join([record["image"], *answers.lines(record)]))
 
 
 @contextlib.contextmanager

@@ -1,10 +1,10 @@
-"""A trained network at work: uint8 images in, logits and selected tokens out, at batch sizes compiled once."""
+"""A trained network at work: uint8 images in, logits or depth and selected tokens out, at batch sizes compiled once."""
 
 import functools
 import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,45 +14,26 @@ from tosa_jax import network_sources
 from tosa_jax.data.class_names import default_names
 from tosa_jax.data.decoding import Form
 from tosa_jax.memory import check_fits
+from tosa_jax.models.networks import at_size
 from tosa_jax.models.params import Params, set_params, split
 from tosa_jax.models.vit import VisionTransformer
 from tosa_jax.models.vit_config import ViTConfig, check
 from tosa_jax.network_sources import IMAGENET_MEAN, IMAGENET_STD, KeepRate, Say
-from tosa_jax.tasks.classification import Classification
+from tosa_jax.predictions import Guess, Prediction, by_shape, split_batch
+from tosa_jax.tasks import TASKS
 
-
-class Guess(NamedTuple):
-    """A class, its name, and its probability in [0, 1]."""
-
-    label: int
-    name: str
-    probability: float
-
-
-class Prediction(NamedTuple):
-    """What a network says of `b` images.
-
-    logits    float32 [b c].
-    selected  one int32 [b s] a selection: indices into the tokens, ascending, prefix included.
-    scores    one float [b n] a selection: what it chose by, higher is better.
-    """
-
-    logits: np.ndarray
-    selected: tuple[np.ndarray, ...]
-    scores: tuple[np.ndarray, ...]
-
-    @property
-    def probabilities(self) -> np.ndarray:
-        """float32 [b c], each row sums to 1."""
-        powers = np.exp(self.logits - self.logits.max(axis=1, keepdims=True))
-        return powers / powers.sum(axis=1, keepdims=True)
+Picture = str | Path | bytes | np.ndarray | Image.Image
+"""A path, encoded bytes, uint8 [height width 1 or 3], or PIL's."""
 
 
 class Predictor:
     """Runs a network on any number of images; threads may share it.
 
     Programs are compiled for `batch_sizes` alone, each at its first use (or by `warm_up`); a batch of another size
-    is split and padded to them. Made by `from_workdir`, `from_pretrained` or `from_weights`, or of a model:
+    is split and padded to them. A network that takes images of any size, as for depth, compiles them for each size that
+    comes, and 1 is always among them: few pictures may have that size.
+
+    Made by `from_workdir`, `from_pretrained` or `from_weights`, or of a model:
 
     >>> model = tosa_jax.create_model("vit", image_size=8, patch_size=4, embed_dim=32, depth=2, num_heads=2,
     ...     num_classes=3, keep_rate=0.5, rngs=nnx.Rngs(0))
@@ -63,8 +44,9 @@ class Predictor:
 
     Args:
         model: the network; its parameters stay where they are, on one device.
-        form: how pictures become arrays; None: DeiT's evaluation.
+        form: how pictures become arrays; None: DeiT's evaluation, or as they are where any size will do.
         mean, std: of each channel's pixels in [0, 1], as in training.
+        options: the task's own fields, `tasks.depth.DepthOptions` for depth; None: their defaults.
         class_names: one a class; None: ImageNet's for 1000 classes, else numbers.
         batch_sizes: the sizes to compile.
 
@@ -78,23 +60,26 @@ class Predictor:
         form: Form | None = None,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
+        options: Any = None,
         class_names: Sequence[str] | None = None,
         batch_sizes: Sequence[int] = (1, 8, 64),
     ) -> None:
         config = model.config
         check(len(batch_sizes) > 0 and min(batch_sizes) >= 1,
               f"batch_sizes={tuple(batch_sizes)} must be numbers of at least 1")  # fmt: skip
-        names = default_names(config.num_classes) if class_names is None else tuple(class_names)
-        check(len(names) == config.num_classes,
-              f"{len(names)} class names, but the network has {config.num_classes} classes")  # fmt: skip
+        num_classes = 0 if "num_classes" in config.unused else config.num_classes
+        names = tuple(default_names(num_classes) if class_names is None else class_names)
+        check(len(names) == num_classes,
+              f"{len(names)} class names, but the network has {num_classes} classes")  # fmt: skip
         mean, std = (_a_channel(values, config.in_chans) for values in (mean, std))
         self.config: ViTConfig = config
-        self.form = form or network_sources.form_of("", config.image_size, config.in_chans)
+        self.form = form or network_sources.form_of("", config)
         self.class_names = names
-        self.batch_sizes = tuple(sorted(set(batch_sizes)))
-        self._task = Classification(num_classes=config.num_classes, mean=mean, std=std)
+        self.batch_sizes = tuple(sorted({*batch_sizes, *([1] if config.resizes else [])}))
+        self.options = TASKS[config.task].options() if options is None else options
+        self.task = TASKS[config.task].of_network(config, self.options, mean=mean, std=std)
         self._graphdef, self._params = split(model)
-        self._programs: dict[int, jax.stages.Compiled] = {}
+        self._programs: dict[tuple[int, int, int], jax.stages.Compiled] = {}
         self._lock = threading.Lock()
 
     @classmethod
@@ -136,11 +121,11 @@ class Predictor:
 
         selectors    a file of `save_selectors`; without one, layers choose by the map of the layer before them.
         class_names  one a class; sets `num_classes`.
-        fields       any field of `ViTConfig`, and the options of `Predictor`.
+        fields       any field of the network's configuration, `task` ("depth"), and the options of `Predictor`.
 
         Raises ConfigError (unknown name or field), WeightsError (missing, damaged or other weights).
         """
-        own = {"form", "mean", "std", "batch_sizes"} & fields.keys()
+        own = {"form", "mean", "std", "options", "batch_sizes"} & fields.keys()
         options = {option: fields.pop(option) for option in own}
         found = network_sources.from_pretrained(
             name, weights, selectors, keep_rate, class_names, on_message, **fields
@@ -165,17 +150,16 @@ class Predictor:
             network_sources.Network(
                 model=set_params(self._graphdef, self._params),
                 form=self.form,
-                mean=self._task.mean,
-                std=self._task.std,
+                mean=self.task.mean,
+                std=self.task.std,
+                options=self.options,
                 class_names=self.class_names,
             ),
             path,
         )
 
-    def prepare(self, image: str | Path | bytes | np.ndarray | Image.Image) -> np.ndarray:
-        """A picture of any size as the network takes it: uint8 [s s c].
-
-        image  a path, encoded bytes, uint8 [height width 1 or 3], or PIL's.
+    def prepare(self, image: Picture) -> np.ndarray:
+        """A picture of any size as the network takes it: uint8 [s s c]; for depth [height width c], of its own size.
 
         Raises BadImageError (a ValueError): no image, or cut short; OSError: no such file.
         """
@@ -188,93 +172,117 @@ class Predictor:
         return self.form.fit(image.convert("L" if self.form.channels == 1 else "RGB"))
 
     def __call__(self, images: np.ndarray) -> Prediction:
-        """images uint8 [b s s c] from `prepare`, b >= 0 -> a `Prediction` of as many rows.
+        """images uint8 [b height width c] from `prepare`, b >= 0 -> a `Prediction` of as many rows.
 
         Raises ConfigError (another dtype or shape), DeviceError (a compiled batch size does not fit the device).
         """
-        images, config = np.asarray(images), self.config
-        shape = (config.image_size, config.image_size, config.in_chans)
-        check(images.dtype == np.uint8 and images.shape[1:] == shape,
-              f"images are {images.dtype} {list(images.shape)}, but must be uint8 [b, {', '.join(map(str, shape))}]: "
-              "Predictor.prepare makes them")  # fmt: skip
+        images = np.asarray(images)
+        self._check(images)
+        shape = images.shape[1:]
         if not len(images):
-            empty = jax.tree.map(lambda x: x[:0], self(np.zeros((1, *shape), np.uint8)))
-            return Prediction(*empty)
+            return _rows(self(np.zeros((1, *shape), np.uint8)), slice(0))
         parts, start = [], 0
         for size in split_batch(len(images), self.batch_sizes):
             part = images[start : start + size]
             padded = np.concatenate([part, np.zeros((size - len(part), *shape), np.uint8)])
-            parts.append((len(part), self.program(size)(self._params, padded)))
+            parts.append((len(part), self.program(size, shape[:2])(self._params, padded)))
             start += size
-        parts = [jax.tree.map(lambda x, n=n: x[:n], out) for n, out in jax.device_get(parts)]
-        return Prediction(*jax.tree.map(lambda *xs: np.concatenate(xs), *parts))
+        parts = [_rows(out, slice(n)) for n, out in jax.device_get(parts)]
+        return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+
+    def each(self, images: Sequence[np.ndarray]) -> list[Prediction]:
+        """Images uint8 [height width c] of whatever sizes -> a `Prediction` of one row for each.
+
+        Those of one size go through the network together. Same errors.
+        """
+        found: dict[int, Prediction] = {}
+        for places in by_shape(images):
+            out = self(np.stack([images[place] for place in places]))
+            found |= {place: _rows(out, slice(i, i + 1)) for i, place in enumerate(places)}
+        return [found[place] for place in range(len(images))]
 
     def top(self, prediction: Prediction, k: int = 5) -> list[list[Guess]]:
-        """The `k` likeliest classes of each image, the likeliest first; all where there are fewer."""
+        """The `k` likeliest classes of each image, the likeliest first; all where there are fewer.
+
+        Raises ConfigError if the network has no classes.
+        """
+        self._check_task("classification", "classes", "depth")
         rows = []
         for row in prediction.probabilities:
             best = np.argsort(-row, kind="stable")[:k]
             rows.append([Guess(int(i), self.class_names[i], float(row[i])) for i in best])
         return rows
 
-    def classify(
-        self, images: Iterable[str | Path | bytes | np.ndarray | Image.Image], k: int = 5
-    ) -> list[list[Guess]]:
+    def classify(self, images: Iterable[Picture], k: int = 5) -> list[list[Guess]]:
         """`prepare`, the network and `top` in one call."""
+        self._check_task("classification", "classes", "depth")
         return self.top(self(np.stack([self.prepare(image) for image in images])), k)
+
+    def depth(self, images: Iterable[Picture]) -> list[np.ndarray]:
+        """`prepare` and the network in one call: float32 [height width] in metres of each picture, at its own size.
+
+        Raises ConfigError if the network does not predict depth.
+        """
+        self._check_task("depth", "depth", "classify")
+        return [out.depth[0] for out in self.each([self.prepare(image) for image in images])]
 
     @functools.cached_property
     def num_selections(self) -> int:
         """How many times the network selects tokens; 0: it runs densely."""
-        return len(jax.eval_shape(self._run, self._params, self._abstract_images(1))[1])
+        images = self._abstract_images(1, self.config.image_shape)
+        return len(jax.eval_shape(self._run, self._params, images).selected)
 
     def warm_up(self) -> None:
-        """Compiles every batch size now, so that no first call waits for it."""
+        """Compiles every batch size now, so that no first call waits for it; for images of the network's own size."""
         for size in self.batch_sizes:
             self.program(size)
 
-    def program(self, batch_size: int) -> jax.stages.Compiled:
-        """The compiled program `(params, images) -> (logits, selected, scores)` of a batch size."""
+    def program(
+        self, batch_size: int, image_size: tuple[int, int] | None = None
+    ) -> jax.stages.Compiled:
+        """The compiled program `(params, images) -> Prediction` of a batch size.
+
+        image_size  height and width, where not the network's own.
+        """
+        size = image_size or self.config.image_shape
         with self._lock:
-            if batch_size not in self._programs:
-                program = (
-                    jax.jit(self._run)
-                    .lower(self._params, self._abstract_images(batch_size))
-                    .compile()
-                )
+            if (batch_size, *size) not in self._programs:
+                images = self._abstract_images(batch_size, size)
+                program = jax.jit(self._run).lower(self._params, images).compile()
                 check_fits(
                     program,
-                    f"a batch of {batch_size} images",
-                    "take a smaller --batch_size (batch_sizes)",
+                    f"a batch of {batch_size} images of {size[0]}x{size[1]} pixels",
+                    "take a smaller --batch_size (batch_sizes)"
+                    + (", or smaller images" if self.config.resizes else ""),
                 )
-                self._programs[batch_size] = program
-            return self._programs[batch_size]
+                self._programs[batch_size, *size] = program
+            return self._programs[batch_size, *size]
 
-    def _abstract_images(self, batch_size: int) -> jax.ShapeDtypeStruct:
-        side, channels = self.config.image_size, self.config.in_chans
-        return jax.ShapeDtypeStruct((batch_size, side, side, channels), np.uint8)
+    def _abstract_images(self, batch_size: int, size: tuple[int, int]) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((batch_size, *size, self.config.in_chans), np.uint8)
 
-    def _run(self, params: Params, images: jax.Array) -> tuple:
-        network = set_params(self._graphdef, params)
+    def _run(self, params: Params, images: jax.Array) -> Prediction:
+        network = at_size(set_params(self._graphdef, params), images.shape[1:3])
         # The key is for random selection, which then draws the same each time.
-        out = network(self._task.inputs(images), key=jax.random.key(0))
-        return out.logits.astype(np.float32), out.selected, out.scores
+        out = self.task.predict(network, images, jax.random.key(0))
+        logits, depth = jax.tree.map(lambda x: x.astype(np.float32), (out.logits, out.depth))
+        return Prediction(logits, out.selected, out.scores, depth)
+
+    def _check(self, images: np.ndarray) -> None:
+        config = self.config
+        size = ("height", "width") if config.resizes else config.image_shape
+        fits = images.ndim == 4 and images.shape[3] == config.in_chans and min(images.shape[1:]) > 0
+        check(images.dtype == np.uint8 and fits and (config.resizes or images.shape[1:3] == size),
+              f"images are {images.dtype} {list(images.shape)}, but must be uint8 [b, {size[0]}, {size[1]}, "
+              f"{config.in_chans}]: Predictor.prepare makes them")  # fmt: skip
+
+    def _check_task(self, task: str, what: str, instead: str) -> None:
+        check(self.config.task == task,
+              f"this network is for {self.config.task} and has no {what}: call Predictor.{instead}")  # fmt: skip
 
 
-def split_batch(count: int, sizes: Sequence[int]) -> list[int]:
-    """Sizes, ascending, that hold `count` images in order: as few as go with at most half of one padding.
-
-    >>> split_batch(70, (1, 8, 64)), split_batch(9, (1, 8, 64))
-    ([64, 8], [8, 1])
-    """
-    chosen = []
-    while count > 0:
-        fitting = [size for size in sizes if size <= count]
-        padded = next((size for size in sizes if size >= count), sizes[-1])
-        size = padded if padded <= 2 * count or not fitting else fitting[-1]
-        chosen.append(size)
-        count -= size
-    return chosen
+def _rows(prediction: Prediction, rows: slice) -> Prediction:
+    return jax.tree.map(lambda x: x[rows], prediction)
 
 
 def _a_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:

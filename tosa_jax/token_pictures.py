@@ -1,4 +1,4 @@
-"""The figure of what a network selected: its selections named by layer, drawn by `figures`."""
+"""The figures of what a network selected and predicts: its selections named by layer, drawn by `figures`."""
 
 from collections.abc import Sequence
 
@@ -33,6 +33,33 @@ def draw_tokens(
         titles=["input", *selection_titles(config, selected)],
         labels=labels,
         scores=None if scores is None else tuple(np.asarray(x, np.float32) for x in scores),
+    )
+
+
+def draw_depth(
+    config: ViTConfig,
+    images: np.ndarray,
+    depth: np.ndarray,
+    selected: Sequence[np.ndarray],
+    *,
+    truth: np.ndarray | None = None,
+) -> np.ndarray:
+    """A row an image: the picture, the true depth and the error where there is truth, the depth, each selection.
+
+    images    uint8 [b height width 1 or 3].
+    depth     metres, float [b height width]; `truth` likewise, 0 where nothing was measured.
+    selected  one int [b s] a selection.
+
+    Returns uint8 [rows columns 3].
+    """
+    return figures.depth_panel(
+        images,
+        depth,
+        truth=truth,
+        selections=selected,
+        grid=config.grid_of(images.shape[1:3]),
+        num_prefix_tokens=config.num_prefix_tokens,
+        titles=selection_titles(config, selected),
     )
 
 

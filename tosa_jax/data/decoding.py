@@ -47,13 +47,14 @@ def pil_errors() -> Iterator[None]:
 class Form:
     """What images become: uint8 [image_size, image_size, channels].
 
+    image_size   None: each image keeps its own height and width, and `resize` is not read.
     resize       "squeeze": bilinear to the square, antialiased; an image that fits is untouched.
                  "crop": the evaluation of DeiT and torchvision, see `resize_and_crop`.
     crop_pct     share of the resized short side that "crop" keeps.
     exif_rotate  turn an image upright as its EXIF orientation says.
     """
 
-    image_size: int
+    image_size: int | None
     channels: int
     resize: str = "squeeze"
     crop_pct: float = 0.875
@@ -65,13 +66,15 @@ class Form:
             return Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
         return open_image(image, channels=self.channels, exif_rotate=self.exif_rotate)
 
-    def decode(self, image: bytes) -> UInt8[np.ndarray, "s s c"]:
+    def decode(self, image: bytes) -> UInt8[np.ndarray, "h w c"]:
         """The image in this form. Raises BadImageError."""
         return self.fit(self.open(image))
 
-    def fit(self, image: Image.Image) -> UInt8[np.ndarray, "s s c"]:
+    def fit(self, image: Image.Image) -> UInt8[np.ndarray, "h w c"]:
         """An opened image, resized by `resize`, as an array."""
         size = self.image_size
+        if size is None:
+            return to_array(image)
         if self.resize == "crop":
             image = resize_and_crop(image, size, self.crop_pct)
         elif image.size != (size, size):

@@ -9,6 +9,7 @@ from flax import nnx
 
 from tosa_jax.errors import ConfigError
 from tosa_jax.models.depth import DepthTransformer
+from tosa_jax.models.params import get_params, set_params, split
 from tosa_jax.models.vit import VisionTransformer
 from tosa_jax.models.vit_config import ViTConfig, check_choice, variant_config
 
@@ -22,6 +23,22 @@ NETWORKS: dict[str, type[VisionTransformer]] = {
 def build(config: ViTConfig, *, rngs: nnx.Rngs) -> VisionTransformer:
     """The network of a configuration, with random weights."""
     return NETWORKS[config.task](config, rngs=rngs)
+
+
+def at_size(model: VisionTransformer, size: tuple[int, int]) -> VisionTransformer:
+    """The same network made for images of (height, width) pixels.
+
+    Positions are resampled, and `keep_rate` is the share of the patches that such images have; called directly on
+    images of another size, a network selects as many tokens as of images of its own.
+
+    Raises ConfigError: the network takes no other size, or its plan is not possible there.
+    """
+    if size == model.config.image_shape:
+        return model
+    positions = model.positions(size)
+    config = dataclasses.replace(model.config, image_size=size)
+    graphdef, _ = split(nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0))))
+    return set_params(graphdef, get_params(model) | {"pos_embed": positions})
 
 
 def network_config(task: str, name: str, **fields: Any) -> ViTConfig:

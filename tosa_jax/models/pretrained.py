@@ -23,10 +23,10 @@ from tosa_jax.models.params import Params, get_params, nest
 from tosa_jax.models.vit import VisionTransformer
 from tosa_jax.models.vit_config import ViTConfig
 from tosa_jax.models.weight_checks import (
-    SILENT_FIELDS,
     WEIGHTS_FORMAT,
     check_config,
     check_fit,
+    silent_fields,
 )
 from tosa_jax.models.weight_files import read_weights, write_safetensors
 
@@ -208,8 +208,7 @@ def save_weights(
 
     metadata  further texts to write into its header.
     """
-    fields = {name: getattr(model.config, name) for name in SILENT_FIELDS}
-    facts = {"format": WEIGHTS_FORMAT, "fields": json.dumps(fields)}
+    facts = {"format": WEIGHTS_FORMAT, "fields": json.dumps(silent_fields(model.config))}
     write_safetensors(path, _to_host(get_params(model)), {**(metadata or {}), **facts})
 
 

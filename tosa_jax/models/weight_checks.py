@@ -14,7 +14,7 @@ from tosa_jax.models.weight_files import WeightFile
 WEIGHTS_FORMAT = "tosa_jax weights"
 # Fields that change the function and leave no (or no readable) trace in the shapes of its
 # parameters.
-SILENT_FIELDS = ("num_heads", "mlp", "norm_eps", "patch_size")
+SILENT_FIELDS = ("num_heads", "mlp", "norm_eps", "patch_size", "max_depth")
 # transformers' `hidden_act` -> `ViTConfig.mlp`.
 _ACTIVATIONS = {
     **dict.fromkeys(("gelu", "gelu_python"), "gelu"),
@@ -54,6 +54,11 @@ def _listed(names: Iterable[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + rest
 
 
+def silent_fields(config: ViTConfig) -> dict[str, Any]:
+    """The `SILENT_FIELDS` that a configuration has; `max_depth` is of depth networks alone."""
+    return {name: getattr(config, name) for name in SILENT_FIELDS if hasattr(config, name)}
+
+
 def stated_fields(file: WeightFile) -> dict[str, Any]:
     """The `SILENT_FIELDS` that the file, its metadata or the config.json beside it state.
 
@@ -65,8 +70,7 @@ def stated_fields(file: WeightFile) -> dict[str, Any]:
         return json.loads(file.metadata.get("fields", "{}"))
     config = file.config
     if config.get("architecture") in VARIANTS:  # timm's folders
-        variant = ViTConfig(**VARIANTS[config["architecture"]])
-        return {name: getattr(variant, name) for name in SILENT_FIELDS}
+        return silent_fields(ViTConfig(**VARIANTS[config["architecture"]]))
     if config.get("model_type") not in _DEFAULT_EPS:
         return {}
     # transformers writes every field; the defaults are those of its versions that did not.
@@ -87,11 +91,17 @@ def stated_fields(file: WeightFile) -> dict[str, Any]:
 def check_config(file: WeightFile, config: ViTConfig, say: Callable[[str], None]) -> None:
     """Raise a WeightsError that names the fields to pass, where a file states another function.
 
-    Two LayerNorm epsilons of at most 1e-5 are a message only: activations have a variance near 1.
+    Two LayerNorm epsilons of at most 1e-5 are a message only: activations have a variance near 1. So are two ranges of
+    depth: a decoder may start another's training.
     """
-    differing = {
-        name: value for name, value in stated_fields(file).items() if value != getattr(config, name)
-    }
+    own = silent_fields(config)
+    stated = {name: value for name, value in stated_fields(file).items() if name in own}
+    differing = {name: value for name, value in stated.items() if value != own[name]}
+    if (most := differing.pop("max_depth", None)) is not None:
+        say(
+            f"trained with max_depth={most:g}, the model has {own['max_depth']:g}: its depths are "
+            f"scaled by that; pass max_depth={most:g} to create_model for the same"
+        )
     eps = differing.get("norm_eps")
     if eps is not None and max(eps, config.norm_eps) <= 1e-5:
         del differing["norm_eps"]
@@ -100,7 +110,7 @@ def check_config(file: WeightFile, config: ViTConfig, say: Callable[[str], None]
             f"in the last digits; pass norm_eps={eps:g} to create_model for the same"
         )
     if differing:
-        has = ", ".join(f"{name}={getattr(config, name)!r}" for name in differing)
+        has = ", ".join(f"{name}={own[name]!r}" for name in differing)
         wants = ", ".join(f"{name}={value!r}" for name, value in differing.items())
         raise WeightsError(
             f"{file.path} is for another network than the model: pass {wants} to create_model (it "

@@ -43,6 +43,12 @@ class Classification(Task):
         )
 
     @classmethod
+    def of_network(
+        cls, network: Any, options: Any, *, mean: tuple[float, ...], std: tuple[float, ...]
+    ) -> "Classification":
+        return cls(num_classes=network.num_classes, mean=mean, std=std)
+
+    @classmethod
     def check_dataset(cls, run: Any, facts: Any) -> None:
         if facts.kind != "classification":
             raise ConfigError(

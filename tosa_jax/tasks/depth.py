@@ -13,14 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from tosa_jax import figures, losses
+from tosa_jax import losses
 from tosa_jax.array_types import Images, PerExample, RawImages
 from tosa_jax.errors import ConfigError, DataError
 from tosa_jax.metrics import depth_errors
 from tosa_jax.models.vit import Output
 from tosa_jax.models.vit_config import check, check_choice
 from tosa_jax.tasks.task import Batch, HostBatch, Task, input_fields
-from tosa_jax.token_pictures import selection_titles
+from tosa_jax.token_pictures import draw_depth
 
 DepthMaps = Float[Array, "b height width"]
 AnyMaps = Float[Array | np.ndarray, "b height width"]
@@ -72,7 +72,13 @@ class Depth(Task):
 
     @classmethod
     def from_run(cls, run: Any, stage: Any) -> "Depth":
-        return cls(max_depth=run.model.max_depth, scoring=run.options, **input_fields(run))
+        return cls.of_network(run.model, run.options, **input_fields(run))
+
+    @classmethod
+    def of_network(
+        cls, network: Any, options: Any, *, mean: tuple[float, ...], std: tuple[float, ...]
+    ) -> "Depth":
+        return cls(max_depth=network.max_depth, scoring=options, mean=mean, std=std)
 
     @classmethod
     def check_run(cls, run: Any) -> None:
@@ -128,10 +134,12 @@ class Depth(Task):
         return out._replace(depth=(out.depth + mirrored) / 2)
 
     def metrics(self, out: Output, batch: Batch) -> dict[str, Float[Array, " b"]]:
+        return self.errors(out.depth, batch["depth"])
+
+    def errors(self, depth: DepthMaps, truth: DepthMaps) -> dict[str, Float[Array, " b"]]:
         """`metrics.depth_errors` of the clipped prediction over `scored` pixels, and the training loss over them."""
-        truth = batch["depth"]
         scored = self.scored(truth)
-        depth = jnp.clip(out.depth, self.scoring.min_depth, self.max_depth)
+        depth = jnp.clip(depth, self.scoring.min_depth, self.max_depth)
         return depth_errors(depth, truth, scored) | {"loss": losses.silog(depth, truth, scored)}
 
     def check_batch(self, batch: HostBatch, first: int) -> None:
@@ -146,13 +154,5 @@ class Depth(Task):
     def pictures(
         self, batch: HostBatch, out: Output, network: Any, class_names: Sequence[str] = ()
     ) -> dict[str, np.ndarray]:
-        panel = figures.depth_panel(
-            batch["image"],
-            out.depth,
-            truth=batch["depth"],
-            selections=out.selected,
-            grid=network.grid_of(batch["image"].shape[1:3]),
-            num_prefix_tokens=network.num_prefix_tokens,
-            titles=selection_titles(network, out.selected),
-        )
+        panel = draw_depth(network, batch["image"], out.depth, out.selected, truth=batch["depth"])
         return {"selected_tokens" if out.selected else "depth": panel}

@@ -49,6 +49,13 @@ class Task:
         raise NotImplementedError
 
     @classmethod
+    def of_network(
+        cls, network: Any, options: Any, *, mean: tuple[float, ...], std: tuple[float, ...]
+    ) -> "Task":
+        """The task of a trained network (a `ViTConfig`), as evaluation has it; `options` as in the section `task`."""
+        raise NotImplementedError
+
+    @classmethod
     def check_run(cls, run: Any) -> None:
         """Raise a ConfigError for a field that this task cannot follow."""
 

@@ -1,0 +1,254 @@
+"""Depth networks at work: what a predictor computes, which files the command writes, what it refuses."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from small import forward, small_model
+from trained import DEPTH_SIZES, make_depth_workdir, make_workdir
+
+from tosa_jax import predict
+from tosa_jax.data.depth_maps import depth_of_png
+from tosa_jax.errors import ConfigError
+from tosa_jax.figures import colour_map
+from tosa_jax.models.networks import at_size
+from tosa_jax.models.pretrained import load_pretrained, save_weights
+from tosa_jax.predictor import Predictor
+from tosa_jax.tasks.depth import DepthOptions
+
+MEAN, STD = 0.4, 0.3
+OWN, ODD = (24, 40), (21, 30)  # the patch, 8, does not divide the second
+
+
+def pixels(size: tuple[int, int], count: int = 1, seed: int = 0) -> np.ndarray:
+    """Smooth pictures."""
+    coarse = np.random.default_rng(seed).uniform(0, 255, (count, 4, 5, 3))
+    return np.asarray(jax.image.resize(coarse, (count, *size, 3), "bilinear")).astype(np.uint8)
+
+
+def normalised(images: np.ndarray):
+    return (jnp.asarray(images, jnp.float32) / 255 - MEAN) / STD
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("rooms")
+    make_depth_workdir(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_depth_workdir(tmp_path_factory.mktemp("same"))
+
+
+@pytest.fixture(scope="module")
+def predictor(workdir):
+    return Predictor.from_workdir(workdir, batch_sizes=(2,), on_message=quiet)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """a.png and c.png of one size, b.png of another between them."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+    (tmp_path / "in").mkdir()
+    for seed, (name, size) in enumerate({"a": OWN, "b": ODD, "c": OWN}.items()):
+        Image.fromarray(pixels(size, seed=seed)[0]).save(tmp_path / f"in/{name}.png")
+    return tmp_path / "in"
+
+
+def run(capsys, *argv):
+    status = predict.main([str(arg) for arg in argv])
+    return status, *capsys.readouterr()
+
+
+def test_depth_is_that_of_the_network(model, predictor):
+    images = pixels(OWN, 3)
+    out, expected = predictor(images), forward(model, normalised(images))
+    assert out.logits is None and out.depth.dtype == np.float32
+    assert np.ptp(expected.depth) > 0.5
+    np.testing.assert_allclose(out.depth, expected.depth, atol=1e-4)
+    for ours, theirs in zip(out.selected, expected.selected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert predictor(images[:0]).depth.shape == (0, *OWN)
+    assert predictor.num_selections == 2
+
+
+def test_a_picture_keeps_its_size_and_the_budget_is_a_share_of_its_own_patches(model, predictor):
+    images = pixels(ODD)
+    assert predictor.prepare(images[0]).shape == (*ODD, 3)
+    out, expected = predictor(images), forward(at_size(model, ODD), normalised(images))
+    np.testing.assert_allclose(out.depth, expected.depth, atol=1e-4)
+    assert out.depth.shape == (1, *ODD)
+    # 3 x 4 patches: half of them, and the class token.
+    assert [x.shape for x in out.selected] == [(1, 7)] * 2
+    assert out.scores[0].shape == (1, 13)
+
+
+def test_made_for_another_size_a_dense_network_is_the_same(tmp_path):
+    dense = make_depth_workdir(tmp_path, plan="standard")
+    images = normalised(pixels(ODD))
+    found = forward(at_size(dense, ODD), images).depth
+    np.testing.assert_allclose(found, forward(dense, images).depth, atol=1e-5)
+    assert at_size(dense, OWN) is dense
+    with pytest.raises(ConfigError, match="images are 16x16, but the model was made for 8x8"):
+        at_size(small_model(), (16, 16))
+
+
+def test_pictures_of_several_sizes_go_in_one_call_each_as_alone(predictor, folder):
+    paths = sorted(folder.iterdir())
+    found = predictor.depth(paths)
+    assert [x.shape for x in found] == [OWN, ODD, OWN]
+    for path, depth in zip(paths, found, strict=True):
+        np.testing.assert_allclose(depth, predictor.depth([path])[0], atol=1e-4)
+    assert sorted(predictor._programs)[0] == (1, *ODD)  # no padding for a size of one picture
+
+
+def test_the_mirrored_image_counts_where_the_run_says_so(tmp_path):
+    model = make_depth_workdir(tmp_path / "run", flip_average=True)
+    images = pixels(ODD)
+    own = Predictor.from_workdir(tmp_path / "run", batch_sizes=(1,), on_message=quiet)
+    there = forward(at_size(model, ODD), normalised(images)).depth
+    mirrored = forward(at_size(model, ODD), normalised(images[:, :, ::-1])).depth[:, :, ::-1]
+    assert jnp.abs(there - mirrored).max() > 0.1
+    np.testing.assert_allclose(own(images).depth, (there + mirrored) / 2, atol=1e-4)
+    own.save(tmp_path / "all.safetensors")
+    again = Predictor.from_weights(tmp_path / "all.safetensors", batch_sizes=(1,))
+    assert again.options == DepthOptions(flip_average=True) and again.form == own.form
+    np.testing.assert_array_equal(again(images).depth, own(images).depth)
+
+
+def test_depth_is_written_in_millimetres_and_in_colours(workdir, predictor, folder, capsys):
+    target = folder.parent / "out"
+    argv = [f"--workdir={workdir}", "--json", "--batch_size=2", f"--depth_dir={target}", folder]
+    status, out, _ = run(capsys, *argv)
+    assert status == 0
+    records = [json.loads(line) for line in out.splitlines()]
+    assert [Path(r["image"]).name for r in records] == ["a.png", "b.png", "c.png"]
+    for record in records:
+        depth = predictor.depth([record["image"]])[0]
+        spread = [depth.min(), np.median(depth), depth.max()]
+        np.testing.assert_allclose(list(record["depth"].values()), spread, atol=1e-4)
+        assert list(record["depth"]) == ["min", "median", "max"]
+        written = depth_of_png(Path(record["depth_png"]).read_bytes(), 1000)
+        assert np.abs(written - depth).max() <= 0.0005 + 1e-4
+        with Image.open(record["colours"]) as picture:
+            wanted = colour_map(depth, float(depth.min()), float(depth.max()))
+            assert np.abs(np.asarray(picture).astype(int) - wanted).max() <= 8
+    names = {path.name for path in target.iterdir()}
+    assert names == {f"{x}{y}.png" for x in "abc" for y in ("", "-colours")}
+
+
+def test_truth_gives_an_error_and_a_panel(workdir, predictor, folder, capsys):
+    truth, target = folder.parent / "truth", folder.parent / "out"
+    truth.mkdir()
+    wanted = {}
+    for path in sorted(folder.iterdir()):
+        depth = predictor.depth([path])[0]
+        stored = np.rint(depth * 1.25 * 256).astype(np.uint16)
+        stored[:3] = 0  # not measured
+        Image.fromarray(stored).save(truth / path.name)
+        metres = stored[3:] / 256
+        wanted[str(path)] = np.mean(np.abs(depth[3:] - metres) / metres)
+    argv = [f"--workdir={workdir}", "--json", f"--show_tokens={target}", folder]
+    run(capsys, *argv)
+    plain = {path.name: Image.open(path).size for path in target.iterdir()}
+    argv += [f"--truth={truth}", "--depth_scale=256"]
+    status, out, _ = run(capsys, *argv)
+    assert status == 0
+    for record in map(json.loads, out.splitlines()):
+        assert record["abs_rel"] == pytest.approx(wanted[record["image"]], rel=1e-3)
+        with Image.open(record["tokens"]) as panel:
+            columns, height = panel.size[0] - 10, panel.size[1]
+        # Two columns more than input, depth and two selections.
+        before = plain[Path(record["tokens"]).name]
+        assert columns * 4 == (before[0] - 10) * 6 and height == before[1]
+    status, text, _ = run(capsys, *argv[:1], *argv[-2:], folder / "a.png")
+    assert f"abs_rel {wanted[str(folder / 'a.png')]:.3f}" in text and " m, median " in text
+
+
+def test_a_truth_that_does_not_fit_is_told_and_the_rest_go_on(workdir, folder, capsys):
+    truth = folder.parent / "truth"
+    truth.mkdir()
+    for name, size in {"a": ODD, "b": ODD, "c": OWN}.items():
+        value = 0 if name == "c" else 2000
+        Image.fromarray(np.full(size, value, np.uint16)).save(truth / f"{name}.png")
+    status, out, err = run(capsys, f"--workdir={workdir}", "--json", f"--truth={truth}", folder)
+    records = [json.loads(line) for line in out.splitlines()]
+    assert status == 1 and ["error" in r for r in records] == [True, False, True]
+    assert "a.png is 21x30, the image 24x40" in records[0]["error"] and "24x40" in err
+    assert "c.png has a depth that is scored" in records[2]["error"]
+
+
+def test_released_weights_of_a_depth_network(model, folder, capsys, tmp_path):
+    save_weights(model, tmp_path / "w.safetensors")
+    own = Predictor.from_pretrained(
+        "vit", tmp_path / "w.safetensors", task="depth", keep_rate=0.5, mean=(MEAN,), std=(STD,),
+        on_message=quiet, **DEPTH_SIZES,
+    )  # fmt: skip
+    images = pixels(ODD)
+    expected = forward(at_size(model, ODD), normalised(images))
+    assert own(images).selected[0].shape == (1, 7)
+    dense = Predictor.from_pretrained(
+        "vit", tmp_path / "w.safetensors", task="depth", on_message=quiet, **DEPTH_SIZES
+    )
+    assert dense.num_selections == 0 and expected.depth.shape == dense(images).depth.shape
+    said: list[str] = []
+    other = make_depth_workdir(tmp_path / "far", max_depth=80.0)
+    load_pretrained(other, tmp_path / "w.safetensors", on_message=said.append)
+    assert any("trained with max_depth=10, the model has 80" in line for line in said)
+
+
+def test_asking_for_what_a_network_has_not_is_one_line(predictor, folder):
+    with pytest.raises(ConfigError, match="is for depth and has no classes: call Predictor.depth"):
+        predictor.classify([folder / "a.png"])
+    with pytest.raises(ConfigError, match="has no classes"):
+        predictor.top(predictor(pixels(OWN)))
+    with pytest.raises(ConfigError, match=r"must be uint8 \[b, height, width, 3\]"):
+        predictor(pixels(OWN)[..., :1])
+    with pytest.raises(ConfigError, match="1 class names, but the network has 0 classes"):
+        Predictor(small_depth(), class_names=("a",))
+    with pytest.raises(ConfigError, match="has no depth: call Predictor.classify"):
+        Predictor(small_model(), mean=(0.5,), std=(0.5,)).depth([folder / "a.png"])
+
+
+def small_depth():
+    import tosa_jax
+
+    return tosa_jax.create_model("vit", task="depth", rngs=jax_rngs(), **DEPTH_SIZES)
+
+
+def jax_rngs():
+    from flax import nnx
+
+    return nnx.Rngs(0)
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--workdir={w}", "--top=3", "{i}"], "--top is not for this network, whose task is depth"),
+        (["--workdir={c}", "--depth_dir=out", "{i}"], "--depth_dir is not for this network, whose task is class"),
+        (["--workdir={c}", "--truth=out", "{i}"], "--truth is not for this network"),
+        (["--workdir={w}", "--depth_scale=256", "{i}"], "--depth_scale goes with --truth"),
+        (["--workdir={w}", "--truth={f}", "--depth_scale=0", "{i}"], "must be above 0"),
+        (["--workdir={w}", "--truth={w}", "{i}"], "has no a.png for {i} (1 of 1 images"),
+        (["--workdir={w}", "--task=depth", "{i}"], "--task goes with --model"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_status_2(argv, says, workdir, folder, capsys, tmp_path):
+    names = {"w": workdir, "i": folder / "a.png", "f": folder, "c": tmp_path / "digits"}
+    if "{c}" in str(argv):
+        make_workdir(names["c"])
+    status, out, err = run(capsys, *(arg.format(**names) for arg in argv))
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert status == 2 and not out
+    assert len(errors) == 1 and says.format(**names) in errors[0]
