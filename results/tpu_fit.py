@@ -30,7 +30,8 @@ def row(record: dict) -> str:
         f"{record['network']}, {record['name']}", f"{record['devices']} {record['device']}", mesh,
         record["device_batch_size"], size["argument_bytes"], size["temp_bytes"],
         f"{size['total_bytes']} of {record['memory_bytes'] / 1e9:.1f}{'' if record['fits'] else ': does not fit'}",
-        f"{record['flops'] or 0:.3g}", sent, f"{record['compile_cpu_seconds']:.0f}",
+        f"{record['flops'] or 0:.3g}", sent,
+        round(record["compile_cpu_seconds"]) if record["compile_cpu_seconds"] else "-",
     )  # fmt: skip
     return "| " + " | ".join(map(str, cells)) + " |"
 
