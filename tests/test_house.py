@@ -9,7 +9,7 @@ import tosa_jax
 ROOT = Path(tosa_jax.__path__[0])
 FLOORS = [
     "array_types errors files metric_writer progress data.mixing memory data.class_names",
-    "token_ops stand_ins attention_ops losses metrics sharding processes joining stopping",
+    "token_ops stand_ins attention_ops losses metrics sharding processes joining stopping exit_status",
     "collectives devices profiling figures",
     "models.vit_config models.params models.positions",
     "optim models.layers",

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tosa_jax import command_line, memory
+from tosa_jax import memory
 from tosa_jax.errors import ConfigError, DeviceError
+from tosa_jax.exit_status import guard
 
 
 def compiled(n: int):
@@ -41,7 +42,7 @@ def test_what_can_be_mended_is_one_line_and_status_2(error, says, capsys):
     def work():
         raise error
 
-    assert command_line.guard(work) == 2
+    assert guard(work) == 2
     text = capsys.readouterr().err
     assert says in text and text.count("\n") == 1 and text.startswith("error: ")
 
@@ -51,5 +52,5 @@ def test_a_defect_keeps_its_traceback_and_a_status_is_passed_on():
         raise RuntimeError("something else")
 
     with pytest.raises(RuntimeError, match="something else"):
-        command_line.guard(defect)
-    assert command_line.guard(lambda: 1) == 1
+        guard(defect)
+    assert guard(lambda: 1) == 1

@@ -22,7 +22,8 @@ import numpy as np
 from flax import nnx
 
 from tosa_jax import cost
-from tosa_jax.errors import ConfigError, UserError
+from tosa_jax.errors import ConfigError
+from tosa_jax.exit_status import guard
 from tosa_jax.losses import silog, smoothed_targets, soft_cross_entropy
 from tosa_jax.models.networks import build, network_config
 from tosa_jax.models.params import set_params, split
@@ -191,21 +192,20 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, lis
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    try:
-        args, overrides = parse_arguments(argv)
-        if args.data:
-            rows = measure_input(args.config, overrides, args.images_per_second)
-            text = "\n".join(", ".join(f"{k}: {_short(v)}" for k, v in r.items()) for r in rows)
-        else:
-            fields = {"dtype": args.dtype, "map_chunk": args.map_chunk, "task": args.task}
-            if size := args.image_size:
-                fields["image_size"] = size[0] if len(size) == 1 else tuple(size)
-            run = functools.partial(measure, args.model, args.keep_rate, rounds=args.rounds)
-            rows = run(batch_size=args.batch_size, train=args.train, **fields)
-            text = format_records(rows)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return guard(lambda: _bench(*parse_arguments(argv)))
+
+
+def _bench(args: argparse.Namespace, overrides: list[str]) -> int:
+    if args.data:
+        rows = measure_input(args.config, overrides, args.images_per_second)
+        text = "\n".join(", ".join(f"{k}: {_short(v)}" for k, v in r.items()) for r in rows)
+    else:
+        fields = {"dtype": args.dtype, "map_chunk": args.map_chunk, "task": args.task}
+        if size := args.image_size:
+            fields["image_size"] = size[0] if len(size) == 1 else tuple(size)
+        run = functools.partial(measure, args.model, args.keep_rate, rounds=args.rounds)
+        rows = run(batch_size=args.batch_size, train=args.train, **fields)
+        text = format_records(rows)
     print(json.dumps(rows, indent=1) if args.json else text)
     return 0
 

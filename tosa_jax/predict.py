@@ -30,6 +30,7 @@ from tosa_jax.data import class_names
 from tosa_jax.data.decoding import BadImageError
 from tosa_jax.data.image_files import find_images, read_ahead
 from tosa_jax.errors import ConfigError
+from tosa_jax.exit_status import guard
 from tosa_jax.predictor import Predictor
 from tosa_jax.tasks import TASKS
 
@@ -39,7 +40,7 @@ _BAR_FROM = 20
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` (without the program's name); returns the exit status."""
-    return command_line.guard(lambda: _predict(parse_arguments(argv)))
+    return guard(lambda: _predict(parse_arguments(argv)))
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
