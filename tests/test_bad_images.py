@@ -13,7 +13,8 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from tosa_jax.data import pipeline, sources
+from tosa_jax.data import pipeline
+from tosa_jax.data.labelled import LabelledImages
 from tosa_jax.data.pipeline import DataConfig, eval_batches, train_batches
 from tosa_jax.errors import DataError
 
@@ -131,13 +132,13 @@ def test_large_images_read_one_by_one_are_the_same_batches(pictures, change, mon
 def test_copies_of_an_image_are_decoded_once(pictures, workers, monkeypatch):
     opened = []
 
-    def decode(image, form, whole=False):
-        opened.append(image)
+    def spy(self, record):
+        opened.append(record["index"])
         time.sleep(0.01)  # other threads come for the copies while this one is at it
-        return decoded(image, form, whole)
+        return decode(self, record)
 
-    decoded = sources._decoded
-    monkeypatch.setattr(sources, "_decoded", decode)
+    decode = LabelledImages.training_example
+    monkeypatch.setattr(LabelledImages, "training_example", spy)
     monkeypatch.setattr(pipeline, "_LARGE_IMAGE", 1)
     good = "train[:7]+train[12:]"
     config = dataclasses.replace(pictures, train_split=good, augment="deit", repeats=3)

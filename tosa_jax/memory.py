@@ -34,7 +34,7 @@ def check_fits(
     compiled: jax.stages.Compiled, what: str, advice: str, device: jax.Device | None = None
 ) -> None:
     """Raise a DeviceError, with both numbers and `advice`, if the program called `what` is too large."""
-    device = device or jax.devices()[0]
+    device = device or jax.local_devices()[0]
     needed, limit = needed_bytes(compiled), device_bytes(device)
     if needed > limit:
         raise DeviceError(

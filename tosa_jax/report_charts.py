@@ -5,9 +5,9 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from tosa_jax.files import AnyPath
 from tosa_jax.report import MODEL_NAMES
 
 INK, MUTED, RULE = "#010101", "#020202", "#030303"
@@ -26,7 +26,7 @@ class Curve(NamedTuple):
     points: list[tuple[float, float]]
 
 
-def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+def read_metrics(workdir: AnyPath) -> list[dict[str, Any]]:
     """The records of `metrics.jsonl`, in order; lines that hold none are passed over."""
     try:
         lines = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

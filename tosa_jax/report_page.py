@@ -2,13 +2,13 @@
 
 import base64
 import importlib.resources
+import os
 from collections.abc import Mapping, Sequence
 from html import escape
-from pathlib import Path
 from typing import Any
 
 from tosa_jax import report_charts as charts
-from tosa_jax.files import write_atomically
+from tosa_jax.files import AnyPath, as_path, write_atomically
 from tosa_jax.progress import format_seconds
 from tosa_jax.report import MODEL_NAMES, table_columns
 
@@ -29,14 +29,17 @@ _METRIC_NAMES = {
 }
 
 
-def write_page(workdir: str | Path, report: Mapping[str, Any]) -> None:
+def write_page(workdir: str | os.PathLike, report: Mapping[str, Any]) -> None:
     """Writes `report.html` beside `report.json`, whose content `report` is.
 
     Curves come from `metrics.jsonl`, the picture from `selected_tokens.png`; what is missing is left out.
     """
-    workdir = Path(workdir)
+    workdir = as_path(workdir)
     page = make_page(
-        workdir.resolve().name, report, charts.read_metrics(workdir), _picture(workdir)
+        os.path.basename(os.path.abspath(workdir)),
+        report,
+        charts.read_metrics(workdir),
+        _picture(workdir),
     )
     write_atomically(workdir / "report.html", page.encode())
 
@@ -69,7 +72,7 @@ def make_page(
     )
 
 
-def _picture(workdir: Path) -> bytes | None:
+def _picture(workdir: AnyPath) -> bytes | None:
     path = workdir / "selected_tokens.png"
     return path.read_bytes() if path.exists() else None
 

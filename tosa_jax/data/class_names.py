@@ -2,11 +2,12 @@
 
 import functools
 import importlib.resources
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from tosa_jax.errors import DataError
-from tosa_jax.files import write_atomically
+from tosa_jax.files import as_path, write_atomically
 
 FILE = "classes.txt"
 """In a work directory: the name of each class on a line, in the order of the logits."""
@@ -41,9 +42,9 @@ def default_names(num_classes: int) -> tuple[str, ...]:
     return tuple(f"class {i}" for i in range(num_classes))
 
 
-def write_names(workdir: Path, names: Sequence[str]) -> None:
+def write_names(workdir: str | os.PathLike, names: Sequence[str]) -> None:
     """Writes the names, one a line, to `classes.txt` of a work directory."""
-    write_atomically(workdir / FILE, "".join(f"{name}\n" for name in names).encode())
+    write_atomically(as_path(workdir) / FILE, "".join(f"{name}\n" for name in names).encode())
 
 
 def read_names(path: Path) -> tuple[str, ...]:

@@ -250,11 +250,15 @@ class TrainExample(grain.transforms.RandomMap):
 
     def random_map(self, element: tuple, rng: np.random.Generator) -> dict:
         stream, index = element
-        while isinstance(error := (record := stream[index])["image"], BadImageError):
-            self._bad.add(record, error)
-            index += 1
-        example = {key: value for key, value in record.items() if key not in ("index", "name")}
-        return self._augment.random_map(example, rng) if self._augment else example
+        while True:
+            record = stream[index]
+            try:
+                _check_cached(record)
+                example = {k: value for k, value in record.items() if k not in ("index", "name")}
+                return self._augment.random_map(example, rng) if self._augment else example
+            except BadImageError as error:
+                self._bad.add(record, error)
+                index += 1
 
 
 class ProcessRows(grain.MapDataset):

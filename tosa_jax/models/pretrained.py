@@ -183,7 +183,9 @@ def _other_heads(arrays: Mapping[str, np.ndarray], own: Params, say: Say) -> set
     def of(names, part):
         return {name for name in names if name.startswith(f"{part}/")}
 
-    unused = {p: of(arrays, p) for p in ("head", "head_dist", "decoder") if not of(own, p)}
+    # A head_dist that a classifier lacks is another variant, which is refused.
+    heads = ("decoder",) if of(own, "head") else ("head", "head_dist", "decoder")
+    unused = {p: of(arrays, p) for p in heads if not of(own, p)}
     if any(unused.values()):
         say(f"its {' and '.join(p for p in unused if unused[p])} is not used: the model has none")
     fresh = of(own, "decoder") if not of(arrays, "decoder") else set()
