@@ -13,7 +13,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from tosa_jax.data import pipeline
+from tosa_jax.data import pipeline, sources
 from tosa_jax.data.labelled import LabelledImages
 from tosa_jax.data.pipeline import DataConfig, eval_batches, train_batches
 from tosa_jax.errors import DataError
