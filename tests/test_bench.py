@@ -87,10 +87,11 @@ def test_depth_networks_are_measured_with_their_decoder(monkeypatch, train):
     monkeypatch.setattr(bench, "interleaved_seconds", lambda programs, rounds: seconds)
     sizes = {k: x for k, x in SIZES.items() if k != "num_classes"} | {"image_size": (8, 12)}
     dense, tosa = bench.measure(
-        "vit", [0.25], batch_size=2, train=train, rounds=1, task="depth", decoder_dim=4, **sizes
+        "vit", [0.25], batch_size=2, train=train, rounds=1, task="depth", decoder_dim=32, **sizes
     )
     assert dense["gmacs_by_part"]["head"] == tosa["gmacs_by_part"]["head"] > 0
     assert dense["gmacs_by_part"]["selection"] == 0 < tosa["gmacs_by_part"]["selection"]
     assert dense["image_size"] == (8, 12)
-    # The decoder is in the program: XLA counts more than the backbone alone does.
-    assert dense["xla_gmacs"] > sum(dense["gmacs_by_part"].values()) * (2 if train else 0.9)
+    # The decoder, here the larger part, is in the program.
+    assert dense["gmacs_by_part"]["head"] > 2 * dense["gmacs_by_part"]["backbone"]
+    assert dense["xla_gmacs"] > sum(dense["gmacs_by_part"].values()) * (2 if train else 0.8)

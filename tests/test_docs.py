@@ -14,7 +14,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from trained import make_pictures, make_workdir
+from trained import make_depth_workdir, make_pictures, make_workdir
 
 import tosa_jax
 from tosa_jax import command_line, predict
@@ -175,6 +175,7 @@ def python_pages() -> list:
 def folder(tmp_path, monkeypatch):
     """A folder as the pages assume it: a trained run, pictures, and weights wherever a page names a file."""
     make_workdir(tmp_path / "runs/digits")
+    make_depth_workdir(tmp_path / "runs/rooms")
     for name in ("digit", "dog", "a", "b"):
         make_pictures(tmp_path / "some", 1)[0].replace(tmp_path / f"{name}.png")
     monkeypatch.chdir(tmp_path)

@@ -79,7 +79,7 @@ def test_depth_is_that_of_the_network(model, predictor):
     for ours, theirs in zip(out.selected, expected.selected, strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert predictor(images[:0]).depth.shape == (0, *OWN)
-    assert predictor.num_selections == 2
+    assert predictor.num_selections == 1
 
 
 def test_a_picture_keeps_its_size_and_the_budget_is_a_share_of_its_own_patches(model, predictor):
@@ -89,7 +89,7 @@ def test_a_picture_keeps_its_size_and_the_budget_is_a_share_of_its_own_patches(m
     np.testing.assert_allclose(out.depth, expected.depth, atol=1e-4)
     assert out.depth.shape == (1, *ODD)
     # 3 x 4 patches: half of them, and the class token.
-    assert [x.shape for x in out.selected] == [(1, 7)] * 2
+    assert [x.shape for x in out.selected] == [(1, 7)]
     assert out.scores[0].shape == (1, 13)
 
 
@@ -168,9 +168,9 @@ def test_truth_gives_an_error_and_a_panel(workdir, predictor, folder, capsys):
         assert record["abs_rel"] == pytest.approx(wanted[record["image"]], rel=1e-3)
         with Image.open(record["tokens"]) as panel:
             columns, height = panel.size[0] - 10, panel.size[1]
-        # Two columns more than input, depth and two selections.
+        # Two columns more than input, depth and the selection.
         before = plain[Path(record["tokens"]).name]
-        assert columns * 4 == (before[0] - 10) * 6 and height == before[1]
+        assert columns * 3 == (before[0] - 10) * 5 and height == before[1]
     status, text, _ = run(capsys, *argv[:1], *argv[-2:], folder / "a.png")
     assert f"abs_rel {wanted[str(folder / 'a.png')]:.3f}" in text and " m, median " in text
 
@@ -207,7 +207,7 @@ def test_released_weights_of_a_depth_network(model, folder, capsys, tmp_path):
     assert any("trained with max_depth=10, the model has 80" in line for line in said)
 
 
-def test_asking_for_what_a_network_has_not_is_one_line(predictor, folder):
+def test_asking_for_what_a_network_has_not_is_one_line(model, predictor, folder):
     with pytest.raises(ConfigError, match="is for depth and has no classes: call Predictor.depth"):
         predictor.classify([folder / "a.png"])
     with pytest.raises(ConfigError, match="has no classes"):
@@ -215,21 +215,9 @@ def test_asking_for_what_a_network_has_not_is_one_line(predictor, folder):
     with pytest.raises(ConfigError, match=r"must be uint8 \[b, height, width, 3\]"):
         predictor(pixels(OWN)[..., :1])
     with pytest.raises(ConfigError, match="1 class names, but the network has 0 classes"):
-        Predictor(small_depth(), class_names=("a",))
+        Predictor(model, class_names=("a",))
     with pytest.raises(ConfigError, match="has no depth: call Predictor.classify"):
         Predictor(small_model(), mean=(0.5,), std=(0.5,)).depth([folder / "a.png"])
-
-
-def small_depth():
-    import tosa_jax
-
-    return tosa_jax.create_model("vit", task="depth", rngs=jax_rngs(), **DEPTH_SIZES)
-
-
-def jax_rngs():
-    from flax import nnx
-
-    return nnx.Rngs(0)
 
 
 @pytest.mark.parametrize(

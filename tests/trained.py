@@ -24,7 +24,7 @@ CLASSES = tuple(f"digit {i}" for i in range(10))
 
 DEPTH_SIZES = {
     "embed_dim": 16,
-    "depth": 4,
+    "depth": 2,
     "num_heads": 2,
     "mlp_ratio": 2.0,
     "image_size": (24, 40),
