@@ -22,13 +22,7 @@ from tosa_jax.errors import ConfigError
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line `argv` (without the program's name); returns the exit status."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--topology", default="")
-    parser.add_argument("--mesh", default="")
-    parser.add_argument("--only", default="")
-    parser.add_argument("--fit", action="store_true")
-    parser.add_argument("--json", action="store_true")
-    args, recipe = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    args, recipe = parse_arguments(argv)
     fits = True
 
     def work(config, workdir: Path) -> None:
@@ -40,6 +34,17 @@ def main(argv: list[str] | None = None) -> int:
         fits = all(record["fits"] or args.fit for record in records)
 
     return command_line.run(__doc__, recipe, work) or int(not fits)
+
+
+def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """This command's own arguments, and the recipe's."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--topology", default="")
+    parser.add_argument("--mesh", default="")
+    parser.add_argument("--only", default="")
+    parser.add_argument("--fit", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    return parser.parse_known_args(sys.argv[1:] if argv is None else argv)
 
 
 def check(config, args: argparse.Namespace) -> list[dict[str, Any]]:
