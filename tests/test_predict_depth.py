@@ -160,7 +160,10 @@ def test_truth_gives_an_error_and_a_panel(workdir, predictor, folder, capsys):
         wanted[str(path)] = np.mean(np.abs(depth[3:] - metres) / metres)
     argv = [f"--workdir={workdir}", "--json", f"--show_tokens={target}", folder]
     run(capsys, *argv)
-    plain = {path.name: Image.open(path).size for path in target.iterdir()}
+    plain = {}
+    for path in target.iterdir():
+        with Image.open(path) as panel:
+            plain[path.name] = panel.size
     argv += [f"--truth={truth}", "--depth_scale=256"]
     status, out, _ = run(capsys, *argv)
     assert status == 0
