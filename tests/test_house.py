@@ -21,10 +21,11 @@ FLOORS = [
     "models.run_layers models.vit models.depth models.networks models.bypass_fit",
     "cost models.torch_files models.weight_names models.google_names models.weight_files models.weight_checks "
     "models.pretrained",
-    "data.decoding data.randaugment data.rendering data.rooms",
+    "data.decoding data.randaugment data.rendering data.rooms data.clutter",
     "data.transforms data.depth_transforms data.depth_maps data.labelled",
     "data.builders.digits data.builders.idx data.builders.rooms data.builders.shards data.builders.image_folder",
-    "data.builders.depth_folder data.builders.imagenet data.builders.nyu data.builders.tfrecord",
+    "data.builders.depth_folder data.builders.imagenet data.builders.nyu data.builders.tfrecord "
+    "data.builders.cluttered_fashion",
     "data.builders.preparing",
     "data.builders",
     "data.sources data.settings data.pipeline data.speed data.image_files",
