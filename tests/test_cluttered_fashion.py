@@ -73,7 +73,9 @@ def test_clutter_is_of_other_items_and_leaves_room():
     image, (top, left, bottom, right) = draw_canvas((0, 0), items, 3, 56)
     image[top:bottom, left:right] = 0
     assert not image.any()
-    assert (draw_canvas((0, 0), white_items(1), 0, 56).image > 0).mean() > 0.3  # a lone one gives its own
+    assert (
+        draw_canvas((0, 0), white_items(1), 0, 56).image > 0
+    ).mean() > 0.3  # a lone one gives its own
 
 
 def test_pieces_are_turned_every_way():

@@ -16,7 +16,7 @@ FLOORS = [
     "models.stream models.selector",
     "models.bypass models.methods.standard",
     "models.methods.tosa",
-    "models.methods.controls models.methods.redundancy",
+    "models.methods.controls models.methods.oracles models.methods.redundancy",
     "models.methods models.plan",
     "models.run_layers models.vit models.depth models.networks models.bypass_fit",
     "cost models.torch_files models.weight_names models.google_names models.weight_files models.weight_checks "
