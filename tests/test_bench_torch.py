@@ -77,6 +77,10 @@ def test_its_record_has_the_same_fields_beside_our_dense(monkeypatch):
         assert (model, batch_size, train, mode) == ("vit", 2, False, "none")
         return Contestant(library, None, config, lambda: None, lambda _: None)
 
+    def uncompiled(name, keep_rate, config, batch_size, *, train):
+        return Contestant(name, keep_rate, config, lambda: None, lambda _: None)
+
+    monkeypatch.setattr(bench_records, "contestant", uncompiled)
     monkeypatch.setattr(bench_torch, "contestant", contestant)
     monkeypatch.setattr(bench_torch, "load", lambda *_: None)
     seconds = np.array([[0.5, 0.25, 1.0]])
