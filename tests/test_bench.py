@@ -5,12 +5,13 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from small import SIZES
 
 from tosa_jax import bench, bench_records, memory
-from tosa_jax.bench_contestants import Contestant, contestant
+from tosa_jax.bench_contestants import Contestant, check_fits, contestant
 from tosa_jax.cost import gmacs
 from tosa_jax.errors import DeviceError
 from tosa_jax.models.vit_config import variant_config
@@ -128,19 +129,28 @@ def test_weights_are_stored_as_they_compute_unless_they_are_trained(clock, monke
     assert stored == ["bfloat16", "float32"]
 
 
-@pytest.mark.parametrize("train", [False, True])
-def test_what_does_not_fit_names_a_batch_that_does(monkeypatch, train):
+def test_what_does_not_fit_names_a_batch_that_does(monkeypatch):
     config = variant_config("vit", **SIZES)
-    monkeypatch.setattr(memory, "device_bytes", lambda device: 8_000_000)
+    monkeypatch.setattr(memory, "device_bytes", lambda device: 2_000_000)
     with pytest.raises(DeviceError, match=r"^dense at image_size=8, batch_size=999 needs") as error:
-        contestant("dense", None, config, 999, train=train)
+        contestant("dense", None, config, 999, train=True)
     batch_size = int(str(error.value).rpartition("--batch_size=")[2].split()[0])
-    assert contestant("dense", None, config, batch_size, train=train).config is config
-    with pytest.raises(DeviceError):
-        contestant("dense", None, config, 2 * batch_size, train=train)
-    monkeypatch.setattr(memory, "device_bytes", lambda device: 1000)
-    with pytest.raises(DeviceError, match="not even one image does"):
-        contestant("dense", None, config, 1, train=train)
+    assert 8 <= batch_size < 999 and batch_size % 8 == 0
+    assert contestant("dense", None, config, batch_size, train=True).config is config
+
+
+def test_the_batch_that_fits_counts_the_state_once(monkeypatch):
+    state = {"weights": np.zeros(100, np.float32)}
+    program = jax.jit(lambda x: x + 1).lower(1.0).compile()
+    for device, says in (
+        (400 + 8 * 600, "--batch_size=8 probably fits"),
+        (400 + 3 * 600, "--batch_size=3 probably fits"),
+        (500, "not even one image does"),
+    ):
+        monkeypatch.setattr(memory, "device_bytes", lambda _, device=device: device)
+        monkeypatch.setattr(memory, "needed_bytes", lambda program: 400 + 10 * 600)
+        with pytest.raises(DeviceError, match=says):
+            check_fits(program, state, "it", 10)
 
 
 def test_it_runs_without_data_libraries_and_other_frameworks():
