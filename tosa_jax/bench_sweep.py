@@ -9,7 +9,15 @@ from tosa_jax.bench_records import Record, table
 from tosa_jax.errors import DeviceError
 from tosa_jax.files import AnyPath, write_atomically
 
-_COLOURS = {"dense": "#303030", "tosa": "#d07030", "random": "#4878a8", "previous": "#70a060"}
+_COLOURS = {
+    "dense": "#303030",
+    "tosa": "#d07030",
+    "random": "#4878a8",
+    "previous": "#70a060",
+    "skip": "#b09020",
+    "timm": "#9060a8",
+    "transformers": "#c05070",
+}
 _MARKERS = "osD^vP*X"
 
 
@@ -80,7 +88,7 @@ def plot(result: Mapping[str, Any]) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9.5, 4), layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")
     FigureCanvasAgg(figure)
     faster, rate = figure.subplots(1, 2)
     rows = result["rows"]
@@ -90,7 +98,7 @@ def plot(result: Mapping[str, Any]) -> bytes:
             points = sorted(of_name, key=lambda r: r["gmacs"])
             style = {
                 "marker": _MARKERS[i % len(_MARKERS)],
-                "color": _COLOURS.get(name, "#9060a8"),
+                "color": _COLOURS[name],
                 "markerfacecolor": None if name in ("dense", "tosa") else "none",
                 "label": f"{name}, batch {batch_size}",
             }
@@ -106,7 +114,7 @@ def plot(result: Mapping[str, Any]) -> bytes:
     for axes in (faster, rate):
         axes.set_xlabel("GMACs an image")
         axes.grid(alpha=0.3)
-    faster.legend(fontsize=7)
+    figure.legend(*faster.get_legend_handles_labels(), loc="outside right upper", fontsize=7)
     figure.suptitle(f"{result['device']}, random weights: time alone", fontsize=10)
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=110)
