@@ -38,6 +38,7 @@ FLOORS = [
     "compiling",
     "command_line",
     "answers",
+    "bench_contestants bench_torch bench_records bench_sweep",
     "main prepare bench compile_check predict",
 ]
 """From the ground up; a room imports from lower floors, or from a room of its own floor listed before it."""
