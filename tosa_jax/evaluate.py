@@ -22,7 +22,13 @@ from tosa_jax.steps import Batch, eval_step
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Scores parameters of one network on a split."""
+    """Scores parameters of one network on a split.
+
+    graphdef    structure of the network, as `models.params.split` gives it.
+    task        what is scored: a `tasks.Task`, or what has its methods.
+    batch_size  global; the last batch is filled up, and what fills it does not count.
+    seed        of random selections.
+    """
 
     graphdef: nnx.GraphDef
     task: Any
@@ -39,8 +45,9 @@ class Evaluator:
         )
         return jax.jit(step, out_shardings=replicated(self.mesh))
 
-    def check(self, params: Params, batch: Batch) -> None:
-        """Raises DeviceError, with both numbers, if the step on such a global batch does not fit the device."""
+    def check(self, params: Params, batch: Batch | None = None) -> None:
+        """Raises DeviceError, with both numbers, if the step on a global batch (None: the first) does not fit."""
+        batch = next(self.batches()) if batch is None else batch
         check_fits(
             # Kept by JAX: the call of the step that follows compiles nothing.
             self.step.lower(params, batch, np.uint32(0)).compile(),
@@ -74,7 +81,7 @@ class Evaluator:
         return jax.jit(look, static_argnums=2, out_shardings=replicated(self.mesh))
 
     def look(self, params: Params, count: int) -> tuple[dict[str, np.ndarray], Output]:
-        """The first `count` examples of the split, and what the network makes of them."""
+        """The first `count` examples of the split, at most a batch, and what the network makes of them."""
         return jax.device_get(self._look(params, self._first_batch, count))
 
     def __call__(self, params: Params) -> tuple[dict[str, float], int]:
