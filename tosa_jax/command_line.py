@@ -15,6 +15,7 @@ from tosa_jax.joining import Cluster, join
 from tosa_jax.stopping import Stopped
 
 CACHE_DIR = "~/.cache/tosa_jax/compiled"
+"""Where compiled programs are kept, unless JAX_COMPILATION_CACHE_DIR says otherwise."""
 
 
 def configure_jax() -> None:
@@ -31,7 +32,7 @@ def configure_jax() -> None:
 def parse(usage: str, argv: list[str]) -> tuple[object, AnyPath]:
     """`--config=FILE[:ARG] [--workdir=DIR] [--config.FIELD=VALUE]` -> the ConfigDict and the work directory.
 
-    Raises ConfigError for everything that is wrong with them, except `--help`, which prints `usage` and exits.
+    Raises ConfigError for everything that is wrong with them, SystemExit after `--help`, which prints `usage`.
     """
     values = flags.FlagValues()
     config_flag = config_flags.DEFINE_config_file(

@@ -132,7 +132,7 @@ class Reassemble(nnx.Module):
 
 
 class Fusion(nnx.Module):
-    """A finer map and the coarser one below it -> one map, by a pre-activated residual unit (RefineNet's)."""
+    """A finer map and the coarser one below it -> one map, by RefineNet's residual unit (Lin et al. 2017)."""
 
     def __init__(self, config: DepthConfig, *, rngs: nnx.Rngs) -> None:
         channels = config.decoder_dim

@@ -14,6 +14,7 @@ import numpy as np
 from tosa_jax.errors import ConfigError
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+"""By the names that recipes use."""
 
 
 def check_choice(field: str, value: Any, known: Iterable[Any]) -> None:
@@ -35,6 +36,8 @@ def check(condition: bool, message: str) -> None:
 @dataclass(frozen=True, kw_only=True)
 class ViTConfig:
     """Sizes are timm's; the fields from `plan` on are this project's (README, "Deviations from the paper").
+
+    Raises ConfigError for values out of range or that do not go together.
 
     task      whose network this describes: a key of `networks.NETWORKS`.
     resizes   images that the patch does not divide are brought to the next multiple; else they are refused.
@@ -176,6 +179,7 @@ class ViTConfig:
 
     @property
     def num_patches(self) -> int:
+        """Patches of an image, one token each."""
         return int(np.prod(self.grid))
 
     @property
@@ -185,6 +189,7 @@ class ViTConfig:
 
     @property
     def num_tokens(self) -> int:
+        """Patches and prefix tokens: n."""
         return self.num_prefix_tokens + self.num_patches
 
     @property
@@ -256,6 +261,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     # Any size, through the fields of ViTConfig.
     "vit": {},
 }
+"""timm's name -> the fields of `ViTConfig` in which a released network differs from the defaults."""
 
 
 def variant_config(

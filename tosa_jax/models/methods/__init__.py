@@ -15,3 +15,4 @@ LAYER_KINDS: dict[str, type[LayerKind]] = {
     "skip": Skip,
     "redundancy": Redundancy,
 }
+"""What the names in a plan mean."""
