@@ -92,8 +92,11 @@ def parse_cluster(argv: list[str]) -> tuple[Cluster, list[str]]:
 
 def _last_line(error: Exception) -> str:
     """The text of an error; of a recipe's own, which comes with its traceback, where and what it was."""
+    what = error.args[0] if error.args else ""
+    if isinstance(what, KeyError):  # what ml_collections says of a field that is not there
+        return f"config has no field {what.args[0]}"
     # The text of a KeyError is the repr of what it says.
-    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    text = str(what if isinstance(error, KeyError) else error)
     first, *rest = text.strip().splitlines() or [""]
     return f"{first.partition(' Traceback')[0]} {rest[-1]}" if "Traceback" in text else text
 

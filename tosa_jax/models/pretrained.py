@@ -92,6 +92,10 @@ def pretrained_params(
     errors.
     """
     file, messages = read_weights(path), []
+    if file.metadata.get("format") == _SELECTORS:
+        raise WeightsError(
+            f"{file.path} holds selectors alone: pass it as selectors, beside weights"
+        )
     config, own = model.config, get_params(model)
     check_config(file, config, messages.append)
     if file.under in ("model_ema", "state_dict_ema"):
