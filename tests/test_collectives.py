@@ -16,8 +16,19 @@ HLO = """HloModule jit_step, num_partitions=4
   ROOT %out = (s32[], bf16[8,16]) tuple(%i, %x)
 }
 
+%counter (state: (s32[], f32[8])) -> pred[] {
+  %end = s32[]{:T(128)} constant(5)
+  %i = s32[]{:T(128)} get-tuple-element(%state), index=0
+  ROOT %less = pred[]{:T(512)} compare(%i, %end), direction=LT
+}
+
+%tpu_body (state: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %mean = f32[8]{0} all-reduce(%x), channel_id=8, replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %out = (s32[], f32[8]) tuple(%i, %mean)
+}
+
 %all-reduce-scatter.1 (x: f32[64]) -> f32[16] {
-  %whole = f32[64]{0} all-reduce(%x), channel_id=2, replica_groups={{0,1,2,3}}, to_apply=%add
+  %whole = f32[64]{0} all-reduce(%x), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add
   ROOT %part = f32[16]{0} dynamic-slice(%whole, %place), dynamic_slice_sizes={16}
 }
 
@@ -31,6 +42,7 @@ HLO = """HloModule jit_step, num_partitions=4
 
 ENTRY %main (p: f32[64]) -> f32[16] {
   %loop = (s32[], bf16[8,16]) while(%init), condition=%add, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %counted = (s32[], f32[8]) while(%begin), condition=%counter, body=%tpu_body
   %scattered = f32[16]{0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1
   %a = f32[8]{0} fusion(%p), kind=kCustom, calls=%start
   %b = f32[8]{0} fusion(%p), kind=kCustom, calls=%done
@@ -45,7 +57,8 @@ ENTRY %main (p: f32[64]) -> f32[16] {
 
 FOUND = [
     Collective("all-gather", 32 * 16 * 2, ((0, 1, 2, 3),), 3),  # the loop runs three times
-    Collective("reduce-scatter", 64 * 4, ((0, 1, 2, 3),), 1),  # a TPU's fusion
+    Collective("all-reduce", 8 * 4, ((0, 1, 2, 3),), 5),  # a TPU's loop: its counter goes to five
+    Collective("reduce-scatter", 64 * 4, ((0, 1, 2, 3),), 1),  # a TPU's fusion, numbered for itself
     Collective("all-gather", 8 * 4, ((0, 2), (1, 3)), 1),  # one channel in two computations
     Collective("all-gather", 16 * 4, ((0, 1, 2, 3),), 1),  # the result, not the operand beside it
     Collective("all-reduce", 3 * 4 + 5, ((0, 1), (2, 3)), 1),

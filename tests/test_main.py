@@ -113,7 +113,7 @@ def test_the_recipes_of_the_repository_are_valid():
     from tosa_jax.config import make_run_config
 
     root = Path(__file__).parents[1]
-    for recipe in ("digits.py", "fashion_mnist.py", "fashion_mnist.py:cpu"):
+    for recipe in ("digits.py", "fashion_mnist.py", "fashion_mnist.py:cpu", "cluttered_fashion.py"):
         config, _ = parse("", [f"--config={root}/configs/{recipe}"])
         run = make_run_config(config)
         assert run.has_stage("pretrain") and run.model.keep_rate == 0.5

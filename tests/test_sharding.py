@@ -40,11 +40,10 @@ def mesh_of(name):
 
 
 @functools.cache
-def setup(keep_rate=0.5, width=16, mixing=MixingConfig(), accumulate=1):  # noqa: B008
-    plan = "selective" if keep_rate else None
-    model = small_model(
-        depth=2, embed_dim=width, plan=plan, keep_rate=keep_rate or 0.5, drop_path_rate=0.1
-    )
+def setup(keep_rate=0.5, width=16, mixing=MixingConfig(), accumulate=1, **fields):  # noqa: B008
+    network = {"depth": 2, "embed_dim": width, "drop_path_rate": 0.1} | fields
+    network |= {"plan": "selective" if keep_rate else None, "keep_rate": keep_rate or 0.5}
+    model = small_model(**network)
     graphdef, params = split(model)
     optim = OptimConfig(steps=20, learning_rate=1e-3, warmup_steps=3, ema_decay=0.9, clip_norm=1.0)
     task = Classification(
@@ -222,6 +221,32 @@ def test_fsdp_gathers_parameters_and_reduces_gradients():
     # Each parameter is gathered once, or once more for the backward pass, and no activation ever is.
     assert found["all-gather"]["bytes"] in (shards, 2 * shards) and shards > 0.8 * gradients
     assert gradients <= found["all-reduce"]["bytes"] < 1.01 * gradients
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_a_layer_is_gathered_when_it_runs(scan_layers):
+    fields = {"width": 128, "depth": 6, "scan_layers": scan_layers}
+    gathers = [one for one in sent("fsdp", **fields) if one.kind == "all-gather"]
+    # A matrix at a time, each for the forward pass and at most once more for the backward pass.
+    largest = max(x.nbytes for x in setup(**fields)[1].values())
+    assert max(one.bytes for one in gathers) <= largest
+    split = parameter_bytes("fsdp", sharded=True, **fields)
+    assert split <= sum(one.bytes * one.runs for one in gathers) <= 2 * split
+    if scan_layers:
+        assert {one.runs for one in gathers} == {1, 3}
+
+
+def test_memory_of_scanned_layers_does_not_hold_whole_layers():
+    def temporaries(name, depth):
+        fields = {"width": 128, "depth": depth, "scan_layers": True, "remat": "full"}
+        mesh = mesh_of(name)
+        state, shardings = start(mesh, **fields)
+        step = compile_step(setup(**fields)[0], shardings, mesh)
+        compiled = step.lower(state, to_global(next(batches(size=8)), mesh)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    growth = {name: temporaries(name, 8) - temporaries(name, 4) for name in ("fsdp", "data")}
+    assert growth["fsdp"] < growth["data"] / 4
 
 
 def test_between_slices_nothing_is_gathered():

@@ -48,10 +48,12 @@ def collectives(hlo: str) -> list[Collective]:
     for name, lines in computations.items():
         for number, line in enumerate(lines):
             if (match := _COLLECTIVE.search(line)) and runs[name]:
-                # A fused asynchronous collective stands in several computations, with one channel.
+                one = _collective(match, name, runs[name])
+                # A fused asynchronous collective stands in several computations, with one channel; a TPU's
+                # reduce-scatters have numbers of their own.
                 channel = re.search(r"channel_id=(\d+)", line)
-                key = channel.group(1) if channel else f"{name} {number}"
-                found.setdefault(key, _collective(match, name, runs[name]))
+                key = f"{one.kind} {channel.group(1)}" if channel else f"{name} {number}"
+                found.setdefault(key, one)
     return list(found.values())
 
 
@@ -87,10 +89,20 @@ def _runs(computations: dict[str, list[str]], hlo: str) -> dict[str, int]:
             called = _CALLED.findall(line)
             for branches in _BRANCHES.findall(line):
                 called += [branch.strip().lstrip("%") for branch in branches.split(",")]
-            trips = _TRIPS.search(line) if called and " while(" in line else None
+            trips = _trips(line, computations) if called and " while(" in line else 1
             for other in called:
-                runs[other] += runs[name] * (int(trips.group(1)) if trips else 1)
+                runs[other] += runs[name] * trips
     return runs
+
+
+def _trips(line: str, computations: dict[str, list[str]]) -> int:
+    """How often a loop runs its body: as the program says, or up to where a TPU's counter from 0 goes."""
+    if match := _TRIPS.search(line):
+        return int(match.group(1))
+    condition = re.search(r"condition=%?([\w.-]+)", line)
+    lines = "\n".join(computations.get(condition.group(1), ()) if condition else ())
+    ends = re.findall(r"= s32\[\]\S* constant\((\d+)\)", lines)
+    return int(ends[0]) if len(ends) == 1 and "direction=LT" in lines else 1
 
 
 def _collective(match: re.Match, computation: str, runs: int) -> Collective:

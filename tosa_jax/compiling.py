@@ -154,12 +154,17 @@ def _evaluation(runner: Runner, name: str, model: ViTConfig, task: Any, network:
 
 
 def abstract_batch(model: ViTConfig, batch_size: int, mesh: Mesh) -> dict[str, Any]:
-    """Shapes and sharding of a global batch."""
-    shape = (batch_size, model.image_size, model.image_size, model.in_chans)
+    """Shapes and sharding of a global batch: images, and labels or depth."""
+    images = (batch_size, *model.image_shape, model.in_chans)
     sharding = batch_sharding(mesh)
+    target = (
+        ("depth", images[:3], jnp.float32)
+        if model.task == "depth"
+        else ("label", images[:1], jnp.int32)
+    )
+    kinds = (("image", images, jnp.uint8), target)
     return {
-        "image": jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=sharding),
-        "label": jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=sharding),
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, shape, dtype in kinds
     }
 
 

@@ -6,13 +6,12 @@ their averages over `fsdp` and `model`, so that between slices nothing but gradi
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -22,7 +21,6 @@ from tosa_jax.errors import ConfigError
 AXES = ("dcn", "data", "fsdp", "model")
 BATCH_AXES = ("dcn", "data", "fsdp")
 BATCH = P(BATCH_AXES)
-GATHERED = "gathered"  # the name of parameters that were put together for a layer
 
 RULES: tuple[tuple[str, P], ...] = (
     (r"(attn/qkv|mlp/fc1)/kernel$", P("fsdp", "model")),
@@ -147,28 +145,24 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
-def gather_params(params: Mapping[str, jax.Array], mesh: Mesh) -> dict[str, jax.Array]:
+def gather_params(
+    params: Mapping[str, jax.Array], mesh: Mesh, dtype: jax.typing.DTypeLike
+) -> dict[str, jax.Array]:
     """Inside a step: parameters as the layers compute with them, no longer split over `fsdp`.
 
-    Said explicitly, because XLA may else move activations to where a parameter's parts are.
+    Matrices travel in `dtype`, that of the computation. All is said explicitly, because XLA may else move activations
+    to where a parameter's parts are; the gradient of what was split comes back split.
     """
-    if mesh.shape["fsdp"] == 1:
-        return dict(params)
 
     def one(path, x):
-        spec = P(*(None if a == "fsdp" else a for a in spec_for(path, x.shape, mesh)))
-        x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
-        return checkpoint_name(x, GATHERED)
+        spec = spec_for(path, x.shape, mesh)
+        if "fsdp" not in spec or mesh.shape["fsdp"] == 1:
+            return x
+        whole = P(*(None if axis == "fsdp" else axis for axis in spec))
+        x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec)).astype(dtype)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, whole))
 
     return {path: one(path, x) for path, x in params.items()}
-
-
-def gathering_again(loss: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """`loss`, whose backward pass gathers what `gather_params` gave once more, instead of keeping it."""
-    if mesh.shape["fsdp"] == 1:
-        return loss
-    policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
-    return jax.checkpoint(loss, policy=policy)
 
 
 def process_rows(mesh: Mesh) -> tuple[int, int]:

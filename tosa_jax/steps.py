@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from tosa_jax.metrics import Totals, totals
 from tosa_jax.models.params import Params, set_params
 from tosa_jax.optim import global_norm, update_ema
-from tosa_jax.sharding import gather_params, gathering_again
+from tosa_jax.sharding import gather_params
 
 Batch = Mapping[str, jax.Array]
 
@@ -82,6 +82,18 @@ def trained_params(state: TrainState) -> Params:
     return state.frozen | state.params | average
 
 
+def network(graphdef: nnx.GraphDef, params: Params, mesh: Mesh) -> Any:
+    """The model, inside a step: its layers' parameters are gathered when a layer runs, all others here."""
+    model = set_params(graphdef, params)
+    if mesh.shape["fsdp"] > 1:
+        gather = functools.partial(gather_params, mesh=mesh, dtype=model.config.dtype)
+        of_layers = ("blocks/", "kinds/")
+        others = {path: x for path, x in params.items() if not path.startswith(of_layers)}
+        model = set_params(graphdef, params | gather(others))
+        model.gather = gather
+    return model
+
+
 def train_step(
     state: TrainState, batch: Batch, *, setup: StepSetup, mesh: Mesh
 ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -92,16 +104,16 @@ def train_step(
     images, targets = setup.task.training_batch(batch, jax.random.fold_in(key, MIXING))
 
     def mean_loss(params, images, targets, keys):
-        model = set_params(setup.graphdef, gather_params(state.frozen | params, mesh))
+        model = network(setup.graphdef, state.frozen | params, mesh)
         out = model(images, key=keys, train=True)
         loss = setup.task.loss(out, targets)
         if setup.teacher is not None:
-            teacher_out = set_params(setup.teacher, gather_params(state.teacher, mesh))(images)
+            teacher_out = network(setup.teacher, state.teacher, mesh)(images)
             loss = loss + setup.distill_weight * setup.task.distillation(out, teacher_out)
         return loss.mean()
 
     loss, grads = mean_over_parts(
-        functools.partial(jax.value_and_grad(gathering_again(mean_loss, mesh)), state.params),
+        functools.partial(jax.value_and_grad(mean_loss), state.params),
         (images, targets, jax.random.split(key, len(images))),
         setup.accumulate,
     )
@@ -158,6 +170,6 @@ def eval_step(
     `number` of the batch and `seed` give the key of random selections.
     """
     key = jax.random.fold_in(jax.random.key(seed), number)
-    model = set_params(graphdef, gather_params(params, mesh))
+    model = network(graphdef, params, mesh)
     out = task.predict(model, batch["image"], key)
     return totals(task.metrics(out, batch), batch["mask"])

@@ -12,9 +12,13 @@ from flax import nnx
 
 from tosa_jax.errors import ConfigError
 from tosa_jax.models.layers import attend_plainly, fold_key
+from tosa_jax.models.params import Params, set_params, split
 from tosa_jax.models.plan import places
 from tosa_jax.models.stream import LayerCall, Stream
 from tosa_jax.models.vit_config import ViTConfig
+
+Gather = Callable[[Params], Params]
+"""Parameters by path, as they are stored -> as a layer computes with them."""
 
 POLICIES: dict[str, Callable | None] = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -38,18 +42,23 @@ def run_layers(
     *,
     key: jax.Array | None,
     train: bool,
+    gather: Gather | None = None,
 ) -> Stream:
-    """Each layer in turn (`blocks`, `kinds`: NNX lists); `taps` gets all tokens after those that the head reads."""
+    """Each layer in turn (`blocks`, `kinds`: NNX lists); `taps` gets all tokens after those that the head reads.
+
+    `gather` gets a layer's parameters at the moment when that layer runs, so that no more than one is whole at a time.
+    """
     rates = drop_path_rates(config)
     for i, (kind, block) in enumerate(zip(kinds, blocks, strict=True)):
         after = kinds[i + 1].needs() if i + 1 < len(kinds) else None
         layer_key = None if key is None else fold_key(key, i)
 
         def layer(stream, layer_key, kind=kind, block=block, after=after, rate=rates[i]):
+            block, kind = _gathered(nnx.List([block, kind]), gather)
             call = LayerCall(after or attend_plainly, layer_key, rate, train and rate > 0)
             return kind.apply(block, stream, call)
 
-        stream = _remat(config, layer)(stream, layer_key)
+        stream = _remat(config, layer, gather)(stream, layer_key)
         if i in config.taps:
             stream = stream._replace(taps=stream.taps | {i: kind.restore(stream).tokens})
     return stream
@@ -63,6 +72,7 @@ def run_scanned(
     *,
     key: jax.Array | None,
     train: bool,
+    gather: Gather | None = None,
 ) -> Stream:
     """One compiled body for all repetitions of the plan's shortest part that repeats.
 
@@ -79,7 +89,7 @@ def run_scanned(
 
     def body(tokens, part):
         state, part_rates, start = part
-        part_blocks, part_kinds = nnx.merge(graphdef, state)
+        part_blocks, part_kinds = _gathered(nnx.merge(graphdef, state), gather)
         inner = Stream(tokens)
         for j, (kind, block) in enumerate(zip(part_kinds, part_blocks, strict=True)):
             after = part_kinds[j + 1].needs() if j + 1 < period else None
@@ -89,7 +99,7 @@ def run_scanned(
         return inner.tokens, (inner.selected, inner.scores, inner.aux)
 
     xs = (stacked, rates, jnp.asarray(list(starts), jnp.uint32))
-    tokens, reported = jax.lax.scan(_remat(config, body), stream.tokens, xs)
+    tokens, reported = jax.lax.scan(_remat(config, body, gather), stream.tokens, xs)
     return _gather_reports(stream._replace(tokens=tokens), reported, starts)
 
 
@@ -112,17 +122,31 @@ def repeated_part(config: ViTConfig) -> int:
     )
 
 
-def _remat(config: ViTConfig, function: Callable) -> Callable:
-    if config.remat == "none":
+def _remat(config: ViTConfig, function: Callable, gather: Gather | None) -> Callable:
+    if config.remat != "none":
+        policy = POLICIES[config.remat]
+    elif gather is not None:
+        policy = _all_but_gathered
+    else:
         return function
-    return jax.checkpoint(
-        function, policy=POLICIES[config.remat], prevent_cse=not config.scan_layers
-    )
+    return jax.checkpoint(function, policy=policy, prevent_cse=not config.scan_layers)
 
 
-def _part(blocks: Any, kinds: Any, start: int, period: int) -> tuple:
+def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Keeps everything but what was put together for a layer: only that is constrained to a sharding."""
+    return primitive.name != "sharding_constraint"
+
+
+def _gathered(part: Any, gather: Gather | None) -> Any:
+    if gather is None:
+        return part
+    graphdef, params = split(part)
+    return set_params(graphdef, gather(params))
+
+
+def _part(blocks: Any, kinds: Any, start: int, period: int) -> Any:
     stop = start + period
-    return nnx.List(list(blocks)[start:stop]), nnx.List(list(kinds)[start:stop])
+    return nnx.List([nnx.List(list(blocks)[start:stop]), nnx.List(list(kinds)[start:stop])])
 
 
 def _gather_reports(stream: Stream, reported: Any, starts: Sequence[int]) -> Stream:

@@ -18,7 +18,7 @@ from tosa_jax.models.layers import (
 )
 from tosa_jax.models.methods import LAYER_KINDS
 from tosa_jax.models.plan import places
-from tosa_jax.models.run_layers import run_layers, run_scanned
+from tosa_jax.models.run_layers import Gather, run_layers, run_scanned
 from tosa_jax.models.stream import Stream
 from tosa_jax.models.vit_config import ViTConfig
 
@@ -57,6 +57,7 @@ class VisionTransformer(nnx.Module):
     """
 
     config_class: ClassVar[type[ViTConfig]] = ViTConfig
+    gather: Gather | None = None  # what each layer's parameters go through when the layer runs
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
@@ -134,7 +135,8 @@ class VisionTransformer(nnx.Module):
     def layers(self, tokens: Tokens, *, key: jax.Array | None, train: bool) -> Stream:
         """Runs the plan on tokens [b n d]."""
         run = run_scanned if self.config.scan_layers else run_layers
-        return run(self.config, self.blocks, self.kinds, Stream(tokens), key=key, train=train)
+        parts = self.config, self.blocks, self.kinds, Stream(tokens)
+        return run(*parts, key=key, train=train, gather=self.gather)
 
     def classify(self, tokens: Tokens) -> Float[Array, "b c"]:
         """Logits of `Output.tokens` [b n d]."""

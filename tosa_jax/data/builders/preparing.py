@@ -4,13 +4,20 @@ import difflib
 import importlib.util
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download.util import DownloadError
 
-from tosa_jax.data.builders import depth_folder, image_folder, imagenet, nyu, tfrecord
+from tosa_jax.data.builders import (
+    cluttered_fashion,
+    depth_folder,
+    image_folder,
+    imagenet,
+    nyu,
+    tfrecord,
+)
 from tosa_jax.data.builders.digits import Digits
 from tosa_jax.data.builders.idx import Idx, config_name, idx_config
 from tosa_jax.data.builders.rooms import Rooms, rooms_config
@@ -122,14 +129,11 @@ def prepare_own(
         if name in _FOLDERS:
             source = Path(source_dir).expanduser()
             return _FOLDERS[name](root, source, max_bytes=max_bytes, overwrite=overwrite, say=say)
-        config = _generated_config(name) if generated else None
-        relative = name if generated else f"idx/{config_name(name, source_dir)}"
-        builder_class = GENERATED.get(_base(name), Idx)
+        relative, builder_class, make_config = _small_set(name, source_dir)
         path = root / relative / str(builder_class.VERSION)
         if is_prepared(path) and not overwrite:
             return path
-        if not generated:
-            config = idx_config(name, source_dir)
+        config = make_config()
         if overwrite:
             shutil.rmtree(path, ignore_errors=True)
         _run_builder(builder_class(data_dir=str(root), config=config))
@@ -145,6 +149,19 @@ def prepare_own(
 def _base(name: str) -> str:
     """The set's name without its config."""
     return name.partition("/")[0]
+
+
+def _small_set(name: str, source_dir: str | Path) -> tuple[str, type, Callable]:
+    """A set that is generated or made of IDX files: folder, builder, and what checks its files and makes its config."""
+    if _base(name) in GENERATED:
+        config = _generated_config(name)
+        return name, GENERATED[_base(name)], lambda: config
+    if _base(name) == cluttered_fashion.NAME:
+        folder = f"{_base(name)}/{cluttered_fashion.config_name(name, source_dir)}"
+        make = cluttered_fashion.cluttered_config
+        return folder, cluttered_fashion.ClutteredFashionMnist, lambda: make(name, source_dir)
+    folder = f"idx/{config_name(name, source_dir)}"
+    return folder, Idx, lambda: idx_config(name, source_dir)
 
 
 def _generated_config(name: str) -> tfds.core.BuilderConfig | None:
@@ -221,6 +238,8 @@ def _prepare_with_tfds(name: str, root: Path) -> Path:
         )
     if name == nyu.NAME:
         raise DataError(f"{name} is not in {root}: set source_dir to the folder of {nyu.CONTENT}")
+    if _base(name) == cluttered_fashion.NAME:
+        raise DataError(f"{name} is not in {root}: set source_dir to the folder with the IDX files")
     known = tfds.list_builders(with_community_datasets=False)
     if name.partition("/")[0].partition(":")[0] not in known:
         close = difflib.get_close_matches(name, [*GENERATED, *_FOLDERS, *known], n=1)

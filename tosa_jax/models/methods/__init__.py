@@ -1,6 +1,7 @@
 """The layer kinds, by the names that plans use. A method of its own: one file here and its lines in the registry."""
 
 from tosa_jax.models.methods.controls import Previous, Random, Skip
+from tosa_jax.models.methods.oracles import ClassAttention, TrueMap, WorstBypass
 from tosa_jax.models.methods.redundancy import Redundancy
 from tosa_jax.models.methods.standard import Standard
 from tosa_jax.models.methods.tosa import Selective, SelectiveFit
@@ -14,5 +15,8 @@ LAYER_KINDS: dict[str, type[LayerKind]] = {
     "previous": Previous,
     "skip": Skip,
     "redundancy": Redundancy,
+    "class_attention": ClassAttention,
+    "true_map": TrueMap,
+    "worst_bypass": WorstBypass,
 }
 """What the names in a plan mean."""

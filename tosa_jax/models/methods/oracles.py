@@ -1,0 +1,79 @@
+"""What a choice of tokens could be worth: the class token's attention, as rivals choose by, and two oracles.
+
+An oracle runs the layer densely to know what a method would have to predict, and its GMACs are counted as if that
+knowledge were free: those of a method that predicts perfectly at no cost. It saves no time; it says how much accuracy a
+better prediction could bring.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tosa_jax.array_types import Heads, Scores
+from tosa_jax.attention_ops import attention, attention_logits, column_sums, pool_heads
+from tosa_jax.models.layers import Attend, Block
+from tosa_jax.models.methods.controls import Previous
+from tosa_jax.models.methods.tosa import SelectiveLayer
+from tosa_jax.models.stream import LayerCall, Place, Stream
+from tosa_jax.models.vit_config import ViTConfig, check
+from tosa_jax.token_ops import select_tokens
+
+
+class ClassAttention(SelectiveLayer):
+    """Selects what the class token attends to in the layer before, as EViT does (Liang et al. 2022).
+
+    One row of the map, computed once more beside the layer's own attention, which thus stays in its fastest form.
+    """
+
+    def needs(self) -> Attend | None:
+        return self._read_class_row if self.place.opens else None
+
+    def _read_class_row(self, query: Heads, key: Heads, value: Heads) -> tuple[Heads, Scores]:
+        row = jax.nn.softmax(attention_logits(query[:, :1], key), axis=-1)
+        return attention(query, key, value), pool_heads(column_sums(row), self.head_pool)
+
+    def own_macs(self, block: Block) -> int:
+        reading = self.num_tokens * self.width if self.place.opens else 0
+        return super().own_macs(block) + reading
+
+
+class TrueMap(Previous):
+    """Oracle: the column sums of the map that a selector predicts, the next layer's own over all tokens.
+
+    Of a group of layers it reads the first one's map.
+    """
+
+    def needs(self) -> Attend | None:
+        return None
+
+    def apply(self, block: Block, stream: Stream, call: LayerCall) -> Stream:
+        if self.place.opens:
+            _, sums = block.attn_branch(stream.tokens, self._sum_columns)
+            stream = stream._replace(summary=sums)
+        return super().apply(block, stream, call)
+
+
+class WorstBypass(SelectiveLayer):
+    """Oracle: the tokens that the bypass leaves farthest from where the layer, run densely, would have moved them.
+
+    With `bypass="identity"` these are the tokens of the largest updates. Not for "shared", whose estimate depends on
+    the choice itself, nor for groups of several layers, whose later updates the first one does not know.
+    """
+
+    def __init__(self, config: ViTConfig, place: Place, *, rngs: nnx.Rngs) -> None:
+        kind = "the layer kind 'worst_bypass'"
+        check(config.bypass in ("", "identity", "low_rank"),
+              f"bypass={config.bypass!r}: {kind} works with 'identity' and 'low_rank'")  # fmt: skip
+        check(place.opens and place.closes,
+              f"plan has layer {place.layer} in a group: {kind} needs a standard layer before each")  # fmt: skip
+        super().__init__(config, place, rngs=rngs)
+
+    def apply(self, block: Block, stream: Stream, call: LayerCall) -> Stream:
+        tokens = stream.tokens
+        moved, _ = block(tokens)
+        # Every patch bypassed: only the prefix is selected.
+        prefix = self.num_prefix_tokens
+        nothing = select_tokens(jnp.zeros(tokens.shape[:2]), prefix, prefix)
+        _, group = self.bypass.open(block, tokens, nothing)
+        error = jnp.linalg.norm((moved - group.bypassed).astype(jnp.float32), axis=-1)
+        return super().apply(block, stream._replace(summary=error), call)
