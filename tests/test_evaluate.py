@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from small import small_model, small_run
 
-from tosa_jax import metrics
-from tosa_jax.evaluate import Evaluator, throughput
+from tosa_jax import memory, metrics
+from tosa_jax.errors import DeviceError
+from tosa_jax.evaluate import Evaluator, shard, throughput
 from tosa_jax.models.params import split
 from tosa_jax.sharding import MeshConfig, make_mesh
 from tosa_jax.tasks.classification import Classification
@@ -47,3 +48,24 @@ def test_throughput_is_images_of_the_batch_over_seconds(digits_dir, monkeypatch)
     ticks = iter(np.arange(0, 1000, 0.5))
     monkeypatch.setattr("time.perf_counter", lambda: float(next(ticks)))
     assert throughput([(evaluator, params)], rounds=3) == [pytest.approx(120.0)]
+
+
+def test_a_step_that_does_not_fit_is_told_before_it_runs(digits_dir, monkeypatch):
+    graphdef, params = split(small_model())
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    evaluator = Evaluator(graphdef, TASK, small_run(digits_dir).data, mesh, 60)
+    monkeypatch.setattr(memory, "device_bytes", lambda device: 2**10)
+    too_large = r"an evaluation step of eval\.batch_size=60 .*--config\.eval\.batch_size lower"
+    for work in (lambda: evaluator(params), lambda: throughput([(evaluator, params)])):
+        with pytest.raises(DeviceError, match=too_large):
+            work()
+
+
+def test_the_step_whose_size_was_checked_is_not_compiled_again(digits_dir, caplog):
+    graphdef, params = split(small_model())
+    mesh = make_mesh(MeshConfig(), jax.devices())
+    evaluator = Evaluator(graphdef, TASK, small_run(digits_dir).data, mesh, 120)
+    with jax.log_compiles():
+        evaluator(shard(params, mesh))
+    compiled = [r.getMessage() for r in caplog.records if "XLA compilation" in r.getMessage()]
+    assert len([text for text in compiled if "eval_step" in text]) == 1

@@ -50,7 +50,10 @@ def test_a_run_from_the_command_line_and_its_repetition(argv, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        ("--config.model.kep_rate=0.5", "keep_rate"),
+        (
+            "--config.model.kep_rate=0.5",
+            "config has no field 'kep_rate' Did you mean \"keep_rate\"",
+        ),
         ("--config.model.keep_rate=2.0", "keep_rate=2.0 is not in (0, 1]"),
         ("--config.model.num_heads=3", "num_heads=3 does not divide"),
         ("--config.model.image_size=9", "not a multiple of patch_size=2"),

@@ -94,7 +94,7 @@ def test_other_zips_and_missing_paths(tmp_path: Path) -> None:
             for name in real.namelist():
                 bomb.writestr(name, real.read(name))
     assert_refused(tiny(), tmp_path / "b.pth", "compressed zip file")
-    assert_refused(tiny(), tmp_path / "none.pth", "does not exist")
+    assert_refused(tiny(), tmp_path / "none.pth", "does not exist; give a .pth")
     assert_refused(tiny(), tmp_path, "without model.safetensors, pytorch_model.bin or checkpoints")
 
 

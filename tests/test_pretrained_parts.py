@@ -66,6 +66,12 @@ def test_released_files_leave_selectors_alone(tmp_path: Path) -> None:
     np.testing.assert_array_equal(get_params(model)[name], before[name])
 
 
+def test_selectors_are_no_weights(tmp_path: Path) -> None:
+    model = tiny(keep_rate=0.5)
+    save_selectors(model, tmp_path / "s")
+    assert_refused(model, tmp_path / "s", r"holds selectors alone: pass it as selectors")
+
+
 def test_selectors_travel_alone(tmp_path: Path) -> None:
     source, path = tiny(keep_rate=0.5, plan="selective_fit"), tmp_path / "s.safetensors"
     source.kinds[1].selector.conv2.bias[...] = jnp.arange(2.0)

@@ -170,6 +170,19 @@ def test_an_image_reaches_tensorboard(tmp_path: Path) -> None:
     assert (event.step, image.height, image.width) == (7, 4, 6)
 
 
+def test_a_killed_run_has_shown_tensorboard_everything(tmp_path: Path) -> None:
+    with MetricWriter(tmp_path) as killed, MetricWriter(tmp_path) as resumed:
+        for step in range(1, 8):
+            killed.write("a", step, {"train/loss": step, "perf/img_per_sec": 9.0})
+        killed.image("a", 7, "tokens", np.zeros((4, 6, 3), np.uint8))
+        before = [(event.step, len(event.summary.value)) for event in events(tmp_path, "a")]
+        assert before == [(0, 0), *((step, 2) for step in range(1, 8)), (7, 1)]
+        resumed.truncate("a", 5)
+        resumed.write("a", 6, {"train/loss": 0.5})
+        after = [(event.step, event.session_log.status) for event in events(tmp_path, "a")]
+        assert after[len(before) :] == [(0, 0), (6, 1), (6, 0)]
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write_atomically(path, b"old")

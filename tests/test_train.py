@@ -158,6 +158,17 @@ def test_a_step_that_does_not_fit_the_device_is_told_before_it_runs(
     assert not list((tmp_path / "checkpoints/pretrain").glob("*/state"))
 
 
+def test_an_evaluation_that_does_not_fit_is_told_at_the_first_step(
+    digits_dir, tmp_path, monkeypatch
+):
+    run = run_of(digits_dir, selector={"steps": 0}, finetune={"steps": 0})
+    limits = iter([2**40, 2**10])  # what training sees, and what the evaluation does
+    monkeypatch.setattr(memory, "device_bytes", lambda device: next(limits))
+    with pytest.raises(DeviceError, match=r"an evaluation step of eval\.batch_size=120 needs"):
+        run_stages(run, tmp_path)
+    assert not (tmp_path / "metrics.jsonl").read_text()  # not one interval of training was over
+
+
 def test_a_signal_saves_and_stops_and_the_next_start_goes_on(digits_dir, tmp_path, monkeypatch):
     run = run_of(digits_dir, selector={"steps": 0}, finetune={"steps": 0})
 

@@ -72,7 +72,8 @@ def walk_map(
     The walk goes over query rows in chunks. `summarise(logits, attn_map, rows)` sees the float32 logits and map
     `[b h q k]` of a chunk with the same rows of `rows` (a tree of `[b n ...]`), and returns a tree of arrays
     that are added up over the chunks. Memory is `h * chunk * n` an example, also backward, where each chunk
-    is computed again; `chunk=None` takes all rows at once and recomputes nothing.
+    is computed again (Rabe and Staats 2021, arXiv 2112.05682); `chunk=None` takes all rows at once and recomputes
+    nothing.
     """
 
     def step(query_rows, other_rows):

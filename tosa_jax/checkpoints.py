@@ -65,7 +65,12 @@ class Checkpoints(contextlib.AbstractContextManager):
         facts: Mapping[str, Any],
         metrics: Mapping[str, float] | None = None,
     ) -> None:
-        """Starts writing state and facts (JSON values); a step that is there already is left as it is."""
+        """Starts writing state and facts (JSON values); a step that is there already is left as it is.
+
+        metrics   what the best is chosen by, among others; None: the network was not scored at this step.
+
+        Raises RuntimeError: Orbax does not save.
+        """
         if step in self.manager.all_steps():
             return
         args = ocp.args.Composite(
@@ -80,6 +85,8 @@ class Checkpoints(contextlib.AbstractContextManager):
         None if there is no checkpoint.
 
         Directory names alone prove nothing: a checkpoint that was damaged is passed over with a warning.
+
+        Raises WorkdirError: there are checkpoints, and none of them can be read.
         """
         restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
         args = ocp.args.Composite(
@@ -110,6 +117,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         self.manager.wait_until_finished()
 
     def close(self) -> None:
+        """Waits for what is being written, and lets go."""
         self.manager.close()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

@@ -15,6 +15,7 @@ from tosa_jax.joining import Cluster, join
 from tosa_jax.stopping import Stopped
 
 CACHE_DIR = "~/.cache/tosa_jax/compiled"
+"""Where compiled programs are kept, unless JAX_COMPILATION_CACHE_DIR says otherwise."""
 
 
 def configure_jax() -> None:
@@ -31,7 +32,7 @@ def configure_jax() -> None:
 def parse(usage: str, argv: list[str]) -> tuple[object, AnyPath]:
     """`--config=FILE[:ARG] [--workdir=DIR] [--config.FIELD=VALUE]` -> the ConfigDict and the work directory.
 
-    Raises ConfigError for everything that is wrong with them, except `--help`, which prints `usage` and exits.
+    Raises ConfigError for everything that is wrong with them, SystemExit after `--help`, which prints `usage`.
     """
     values = flags.FlagValues()
     config_flag = config_flags.DEFINE_config_file(
@@ -91,8 +92,11 @@ def parse_cluster(argv: list[str]) -> tuple[Cluster, list[str]]:
 
 def _last_line(error: Exception) -> str:
     """The text of an error; of a recipe's own, which comes with its traceback, where and what it was."""
+    what = error.args[0] if error.args else ""
+    if isinstance(what, KeyError):  # what ml_collections says of a field that is not there
+        return f"config has no field {what.args[0]}"
     # The text of a KeyError is the repr of what it says.
-    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    text = str(what if isinstance(error, KeyError) else error)
     first, *rest = text.strip().splitlines() or [""]
     return f"{first.partition(' Traceback')[0]} {rest[-1]}" if "Traceback" in text else text
 

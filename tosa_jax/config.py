@@ -23,11 +23,12 @@ from tosa_jax.sharding import MeshConfig
 from tosa_jax.tasks import TASKS
 
 CONTROLS = ("dense", "random", "previous", "skip")
+"""What may stand beside ToSA in the closing table: the values of `eval.controls`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """One training stage; with neither epochs nor steps it is left out."""
+    """One training stage; with neither epochs nor steps it is left out. Raises ConfigError for wrong values."""
 
     epochs: float = 0.0
     steps: int = 0
@@ -90,7 +91,10 @@ class StageConfig:
         return MixingConfig(**{name: getattr(self, name) for name in names})
 
     def optim(self, steps_per_epoch: int, batch_size: int) -> OptimConfig:
-        """The schedule in updates, its rates for this global batch size."""
+        """The schedule in updates, its rates for this global batch size.
+
+        Raises ConfigError: the warm-up is longer than the stage.
+        """
         shared = {f.name for f in dataclasses.fields(OptimConfig)} & set(self.__dataclass_fields__)
         values = {name: getattr(self, name) for name in shared}
         values["steps"] = self.duration("", steps_per_epoch)
@@ -105,7 +109,7 @@ class StageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """What the closing evaluation compares.
+    """What the closing evaluation compares. Raises ConfigError for wrong values.
 
     controls    "dense" is fine-tuned as long as ToSA; "random", "previous" and "skip" likewise, at each budget.
     keep_rates  budgets, each fine-tuned on its own, unless fine-tuning draws its budgets; empty: those, or the model's.
@@ -133,7 +137,10 @@ class InputConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A whole run: what `default_config()` describes field by field; `options` are the task's own fields."""
+    """A whole run: what `default_config()` describes field by field; `options` are the task's own fields.
+
+    `batch_size` is global. Raises ConfigError for values that are wrong or do not go together.
+    """
 
     task: str = "classification"
     options: Any = None
@@ -184,6 +191,7 @@ SECTIONS = {
     "eval": EvalConfig,
     "mesh": MeshConfig,
 }
+"""The sections of a recipe that one dataclass holds, whichever the task."""
 
 
 def _defaults(cls: type, skip: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -201,6 +209,8 @@ def default_config(model: str = "vit", task: str = "classification") -> ml_colle
     `model.image_size` is (height, width). `model.plan` is the name of a layer kind for every second layer, or a name
     for each layer with commas between.
     `model.keep_rate` is a tuple: one share, or one a selection.
+
+    Raises ConfigError: no such task, or no such model.
     """
     check_choice("task", task, TASKS)
     config = ml_collections.ConfigDict(_defaults(RunConfig, skip=("task", "options")))

@@ -12,16 +12,23 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from tosa_jax.data.pipeline import DataConfig, eval_batches
+from tosa_jax.memory import check_fits
 from tosa_jax.metrics import add, means
 from tosa_jax.models.params import Params, set_params
 from tosa_jax.models.vit import Output
 from tosa_jax.sharding import process_rows, replicated, to_global, tree_shardings
-from tosa_jax.steps import eval_step
+from tosa_jax.steps import Batch, eval_step
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Scores parameters of one network on a split."""
+    """Scores parameters of one network on a split.
+
+    graphdef    structure of the network, as `models.params.split` gives it.
+    task        what is scored: a `tasks.Task`, or what has its methods.
+    batch_size  global; the last batch is filled up, and what fills it does not count.
+    seed        of random selections.
+    """
 
     graphdef: nnx.GraphDef
     task: Any
@@ -32,11 +39,21 @@ class Evaluator:
 
     @functools.cached_property
     def step(self):
-        """The compiled `eval_step`: (params, batch, number of the batch) -> totals."""
+        """The jitted `eval_step`: (params, batch, number of the batch) -> totals."""
         step = functools.partial(
             eval_step, graphdef=self.graphdef, task=self.task, seed=self.seed, mesh=self.mesh
         )
         return jax.jit(step, out_shardings=replicated(self.mesh))
+
+    def check(self, params: Params, batch: Batch | None = None) -> None:
+        """Raises DeviceError, with both numbers, if the step on a global batch (None: the first) does not fit."""
+        batch = next(self.batches()) if batch is None else batch
+        check_fits(
+            # Kept by JAX: the call of the step that follows compiles nothing.
+            self.step.lower(params, batch, np.uint32(0)).compile(),
+            f"an evaluation step of eval.batch_size={self.batch_size}",
+            "set --config.eval.batch_size lower, or --config.model.map_chunk=64",
+        )
 
     def batches(self):
         """Global batches of the split. Raises DataError at an example that cannot be scored."""
@@ -64,13 +81,18 @@ class Evaluator:
         return jax.jit(look, static_argnums=2, out_shardings=replicated(self.mesh))
 
     def look(self, params: Params, count: int) -> tuple[dict[str, np.ndarray], Output]:
-        """The first `count` examples of the split, and what the network makes of them."""
+        """The first `count` examples of the split, at most a batch, and what the network makes of them."""
         return jax.device_get(self._look(params, self._first_batch, count))
 
     def __call__(self, params: Params) -> tuple[dict[str, float], int]:
-        """Mean of each metric, and the number of examples."""
+        """Mean of each metric, and the number of examples.
+
+        Raises DeviceError before the first batch if the step does not fit the device; DataError as `batches`.
+        """
         sums = None
         for number, batch in enumerate(self.batches()):
+            if number == 0:
+                self.check(params, batch)
             sums = add(sums, self.step(params, batch, np.uint32(number)))
         sums = jax.device_get(sums)
         return means(sums), int(next(iter(sums.values()))[1])
@@ -85,8 +107,12 @@ def throughput(contestants: Sequence[tuple[Evaluator, Params]], rounds: int = 7)
     """Images/s of each contestant's evaluation step on the same batch.
 
     Contestants take turns, so that what else the machine does hits all alike; the median of `rounds` counts.
+
+    Raises DeviceError if a step does not fit the device.
     """
     batch = next(iter(contestants[0][0].batches()))
+    for evaluator, params in contestants:
+        evaluator.check(params, batch)
     seconds = np.zeros((rounds + 1, len(contestants)))
     for i in range(rounds + 1):
         for j, (evaluator, params) in enumerate(contestants):

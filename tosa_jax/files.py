@@ -14,6 +14,7 @@ AnyPath = Path | epath.Path
 """A `pathlib.Path`, or etils' path of a bucket: both have what this project calls of them."""
 
 UPLOAD_SECONDS = 60.0
+"""How often a file that grows is copied to a bucket."""
 
 
 def as_path(path: str | os.PathLike) -> AnyPath:

@@ -69,7 +69,8 @@ class Cluster:
 def join(cluster: Cluster) -> None:
     """Joins the other processes, before JAX has touched a device.
 
-    Raises ConfigError: a launcher started several processes, but `cluster` does not say that they belong together.
+    Raises ConfigError: a launcher started several processes, but `cluster` does not say that they belong together;
+    ProcessError: nobody says where the others are, or the devices know of another number of processes.
     Where they cannot join, the process ends with one line and status 2: the service would abort it with many.
     """
     if not cluster.multihost:

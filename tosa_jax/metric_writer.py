@@ -4,11 +4,15 @@ import contextlib
 import json
 import math
 import os
+import time
 from collections.abc import Mapping
 from typing import Any, SupportsFloat
 
 import numpy as np
-import tensorboardX
+import tensorboardX.summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 from tosa_jax.files import Mirror, as_path, write_atomically
 
@@ -16,7 +20,9 @@ from tosa_jax.files import Mirror, as_path, write_atomically
 class MetricWriter(contextlib.AbstractContextManager):
     """Appends records to `metrics.jsonl` and scalars to `tensorboard/<stage>` of a work directory.
 
-    Where that is in a bucket, files grow in a local folder and are copied there every minute and in `flush`.
+    What a method is given is on the disk when it returns: a killed run loses nothing, and TensorBoard can be watched.
+    Where the work directory is in a bucket, files grow in a local folder and are copied there every minute and in
+    `flush`.
 
     Args:
         workdir: the work directory; made if missing.
@@ -25,7 +31,7 @@ class MetricWriter(contextlib.AbstractContextManager):
 
     def __init__(self, workdir: str | os.PathLike, main_process: bool = True) -> None:
         self._main_process = main_process
-        self._boards: dict[str, tensorboardX.SummaryWriter] = {}
+        self._boards: dict[str, EventsWriter] = {}
         self._purge_steps: dict[str, int] = {}
         if main_process:
             self._files = Mirror(as_path(workdir))
@@ -42,7 +48,7 @@ class MetricWriter(contextlib.AbstractContextManager):
         """Appends one record.
 
         Args:
-            metrics: scalars by name; a value that is not finite becomes null, which JSON can say.
+            metrics: scalars by name; one that is not finite becomes null in JSON and is kept from TensorBoard.
             **extra: further JSON values of the record, which TensorBoard does not get.
 
         Raises:
@@ -59,14 +65,18 @@ class MetricWriter(contextlib.AbstractContextManager):
         line = json.dumps(record, allow_nan=False) + "\n"
         with self._path.open("a", encoding="utf-8") as file:  # closing it flushes the line
             file.write(line)
-        for name, value in finite.items():
-            self._board(stage).add_scalar(name, value, step)
+        if finite:
+            scalars = [
+                Summary.Value(tag=name, simple_value=value) for name, value in finite.items()
+            ]
+            self._show(stage, step, Summary(value=scalars))
         self._files.push(now=False)
 
     def image(self, stage: str, step: int, name: str, hwc_uint8: np.ndarray) -> None:
         """Shows a picture, uint8 [height, width, 1 or 3], in TensorBoard."""
         if self._main_process:
-            self._board(stage).add_image(name, hwc_uint8, step, dataformats="HWC")
+            picture = tensorboardX.summary.image(name, hwc_uint8, dataformats="HWC")
+            self._show(stage, step, picture)
 
     def truncate(self, stage: str, step: int) -> None:
         """Removes the records of `stage` after `step`: a resumed run writes them once more.
@@ -83,9 +93,7 @@ class MetricWriter(contextlib.AbstractContextManager):
         write_atomically(self._path, b"".join(kept))
 
     def flush(self) -> None:
-        """Everything is in the work directory when this returns: what a checkpoint follows must not be lost."""
-        for board in self._boards.values():
-            board.flush()
+        """Everything is in the bucket too when this returns: what a checkpoint follows must not be lost."""
         if self._main_process:
             self._files.push()
 
@@ -99,11 +107,22 @@ class MetricWriter(contextlib.AbstractContextManager):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _board(self, stage: str) -> tensorboardX.SummaryWriter:
+    def _show(self, stage: str, step: int, summary: Summary) -> None:
+        board = self._board(stage)
+        board.write_event(Event(step=int(step), wall_time=time.time(), summary=summary))
+        board.flush()
+
+    def _board(self, stage: str) -> EventsWriter:
+        """The event file of a stage. tensorboardX's `SummaryWriter` queues events, and its flush leaves them there."""
         if stage not in self._boards:
-            folder = str(self._files.folder / "tensorboard" / stage)
-            first = self._purge_steps.pop(stage, None)
-            self._boards[stage] = tensorboardX.SummaryWriter(folder, purge_step=first)
+            folder = self._files.folder / "tensorboard" / stage
+            folder.mkdir(parents=True, exist_ok=True)
+            # The name has whole seconds: a second file within one would replace the first.
+            board = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
+            if (first := self._purge_steps.pop(stage, None)) is not None:
+                start = SessionLog(status=SessionLog.START)
+                board.write_event(Event(step=first, wall_time=time.time(), session_log=start))
+            self._boards[stage] = board
         return self._boards[stage]
 
 

@@ -27,9 +27,11 @@ from tosa_jax.models.weight_files import read_weights
 from tosa_jax.tasks import TASKS
 
 KeepRate = float | tuple[float, ...] | None
+"""Share of patches in (0, 1] that selective layers take: one, or one a selection; None: as the network was trained."""
 Say = Callable[[str], None]
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of the red, green and blue of ImageNet's pixels in [0, 1], as DeiT (timm) and DINOv2 normalise them."""
 
 _METADATA = "predictor"  # the key, in a file of weights, of what is no weight
 
@@ -52,7 +54,10 @@ class Network(TypedDict):
 
 
 def from_workdir(workdir: Path, keep_rate: KeepRate, say: Say) -> Network:
-    """What a run left in its work directory, or started from where it trains nothing."""
+    """What a run left in its work directory, or started from where it trains nothing.
+
+    Raises WorkdirError (no run is there), WeightsError (it has no checkpoint yet), ConfigError (`keep_rate`).
+    """
     run = read_run(workdir)
     config = with_keep_rate(run.model, keep_rate)
     if any((workdir / "checkpoints").glob("*/*/state")):
@@ -83,7 +88,10 @@ def from_pretrained(
     task: str = "classification",
     **fields: Any,
 ) -> Network:
-    """A released network and the preprocessing that it was published with."""
+    """A released network and the preprocessing that it was published with.
+
+    Raises ConfigError (unknown name or field), WeightsError (missing, damaged or other weights).
+    """
     if class_names is not None:
         fields["num_classes"] = len(class_names)
     if selectors or keep_rate is not None:
@@ -103,7 +111,7 @@ def from_pretrained(
 
 
 def from_weights(path: str | Path, keep_rate: KeepRate, say: Say) -> Network:
-    """What `save` wrote."""
+    """What `save` wrote. Raises WeightsError for any other file: it does not say of which network its weights are."""
     text = read_weights(path).metadata.get(_METADATA)
     if text is None:
         raise WeightsError(
@@ -119,7 +127,7 @@ def from_weights(path: str | Path, keep_rate: KeepRate, say: Say) -> Network:
 
 
 def save(network: Network, path: str | Path) -> None:
-    """Writes a network and what belongs to it to one `.safetensors` file."""
+    """Writes a network and what belongs to it to one `.safetensors` file, for `from_weights`."""
     config = dataclasses.asdict(network["model"].config)
     config |= {name: str(config[name]) for name in ("dtype", "param_dtype")}
     said = {**network, "task": network["model"].config.task, "model": config}

@@ -19,11 +19,15 @@ HEAD = r"^(head|head_dist|decoder)/"
 """Paths of what turns tokens into the prediction, which may learn faster than the backbone."""
 
 SCHEDULES = ("cosine", "polynomial")
+"""How the learning rate falls after the warm-up: see `learning_rate`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW (Loshchilov & Hutter 2019) over `steps` updates; the first `warmup_steps` rise linearly."""
+    """AdamW (Loshchilov & Hutter 2019) over `steps` updates; the first `warmup_steps` rise linearly.
+
+    Rates and norms are not negative, `b1`, `b2` and `ema_decay` in [0, 1).
+    """
 
     steps: int
     learning_rate: float  # peak

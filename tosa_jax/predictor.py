@@ -214,7 +214,7 @@ class Predictor:
         return rows
 
     def classify(self, images: Iterable[Picture], k: int = 5) -> list[list[Guess]]:
-        """`prepare`, the network and `top` in one call."""
+        """`prepare`, the network and `top` in one call, with their errors."""
         self._check_task("classification", "classes", "depth")
         return self.top(self(np.stack([self.prepare(image) for image in images])), k)
 
@@ -243,6 +243,8 @@ class Predictor:
         """The compiled program `(params, images) -> Prediction` of a batch size.
 
         image_size  height and width, where not the network's own.
+
+        Raises DeviceError: it does not fit the device.
         """
         size = image_size or self.config.image_shape
         with self._lock:

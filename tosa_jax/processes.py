@@ -23,7 +23,7 @@ from jax._src import distributed  # its key-value store has no public name
 
 from tosa_jax.errors import ProcessError, UserError
 
-T = TypeVar("T")
+T = TypeVar("T")  # what some work returns
 
 BEAT_SECONDS = 3.0
 """How often a process shows that it lives."""
@@ -40,6 +40,7 @@ _ROUNDS = itertools.count()
 _leaving = threading.Event()
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+"""Those whose versions decide results, which all processes must have alike."""
 
 
 def are_several() -> bool:
@@ -79,7 +80,10 @@ def first_said(text: str) -> str:
 
 
 def together(work: Callable[[], T]) -> T:
-    """Process 0 does some work, then the others do; a UserError of any of them is raised by all."""
+    """Process 0 does some work, then the others do; what it returns.
+
+    Raises ProcessError on all of them where it was a UserError on any; alone, that UserError itself.
+    """
     if not are_several():
         return work()
     for turn in (True, False):

@@ -42,7 +42,10 @@ class Row:
 
 
 def plan_stages(run: RunConfig) -> tuple[list[Stage], list[Row]]:
-    """The stages of a run in order, and the rows of its report. The network "init" is what `init_from` holds."""
+    """The stages of a run in order, and the rows of its report. The network "init" is what `init_from` holds.
+
+    Raises ConfigError: no stage makes a network to start from, and `init_from` names none.
+    """
     dense = with_plan(run.model, "standard")
     stages, rows = [], []
     if run.has_stage("pretrain"):

@@ -76,6 +76,7 @@ class Runner:
 
     @property
     def steps_per_epoch(self) -> int:
+        """Updates in an epoch, a last part of a batch left out; at least 1."""
         return max(self.dataset.num_train // self.run.batch_size, 1)
 
     @property
@@ -95,7 +96,7 @@ class Runner:
         )
 
     def stage_run(self, stage: Stage) -> StageRun:
-        """Everything that the loop needs to train this stage."""
+        """Everything that the loop needs to train this stage. Raises ConfigError: no teacher to distill from."""
         config: StageConfig = getattr(self.run, stage.kind)
         optim = config.optim(self.steps_per_epoch, self.run.batch_size)
         model = dataclasses.replace(stage.model, drop_path_rate=config.drop_path_rate)

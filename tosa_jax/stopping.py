@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 from tosa_jax.processes import first_said
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+"""Those that ask a run to save and stop: a scheduler's, and Ctrl-C."""
 
 
 class Stopped(Exception):

@@ -41,7 +41,7 @@ def num_selected(
 ) -> int:
     """Static token count `prefix + ceil(keep_rate * patches)`; rounding first keeps .7 * 10 at 7.
 
-    The count is rounded up to a multiple, as far as there are tokens.
+    `keep_rate` in (0, 1]. The count is rounded up to a multiple, as far as there are tokens.
     """
     count = num_prefix_tokens + math.ceil(round(keep_rate * num_patches, 6))
     return min(math.ceil(count / multiple) * multiple, num_prefix_tokens + num_patches)
@@ -57,7 +57,7 @@ def selection_from_indices(indices: Int32[Array, "b s"], num_tokens: int) -> Sel
 def select_tokens(scores: Scores, count: int, num_prefix_tokens: int) -> Selection:
     """The prefix tokens and the `count - prefix` patches of highest score, in raster order.
 
-    scores [b n], higher is better; ties go to the lower index. No gradient passes.
+    scores [b n], higher is better; ties go to the lower index. `count` in [prefix, n]. No gradient passes.
     """
     patch_scores = jax.lax.stop_gradient(scores)[:, num_prefix_tokens:]
     # Not lax.top_k: on CPU and GPU its program first gathers the scores of all devices' examples.

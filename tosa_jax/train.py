@@ -133,7 +133,10 @@ class Log:
 def restore_or_init(
     stage: StageRun, mesh: Mesh, checkpoints: Checkpoints
 ) -> tuple[Any, TrainState, dict[str, Any], bool]:
-    """Shardings, state and facts to go on from, and whether they come from a checkpoint."""
+    """Shardings, state and facts to go on from, and whether they come from a checkpoint.
+
+    Raises WorkdirError: there are checkpoints, and none of them can be read.
+    """
     abstract = jax.eval_shape(stage.init, *stage.init_args)
     shardings = tree_shardings(abstract, mesh)
     restored = checkpoints.restore(with_shardings(abstract, shardings))
@@ -177,7 +180,10 @@ class Updates:
 
 
 def evaluate(stage: StageRun, step: int, params: Params, writer: MetricWriter) -> dict[str, float]:
-    """Scores the network, and writes its metrics and pictures of what it makes of the first examples."""
+    """Scores the network, and writes its metrics and pictures of what it makes of the first examples.
+
+    Raises DeviceError or DataError, as the evaluator.
+    """
     metrics, _ = stage.evaluator(params)
     writer.write(stage.name, step, {f"val/{k}": x for k, x in metrics.items()})
     for name, figure in stage.draw(params).items() if stage.draw else ():
@@ -209,7 +215,7 @@ def train_stage(
     """Trains a stage to its end, from its newest checkpoint if there is one.
 
     Returns the state and what the report tells of the stage: `steps`, `seconds`, and the metrics `before` and `after`.
-    Raises Stopped after a signal, NonFiniteLossError when training breaks; a checkpoint was written before.
+    Raises Stopped (a signal) or NonFiniteLossError after a checkpoint; DeviceError (too large) at the first step.
     """
     shardings, state, facts, restored = restore_or_init(stage, mesh, checkpoints)
     first = int(state.step)
@@ -252,6 +258,8 @@ def train_stage(
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, step_metrics = update(step, state, batch)
             log.add(step + 1, step_metrics)
+            if step == first and metrics is None:
+                stage.evaluator.check(trained_params(state))  # not after all of the training
             if (step + 1) % run.log_steps == 0:
                 log.flush()
     checkpoints.wait()

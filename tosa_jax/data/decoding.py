@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-RESIZES = ("squeeze", "crop")
+RESIZES = ("squeeze", "crop")  # see `Form`
 
 _MODES = {1: "L", 3: "RGB"}  # channels -> PIL mode
 _16_BITS_AS_I = ("PNG", "PPM")  # formats that PIL reads 16 bits of in its mode "I"

@@ -29,12 +29,15 @@ class DepthMaps:
 
     @property
     def encoded(self) -> tuple[str, ...]:
+        """Features that TFDS must not decode."""
         return ("image", "depth") if self.scale else ("image",)
 
     def fields(self, features: dict) -> dict:
+        """What a record keeps of a set's features."""
         return {"image": features["image"], "depth": features["depth"]}
 
     def cached(self, record: dict) -> dict:
+        """The record with arrays that cannot be written. Raises BadImageError."""
         example = self._decode(record)
         if not self.scale:
             example["depth"] = record["depth"]  # float16 needs half the memory
@@ -43,6 +46,7 @@ class DepthMaps:
         return {**record, **example}
 
     def training_example(self, record: dict) -> dict:
+        """The example, checked, of any size. Raises BadImageError."""
         if isinstance(record["image"], np.ndarray):  # cached, and so checked
             depth = record["depth"].astype(np.float32, copy=False)
             return {"image": record["image"], "depth": depth}
@@ -62,6 +66,7 @@ class DepthMaps:
         return example
 
     def blank(self) -> dict:
+        """Zeros in the form of `evaluation_example`."""
         return {
             "image": np.zeros((*self.size, self.channels), np.uint8),
             "depth": np.zeros(self.size, np.float32),

@@ -18,9 +18,11 @@ class LabelledImages:
     encoded: ClassVar[tuple[str, ...]] = ("image",)
 
     def fields(self, features: dict) -> dict:
+        """What a record keeps of a set's features."""
         return {"image": features["image"], "label": np.int32(features["label"])}
 
     def cached(self, record: dict) -> dict:
+        """The record with an array that cannot be written. Raises BadImageError."""
         encoded = record["image"]
         image = to_array(self.form.open(encoded)) if self.whole else self.form.decode(encoded)
         # Shared by every stream of this process: a transform that wrote would spoil it.
@@ -28,6 +30,7 @@ class LabelledImages:
         return {**record, "image": image}
 
     def training_example(self, record: dict) -> dict:
+        """The example before its augmentation; PIL's image where those crop. Raises BadImageError."""
         image = record["image"]
         if self.whole:
             image = self.form.open(image)
@@ -36,9 +39,11 @@ class LabelledImages:
         return {"image": image, "label": record["label"]}
 
     def evaluation_example(self, record: dict) -> dict:
+        """The example as it is scored. Raises BadImageError."""
         return self.training_example(record)
 
     def blank(self) -> dict:
+        """Zeros in the form of `evaluation_example`."""
         size = self.form.image_size
         return {
             "image": np.zeros((size, size, self.form.channels), np.uint8),

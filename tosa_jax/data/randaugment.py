@@ -12,8 +12,9 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 FILL = (124, 116, 104)  # what moves in from outside: ImageNet's mean colour
+# The numbers of the policy string, as said above.
 NUM_OPS, PROBABILITY = 2, 0.5
-MAGNITUDE, MAGNITUDE_STD, MAX_MAGNITUDE = 9.0, 0.5, 10.0
+MAGNITUDE, MAGNITUDE_STD, MAX_MAGNITUDE = 9.0, 0.5, 10.0  # of 10
 
 _BICUBIC = Image.Resampling.BICUBIC
 _TRANSPOSE = Image.Transpose.TRANSPOSE
@@ -42,7 +43,7 @@ ARGUMENTS: dict[str, Callable[[float, float], int | float]] = {
     "TranslateX": lambda m, sign: sign * m * _MAX_TRANSLATE,  # share of the side
     "TranslateY": lambda m, sign: sign * m * _MAX_TRANSLATE,
 }
-NAMES = tuple(ARGUMENTS)
+NAMES = tuple(ARGUMENTS)  # what `draw_operations` draws from
 
 
 def draw_operations(rng: np.random.Generator) -> list[tuple[str, int | float]]:
@@ -193,3 +194,4 @@ OPERATIONS: dict[str, Callable[[Image.Image, int | float], Image.Image]] = {
     "TranslateX": translate_x,
     "TranslateY": translate_y,
 }
+"""`operation(image, argument)` by name, with the arguments of `ARGUMENTS`."""

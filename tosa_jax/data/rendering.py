@@ -154,6 +154,7 @@ class Sphere(Solid):
 
     @property
     def half(self) -> Vector:
+        """Half the sides of a local box around it."""
         return np.full(3, self.radius)
 
     def span(self, origin: Vector, rays: Rays) -> tuple[Values, Values]:
@@ -176,6 +177,7 @@ class Cylinder(Solid):
 
     @property
     def half(self) -> Vector:
+        """Half the sides of a local box around it."""
         return np.array([self.radius, self.radius, self.half_height])
 
     def span(self, origin: Vector, rays: Rays) -> tuple[Values, Values]:

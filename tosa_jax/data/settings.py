@@ -76,7 +76,7 @@ class DataConfig:
 
     @property
     def readers(self) -> tuple[str, int]:
-        """`workers` as ("threads" or "processes", how many)."""
+        """`workers` as ("threads" or "processes", how many). Raises ConfigError: it is of another form."""
         kind, _, count = self.workers.partition(":")
         lowest = {"threads": 0, "processes": 1}
         if kind in lowest and count.isdecimal() and int(count) >= lowest[kind]:

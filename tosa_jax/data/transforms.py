@@ -178,3 +178,4 @@ AUGMENTATIONS: dict[str, type[grain.transforms.RandomMap] | None] = {
     "shift_flip": ShiftFlip,
     **CROPS,
 }
+"""By the name in `DataConfig.augment`; None: nothing is drawn."""

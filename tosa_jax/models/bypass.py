@@ -19,6 +19,7 @@ from tosa_jax.stand_ins import sum_groups, with_stand_ins
 from tosa_jax.token_ops import Selection, complement, gather_tokens, scatter_tokens
 
 Sizes = Float[Array, "b s"] | None
+"""How many tokens each one stands for; None: one."""
 
 
 class Bypass(Protocol):
@@ -47,9 +48,11 @@ class Identity(nnx.Module):
         self.width = config.embed_dim
 
     def open(self, block, tokens, selection, sizes=None):
+        """The selected tokens [b s d] as they are, and a group whose others stay as they were."""
         return gather_tokens(tokens, selection), Group(selection, tokens)
 
     def macs(self, place: Place) -> int:
+        """Multiply-adds of the estimate for one example."""
         return 0
 
 
@@ -112,3 +115,4 @@ class Shared(Identity):
 
 
 BYPASSES: dict[str, type[Bypass]] = {"identity": Identity, "low_rank": LowRank, "shared": Shared}
+"""By the value of `ViTConfig.bypass`."""

@@ -39,7 +39,7 @@ def groups_to_fit(model: VisionTransformer) -> dict[int, int]:
 
 
 def moments(model: VisionTransformer, images: Images) -> dict[int, Moments]:
-    """The sums of one batch, by first layer of a group; the network runs densely."""
+    """The sums over normalised images [b height width c], by first layer of a group; the network runs densely."""
     groups, prefix = groups_to_fit(model), model.config.num_prefix_tokens
     tokens, starts, found = model.embed(images), {}, {}
     for layer, block in enumerate(model.blocks):

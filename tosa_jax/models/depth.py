@@ -37,16 +37,23 @@ class DepthConfig(ViTConfig):
 
     `image_size` is what the positions are made for; images of any size are accepted: they are resized to the next
     multiple of the patch, positions are resampled, and depth comes back at the images' own size.
+
+    Beside the fields of `ViTConfig`, with its errors:
+
+    max_depth       metres; depth is this times a sigmoid.
+    decoder_dim     channels of every map.
+    decoder_layers  four layers whose tokens are read, counted from 0; (): the ends of the four quarters.
+    readout         the class token: "project"ed and added to each patch, or "ignore"d.
     """
 
     task: ClassVar[str] = "depth"
     resizes: ClassVar[bool] = True
     unused: ClassVar[tuple[str, ...]] = ("num_classes", "global_pool")
 
-    max_depth: float = 10.0  # metres; depth is this times a sigmoid
-    decoder_dim: int = 64  # channels of every map
-    decoder_layers: tuple[int, ...] = ()  # four, counted from 0; (): the ends of the four quarters
-    readout: str = "project"  # the class token: "project"ed and added to each patch, or "ignore"d
+    max_depth: float = 10.0
+    decoder_dim: int = 64
+    decoder_layers: tuple[int, ...] = ()
+    readout: str = "project"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -132,7 +139,7 @@ class Reassemble(nnx.Module):
 
 
 class Fusion(nnx.Module):
-    """A finer map and the coarser one below it -> one map, by a pre-activated residual unit (RefineNet's)."""
+    """A finer map and the coarser one below it -> one map, by RefineNet's residual unit (Lin et al. 2017)."""
 
     def __init__(self, config: DepthConfig, *, rngs: nnx.Rngs) -> None:
         channels = config.decoder_dim

@@ -21,6 +21,7 @@ Attend = Callable[[Heads, Heads, Heads], tuple[Heads, Any]]
 """`(query, key, value) -> (output, summary)`: how an attention runs, and what it reports of its map."""
 
 token_init = nnx.initializers.normal(0.02)
+"""How DeiT starts linear weights, tokens and positions."""
 
 
 def attend_plainly(query: Heads, key: Heads, value: Heads) -> tuple[Heads, None]:
@@ -95,7 +96,7 @@ class PatchEmbed(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention; `attend` says how the map is walked and what is reported of it."""
+    """Multi-head self-attention (Vaswani et al. 2017): tokens [b n d] -> [b n d], and what `attend` reports."""
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs) -> None:
         self.num_heads = config.num_heads
@@ -112,7 +113,7 @@ class Attention(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """Two linear layers with GELU between, or timm's packed SwiGLU."""
+    """Two linear layers with GELU between, or timm's packed SwiGLU (Shazeer 2020); tokens [b n d] -> [b n d]."""
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs) -> None:
         self.kind = config.mlp
@@ -142,7 +143,10 @@ class LayerScale(nnx.Module):
 
 
 class Block(nnx.Module):
-    """A pre-norm transformer layer. Its branches are public: some methods act between them."""
+    """A pre-norm transformer layer (Dosovitskiy et al. 2021), tokens [b n d] -> [b n d] and its attention's summary.
+
+    Its branches are public: some methods act between them.
+    """
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs) -> None:
         self.norm1 = layer_norm(config, rngs)

@@ -21,7 +21,7 @@ NETWORKS: dict[str, type[VisionTransformer]] = {
 
 
 def build(config: ViTConfig, *, rngs: nnx.Rngs) -> VisionTransformer:
-    """The network of a configuration, with random weights."""
+    """The network of a configuration, with random weights. Raises ConfigError: its plan is not possible."""
     return NETWORKS[config.task](config, rngs=rngs)
 
 
@@ -42,7 +42,10 @@ def at_size(model: VisionTransformer, size: tuple[int, int]) -> VisionTransforme
 
 
 def network_config(task: str, name: str, **fields: Any) -> ViTConfig:
-    """`variant_config` for the network of a task, with the `keep_rate` that `budget_gmacs` asks for."""
+    """`variant_config` for the network of a task, with the `keep_rate` that `budget_gmacs` asks for.
+
+    Raises ConfigError: no such task, or what `variant_config` and `with_budget` raise.
+    """
     check_choice("task", task, NETWORKS)
     config = variant_config(name, NETWORKS[task].config_class, **fields)
     return with_budget(config, config.budget_gmacs) if config.budget_gmacs else config

@@ -22,7 +22,7 @@ def _keys_kernel(x: np.ndarray, a: float) -> np.ndarray:
 
 
 def resample_matrix(old: int, new: int, how: str) -> Float[np.ndarray, "new old"]:
-    """The float64 matrix that takes `old` samples of a line to `new` ones."""
+    """The float64 matrix that takes `old` samples of a line to `new` ones; `how` is `ViTConfig.pos_resample`."""
     scale = old / new
     matrix = np.zeros((new, old))
     for row in range(new):
@@ -47,7 +47,7 @@ def resample_positions(
     """Positions of a square grid -> those of `grid` (rows, columns), float32; `how` is
     `ViTConfig.pos_resample`.
 
-    A grid of the same size goes through untouched, as in timm and transformers.
+    A grid of the same size goes through untouched, as in timm and transformers. Raises ValueError: no square.
     """
     side = math.isqrt(positions.shape[1])
     if side * side != positions.shape[1]:

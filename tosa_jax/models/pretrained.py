@@ -88,10 +88,14 @@ def pretrained_params(
 ) -> dict[str, np.ndarray]:
     """What `load_pretrained(model, path)` would set, by path; abstract models will do.
 
-    Left out is what stays as the model has it: selectors, and a head of another class count. Same
-    errors.
+    Left out is what stays as the model has it: selectors, and a head of another class count. Raises
+    WeightsError likewise.
     """
     file, messages = read_weights(path), []
+    if file.metadata.get("format") == _SELECTORS:
+        raise WeightsError(
+            f"{file.path} holds selectors alone: pass it as selectors, beside weights"
+        )
     config, own = model.config, get_params(model)
     check_config(file, config, messages.append)
     if file.under in ("model_ema", "state_dict_ema"):

@@ -23,6 +23,7 @@ import numpy as np
 
 from tosa_jax.errors import WeightsError
 
+# The number that a file of the older form begins with, and its pickle: PyTorch's.
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_START = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
 

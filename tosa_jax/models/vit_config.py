@@ -13,7 +13,7 @@ import numpy as np
 
 from tosa_jax.errors import ConfigError
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}  # as in recipes
 
 
 def check_choice(field: str, value: Any, known: Iterable[Any]) -> None:
@@ -36,9 +36,28 @@ def check(condition: bool, message: str) -> None:
 class ViTConfig:
     """Sizes are timm's; the fields from `plan` on are this project's (README, "Deviations from the paper").
 
+    Raises ConfigError for values out of range or that do not go together.
+
     task      whose network this describes: a key of `networks.NETWORKS`.
     resizes   images that the patch does not divide are brought to the next multiple; else they are refused.
     unused    fields that this task's network does not read.
+
+    plan               a layer kind for each layer; None: all standard.
+    keep_rate          share in (0, 1] of patches selected: one, or one a selection.
+    budget_gmacs       above 0: keep_rate is solved for this cost of an image, and what was given is not read.
+    budget             "uniform": one keep_rate for all selections; "linear": keep_rate is the mean of falling ones.
+    count_multiple     counts of selected tokens are rounded up to a multiple of it.
+    bypass             "identity", "low_rank" (of bypass_rank) or "shared"; "": the layer kind's own.
+    bypass_pool        "shared": selected tokens enter as the mean of those they stand for; with bypass_size_bias they
+                       also weigh as much in attention.
+    redundancy_weight  share in [0, 1] of likeness to more attended tokens in the scores.
+    head_pool          heads -> one score: "mean" or "max".
+    selector_hidden    channels between the selector's convolutions, at least 2 * num_heads; 0: that number.
+    kernel_size        of the selector's convolutions, along the keys; odd.
+    gather             "indices", or "one_hot": tokens are gathered and put back by matrix products.
+    scan_layers        one program for all repetitions of the plan: compiles faster, computes the same.
+    remat              what backward computes again to save memory: "none", "full", "dots" or "dots_no_batch".
+    map_chunk          query rows at a time when a map is walked; 0: all.
     """
 
     task: ClassVar[str] = "classification"
@@ -60,35 +79,28 @@ class ViTConfig:
     reg_tokens: int = 0  # registers
     distilled: bool = False  # a distillation token, and a head of its own
     pos_embed_prefix: bool = True  # positions for the prefix tokens too
-    pos_resample: str = (
-        "bicubic_antialias"  # or "bicubic": what positions of another grid go through
-    )
-    # "token": the class token is normalised and classified; "avg": the patches' mean is, as in MAE
-    global_pool: str = "token"
+    pos_resample: str = "bicubic_antialias"  # positions of another grid; or "bicubic"
+    global_pool: str = "token"  # the class token is classified; "avg": the patches' mean, as in MAE
     drop_path_rate: float = 0.0  # of the last layer; rises linearly from 0
     dtype: Any = jnp.float32  # computes
     param_dtype: Any = jnp.float32  # stores
-    plan: tuple[str, ...] | None = None  # a layer kind for each layer; None: all standard
-    keep_rate: float | tuple[float, ...] = 0.5  # share of patches selected: one, or one a selection
-    budget_gmacs: float = 0.0  # above 0: keep_rate is solved for this cost of an image, and what was given is not read
-    budget: str = "uniform"  # one keep_rate for all selections; "linear": falls with depth, keep_rate is the mean
-    count_multiple: int = 1  # counts of selected tokens are rounded up to a multiple of it
-    bypass: str = ""  # "identity", "low_rank" or "shared"; "": the layer kind's own
-    bypass_rank: int = 64  # of "low_rank"
-    bypass_pool: bool = True  # "shared": selected tokens enter as the mean of those they stand for
-    bypass_size_bias: bool = True  # and weigh as much in attention
-    redundancy_weight: float = (
-        0.0  # share in [0, 1] of likeness to more attended tokens in the scores
-    )
-    head_pool: str = "mean"  # heads -> one score: "mean" or "max"
-    selector_hidden: int = 0  # channels between the selector's convolutions; 0: 2 * num_heads
-    kernel_size: int = 1  # of the selector's convolutions, along the keys
-    gather: str = "indices"  # or "one_hot": tokens are gathered and put back by matrix products
-    scan_layers: bool = (
-        False  # one program for all repetitions of the plan: compiles faster, computes the same
-    )
-    remat: str = "none"  # what backward computes again to save memory: "none", "full", "dots", "dots_no_batch"
-    map_chunk: int = 0  # query rows at a time when a map is walked; 0: all
+    plan: tuple[str, ...] | None = None
+    keep_rate: float | tuple[float, ...] = 0.5
+    budget_gmacs: float = 0.0
+    budget: str = "uniform"
+    count_multiple: int = 1
+    bypass: str = ""
+    bypass_rank: int = 64
+    bypass_pool: bool = True
+    bypass_size_bias: bool = True
+    redundancy_weight: float = 0.0
+    head_pool: str = "mean"
+    selector_hidden: int = 0
+    kernel_size: int = 1
+    gather: str = "indices"
+    scan_layers: bool = False
+    remat: str = "none"
+    map_chunk: int = 0
 
     def __post_init__(self) -> None:
         for name in ("dtype", "param_dtype"):
@@ -115,18 +127,16 @@ class ViTConfig:
         check(self.budget_gmacs >= 0, f"budget_gmacs={self.budget_gmacs} is negative")
         for name in ("count_multiple", "bypass_rank"):
             check(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
-        check(
-            0 <= self.drop_path_rate < 1, f"drop_path_rate={self.drop_path_rate} is not in [0, 1)"
-        )
+        check(0 <= self.drop_path_rate < 1,
+              f"drop_path_rate={self.drop_path_rate} is not in [0, 1)")  # fmt: skip
         check(self.kernel_size >= 1 and self.kernel_size % 2 == 1,
               f"kernel_size={self.kernel_size} must be odd")  # fmt: skip
         least = 2 * self.num_heads
         check(self.selector_hidden == 0 or self.selector_hidden >= least,
               f"selector_hidden={self.selector_hidden} is below 2 * num_heads = {least}, which the "
               "selector's start at the identity needs; use 0 for that number")  # fmt: skip
-        check(
-            self.map_chunk >= 0, f"map_chunk={self.map_chunk} must be positive, or 0 for all rows"
-        )
+        check(self.map_chunk >= 0,
+              f"map_chunk={self.map_chunk} must be positive, or 0 for all rows")  # fmt: skip
         if len(self.keep_rates_given) == 1:
             object.__setattr__(self, "keep_rate", self.keep_rates_given[0])
         plan = ("standard",) * self.depth if self.plan is None else tuple(self.plan)
@@ -176,6 +186,7 @@ class ViTConfig:
 
     @property
     def num_patches(self) -> int:
+        """Patches of an image, one token each."""
         return int(np.prod(self.grid))
 
     @property
@@ -185,6 +196,7 @@ class ViTConfig:
 
     @property
     def num_tokens(self) -> int:
+        """Patches and prefix tokens: n."""
         return self.num_prefix_tokens + self.num_patches
 
     @property
@@ -256,6 +268,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     # Any size, through the fields of ViTConfig.
     "vit": {},
 }
+"""timm's name -> the fields of `ViTConfig` in which a released network differs from the defaults."""
 
 
 def variant_config(

@@ -11,7 +11,7 @@ from tosa_jax.models import google_names
 from tosa_jax.models.vit_config import VARIANTS, ViTConfig
 from tosa_jax.models.weight_files import WeightFile
 
-WEIGHTS_FORMAT = "tosa_jax weights"
+WEIGHTS_FORMAT = "tosa_jax weights"  # under "format" in the header of what `save_weights` writes
 # Fields that change the function and leave no (or no readable) trace in the shapes of its
 # parameters.
 SILENT_FIELDS = ("num_heads", "mlp", "norm_eps", "patch_size", "max_depth")

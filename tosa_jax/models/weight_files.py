@@ -65,7 +65,10 @@ def read_weights(path: str | Path) -> WeightFile:
         else:
             return _read_checkpoint(path)
     if not path.exists():
-        raise WeightsError(f"{path} does not exist")
+        raise WeightsError(
+            f"{path} does not exist; give a .pth, .safetensors or .npz file, a work directory of a run, or "
+            "hf:owner/name"
+        )
     config = _read_json(path.parent / "config.json")
     if path.name.endswith(".index.json"):
         return _read_shards(path, config)

@@ -6,3 +6,4 @@ from tosa_jax.tasks.depth import Depth
 from tosa_jax.tasks.task import Task
 
 TASKS: dict[str, type[Task]] = {"classification": Classification, "depth": Depth}
+"""By the value of `config.task.name`."""

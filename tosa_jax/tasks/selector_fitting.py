@@ -21,9 +21,11 @@ class SelectorFitting:
     lower_is_better: ClassVar[bool] = False
 
     def inputs(self, images: RawImages) -> Images:
+        """uint8 pixels -> normalised float32."""
         return self.task.inputs(images)
 
     def predict(self, model: Callable[..., Output], images: RawImages, key: jax.Array) -> Output:
+        """What is scored: the model's output for uint8 pixels, never mirrored."""
         return model(self.inputs(images), key=key)
 
     def training_batch(self, batch: Batch, key: jax.Array) -> tuple[Images, None]:

@@ -14,7 +14,7 @@ from tosa_jax.data.builders.idx import fingerprint, idx_config, read_split
 from tosa_jax.data.clutter import draw_canvas
 from tosa_jax.errors import ConfigError, DataError
 
-NAME = "cluttered_fashion_mnist"
+NAME = "cluttered_fashion_mnist"  # in `data.name`, before the slash
 _NAME = re.compile(rf"{NAME}/(\d+)-(\d+)-(\d+)")
 _ITEM = (28, 28)
 _SEEDS = {"train": 0, "test": 1}

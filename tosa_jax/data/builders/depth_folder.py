@@ -22,6 +22,7 @@ from tosa_jax.data.decoding import BadImageError, pil_errors
 from tosa_jax.data.depth_maps import check_depth_png
 from tosa_jax.errors import DataError
 
+# The set's folder under `data_dir`, and the version in it.
 NAME = "depth_folder"
 VERSION = "1.0.0"
 

@@ -21,8 +21,11 @@ from tensorflow_datasets.core.dataset_info import DatasetIdentity
 from tosa_jax.data.builders.shards import Item, Say, digest, prepared_splits, write_set
 from tosa_jax.errors import DataError
 
+# The set's folder under `data_dir`, and the version in it.
 NAME = "image_folder"
 VERSION = "1.0.0"
+
+# What counts as an image; other files are counted and left out.
 EXTENSIONS = (".jpg", ".jpeg", ".png")
 AUTOMATIC_BYTES = 2_000_000_000  # more than this is prepared only when it is asked for
 

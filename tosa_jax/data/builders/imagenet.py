@@ -15,6 +15,7 @@ import tensorflow_datasets as tfds
 from tosa_jax.data.builders.shards import Item, Progress, Say, prepared_splits, write_set
 from tosa_jax.errors import DataError
 
+# TFDS's name; image-net.org's files and the numbers of images in them, by split.
 NAME = "imagenet2012"
 TARS = {"validation": "ILSVRC2012_img_val.tar", "train": "ILSVRC2012_img_train.tar"}
 EXPECTED_COUNTS = {"train": 1_281_167, "validation": 50_000}

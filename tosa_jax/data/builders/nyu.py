@@ -16,6 +16,7 @@ from tosa_jax.data.builders.digits import png_bytes
 from tosa_jax.data.builders.shards import Item, Progress, Say, prepared_splits, write_set
 from tosa_jax.errors import DataError
 
+# TFDS's name, and what its download holds.
 NAME = "nyu_depth_v2"
 CONTENT = "nyudepthv2.tar.gz, unpacked (train/SCENE/*.h5, val/official/*.h5)"
 

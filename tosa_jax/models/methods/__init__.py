@@ -19,3 +19,4 @@ LAYER_KINDS: dict[str, type[LayerKind]] = {
     "true_map": TrueMap,
     "worst_bypass": WorstBypass,
 }
+"""What the names in a plan mean."""

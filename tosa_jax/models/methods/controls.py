@@ -15,6 +15,7 @@ class Random(SelectiveLayer):
     """Selects patches at random, afresh at every call."""
 
     def scores(self, stream: Stream, call: LayerCall) -> Scores:
+        """Uniform in [0, 1), [b n]. Raises ConfigError: the call has no key to draw them by."""
         if call.key is None:
             raise ConfigError(
                 "the layer kind 'random' draws its tokens: call model(images, key=...)"

@@ -18,17 +18,22 @@ class Standard(nnx.Module):
         self.place = place
 
     def block_macs(self, block: Block) -> int:
+        """Multiply-adds of the block for one example, on the tokens that this kind runs it on."""
         return block.macs(self.place.count)
 
     def own_macs(self, block: Block) -> int:
+        """Multiply-adds of what the kind does beside it."""
         return 0
 
     def needs(self) -> Attend | None:
+        """The attention that the layer before must run, or None."""
         return None
 
     def apply(self, block: Block, stream: Stream, call: LayerCall) -> Stream:
+        """The stream after the layer."""
         tokens, summary = call.run(block, stream.tokens)
         return stream._replace(tokens=tokens, summary=summary)
 
     def restore(self, stream: Stream) -> Stream:
+        """The stream with all tokens back in their places."""
         return stream.restored()

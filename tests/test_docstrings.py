@@ -1,0 +1,97 @@
+"""Every public name says what it is, and every public function which errors it raises."""
+
+import ast
+import importlib
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import tosa_jax
+from tosa_jax import errors
+
+ROOT = Path(tosa_jax.__path__[0])
+MODULES = sorted(
+    ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__")
+    for path in ROOT.rglob("*.py")
+)
+TO_BE_SAID = {
+    "tosa_jax.bench.measure: ConfigError",
+    "tosa_jax.bench.parse_arguments: ConfigError",
+    "tosa_jax.compile_check.check: ConfigError",
+    "tosa_jax.compile_check.parse_mesh: ConfigError",
+    "tosa_jax.compile_check.parse_mesh: ValueError",
+    "tosa_jax.compiling.MISSING",
+    "tosa_jax.models.vit.VisionTransformer.embed: ConfigError",
+    "tosa_jax.models.vit.VisionTransformer.positions: ConfigError",
+    "tosa_jax.sharding.AXES",
+    "tosa_jax.sharding.BATCH",
+    "tosa_jax.sharding.BATCH_AXES",
+}
+"""What is known to be missing."""
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_public_name_says_what_it_is_and_which_errors_it_raises(name):
+    module = importlib.import_module(name)
+    missing = {f"{name}.{what}" for what in (*silent_constants(module), *silent_things(module))}
+    assert not missing - TO_BE_SAID
+
+
+def silent_things(module) -> Iterator[str]:
+    """Classes, functions and methods without a docstring, and errors of which theirs says nothing."""
+    scopes = [("", ast.parse(Path(module.__file__).read_text()), module)]
+    for where, scope, owner in scopes:
+        for node in scope.body:
+            if not isinstance(node, ast.ClassDef | ast.FunctionDef) or node.name.startswith("_"):
+                continue
+            thing, path = getattr(owner, node.name), where + node.name
+            said = inspect.getdoc(thing)  # of an overriding method: what its base says, too
+            if not said:
+                yield path
+            elif isinstance(node, ast.FunctionDef):
+                yield from (f"{path}: {x}" for x in raised_errors(node) if not mentions(said, x))
+            if isinstance(node, ast.ClassDef):
+                scopes.append((f"{path}.", node, thing))
+
+
+def raised_errors(function: ast.FunctionDef) -> set[str]:
+    """Names of the errors that stand in a function's own body, checks included."""
+    found, nodes = set(), list(function.body)
+    for node in nodes:
+        if isinstance(node, ast.FunctionDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.Raise) and node.exc is not None:
+            found.add(ast.unparse(node.exc).partition("(")[0])
+        if isinstance(node, ast.Call):
+            called = {"check": "ConfigError", "check_choice": "ConfigError"}
+            found.add((called | {"check_fits": "DeviceError"}).get(ast.unparse(node.func)))
+        nodes += ast.iter_child_nodes(node)
+    return found - {None, "NotImplementedError"}
+
+
+def mentions(text: str, error: str) -> bool:
+    """Whether a text names an error, or says UserError for one of the project's own."""
+    return error in text or (hasattr(errors, error) and "UserError" in text)
+
+
+def silent_constants(module) -> Iterator[str]:
+    """Capital names with neither a text after them nor a comment beside or above them.
+
+    A comment holds for the lines up to the next empty one. Aliases of types say themselves what they are.
+    """
+    source = Path(module.__file__).read_text()
+    body, lines, above = ast.parse(source).body, source.splitlines(), 0
+    for node, after in zip(body, [*body[1:], None], strict=True):
+        if not isinstance(node, ast.Assign | ast.AnnAssign) or isinstance(
+            node.value, ast.Subscript
+        ):
+            continue
+        above = next(i for i in range(node.lineno - 1, -1, -1) if not i or not lines[i - 1])
+        told = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+        if told or any("#" in line for line in lines[above : node.end_lineno]):
+            continue
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        names = [x.id for t in targets for x in ast.walk(t) if isinstance(x, ast.Name)]
+        yield from (name for name in names if name.isupper() and not name.startswith("_"))
