@@ -42,7 +42,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """The arguments, and those of the form --config.FIELD=VALUE."""
+    """The arguments, and those of the form --config.FIELD=VALUE. Raises ConfigError for an unknown one."""
     parser = _Parser(prog="tosa_jax.bench", description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("--model", default="deit_small_patch16_224", help="timm's name")

@@ -18,10 +18,14 @@ from tosa_jax.errors import ConfigError, DeviceError
 from tosa_jax.models.vit_config import ViTConfig, check, check_choice
 
 LIBRARIES = ("timm", "transformers")
+"""Whose dense networks can be measured beside ours."""
+
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "none")
 """Of `torch.compile`; "none": the network is run as it is."""
 
 INSTALL = 'pip install "tosa-jax[compare]"'
+"""What is said where a library is missing."""
+
 _OPENMP_REST = 0.05  # its threads wait for more work by spinning, which slows down who comes next
 _WARM_UP_PASSES = 3  # compilation, the recording of CUDA graphs, a replay
 

@@ -48,7 +48,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[st
 
 
 def check(config, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Compiles and, unless JSON is wanted, prints each step as it is done; returns the records."""
+    """Compiles and, unless JSON is wanted, prints each step as it is done; returns the records. Raises ConfigError."""
     # Imported late, so that a wrong command line is told at once.
     import jax
 
@@ -98,18 +98,20 @@ def fit_record(run, mesh, program) -> dict[str, Any]:
 
 
 def parse_mesh(mesh, text: str):
-    """A MeshConfig with the axes of "data:4,fsdp:4" on top."""
+    """A MeshConfig with the axes of "data:4,fsdp:4" on top. Raises ConfigError for an unknown axis or no number."""
     sizes = dict(pair.partition(":")[::2] for pair in text.split(",") if pair)
     known = [field.name for field in dataclasses.fields(mesh)]
+    problem = f"unknown axes {unknown}" if (unknown := sorted(sizes.keys() - set(known))) else ""
     try:
-        if unknown := sizes.keys() - set(known):
-            raise ValueError(f"unknown axes {sorted(unknown)}")
-        return dataclasses.replace(mesh, **{axis: int(size) for axis, size in sizes.items()})
+        numbers = {axis: int(size) for axis, size in sizes.items()}
     except ValueError as error:
+        problem = problem or str(error)
+    if problem:
         raise ConfigError(
-            f"command line: --mesh={text}: {error}; write AXIS:SIZE with commas between, the axes "
+            f"command line: --mesh={text}: {problem}; write AXIS:SIZE with commas between, the axes "
             f"are {', '.join(known)}"
-        ) from error
+        )
+    return dataclasses.replace(mesh, **numbers)
 
 
 def format_record(record: dict[str, Any]) -> str:

@@ -37,6 +37,7 @@ from tosa_jax.stopping import StopRequest
 from tosa_jax.train import compile_step
 
 MISSING = 'the TPU compiler is not installed: pip install "tosa-jax[tpu]"'
+"""What is said where libtpu is needed and not there."""
 
 _USED = re.compile(r"[Uu]sed ([\d.]+)([KMGT]?)i?B? of [\d.]+[KMGT]?i?B? hbm")
 _TEMPORARIES = re.compile(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM")

@@ -19,8 +19,13 @@ from jax.sharding import PartitionSpec as P
 from tosa_jax.errors import ConfigError
 
 AXES = ("dcn", "data", "fsdp", "model")
+"""Axes of the mesh, the slowest links first."""
+
 BATCH_AXES = ("dcn", "data", "fsdp")
+"""Those that a batch is split over."""
+
 BATCH = P(BATCH_AXES)
+"""How a batch lies: its rows are split, nothing else."""
 
 RULES: tuple[tuple[str, P], ...] = (
     (r"(attn/qkv|mlp/fc1)/kernel$", P("fsdp", "model")),

@@ -106,7 +106,10 @@ class VisionTransformer(nnx.Module):
         return config.num_patches * patch_weights + layers + self.head_macs()
 
     def positions(self, size: tuple[int, int]) -> Float[Array, "1 m d"]:
-        """Positions for images of (height, width) pixels, of the prefix tokens too where those have some."""
+        """Positions for images of (height, width) pixels, of the prefix tokens too where those have some.
+
+        Raises ConfigError for another size than the model's.
+        """
         if size != self.config.image_shape:
             raise ConfigError(
                 f"images are {size[0]}x{size[1]}, but the model was made for "
@@ -115,7 +118,10 @@ class VisionTransformer(nnx.Module):
         return self.pos_embed[...]
 
     def embed(self, images: Images) -> Tokens:
-        """Normalised images -> tokens [b n d] with positions, prefix first."""
+        """Normalised images -> tokens [b n d] with positions, prefix first.
+
+        Raises ConfigError for images of another size or number of channels than the model's.
+        """
         config, dtype = self.config, self.config.dtype
         if images.shape[3] != config.in_chans:
             raise ConfigError(
