@@ -5,5 +5,6 @@ CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 source launch/setup.sh
 set_up "[test]"
 
-if (($# == 0)); then set -- tests; fi
+# Each file of tests on one core, several files at a time.
+if (($# == 0)); then set -- -n logical --maxprocesses=4 --dist=loadfile tests; fi
 exec .venv/bin/python -m pytest "$@"
