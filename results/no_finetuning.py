@@ -1,12 +1,14 @@
 """How close to the dense network's tokens selection comes without any fine-tuning, on real DINOv2 weights.
 
     python results/no_finetuning.py --weights=FILE --fit=DIR --score=DIR > results/no_finetuning.json
+    python results/no_finetuning.py --rows=choices --selectors=FILE ... > results/choices_dinov2.json
 
-Rows: selective layers with each choice and bypass, redundancy at falling budgets, and beside them ToMe (Bolya et al.
+--rows=budgets: selective layers with each bypass, redundancy at falling budgets, and beside them ToMe (Bolya et al.
 2023), which merges for good and copies at the end; it is written here from the paper: bipartite matching of keys,
-size-weighted means, proportional attention. What is fitted (the low-rank bypass) is fitted on the pictures under --fit
-and scored on those under --score. `share` is of the dense network's multiply-adds; cosines are means over images, to
-the dense network's final tokens: of the class token, and of the patches.
+size-weighted means, proportional attention. --rows=choices: every way to choose tokens, at keep .5, .3 and .15. What is
+fitted (the low-rank bypass, selectors) is fitted on the pictures under --fit and scored on those under --score. `share`
+is of the dense network's multiply-adds; cosines are means over images, to the dense network's final tokens: of the
+class token, and of the patches; with 95 % intervals by resampling images.
 """
 
 import argparse
@@ -97,18 +99,29 @@ def tome(config, reduce: int, proportional: bool):
     return forward, work
 
 
+def choices(selectors: bool):
+    """Rows as (name, fields of the model): six layers, each kind of choice at each budget."""
+    yield "dense", {}
+    yield "skip", {"plan": "skip"}
+    kinds = ("random", "previous", "class_attention", "true_map")
+    for keep in (0.5, 0.3, 0.15):
+        for bypass in ("identity", "low_rank", "shared"):
+            own = ("selective",) if selectors else ()
+            oracle = ("worst_bypass",) if bypass != "shared" else ()
+            for kind in (*kinds, *own, *oracle):
+                fields = {"plan": kind, "bypass": bypass, "keep_rate": keep}
+                yield f"{kind}, {bypass}, keep {keep}", fields
+        redundant = {"plan": "previous", "bypass": "shared", "keep_rate": keep}
+        for weight in (0.75, 1.0):
+            name = f"previous, shared, redundancy_weight {weight}, keep {keep}"
+            yield name, redundant | {"redundancy_weight": weight}
+
+
 def contestants(budgets: tuple[float, ...]):
     """Rows as (name, fields of the model); redundancy's `keep_rate` is solved for each share of multiply-adds."""
     yield "dense", {}
     yield "skip", {"plan": "skip"}
-    for keep in (0.75, 0.5, 0.25):
-        six = {"keep_rate": keep}
-        yield f"random, identity, keep {keep}", six | {"plan": "random"}
-        for bypass in ("identity", "low_rank", "shared"):
-            yield f"previous, {bypass}, keep {keep}", six | {"plan": "previous", "bypass": bypass}
-        for weight in (0.5, 0.75, 1.0):
-            fields = six | {"plan": "previous", "bypass": "shared", "redundancy_weight": weight}
-            yield f"previous, shared, redundancy_weight {weight}, keep {keep}", fields
+    yield "previous, identity, keep 0.5", {"plan": "previous", "keep_rate": 0.5}
     for budget in budgets:
         for schedule in ("linear", "uniform"):
             fields = {"plan": EVERY, "budget": schedule, "budget_gmacs": budget}
@@ -122,6 +135,12 @@ def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
 
 
+def interval(values: np.ndarray) -> list[float]:
+    """Where the mean lies in 95 % of the resamples of images."""
+    rows = np.random.default_rng(0).integers(0, len(values), (2000, len(values)))
+    return np.percentile(values[rows].mean(axis=1), [2.5, 97.5]).tolist()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--weights", required=True)
@@ -130,6 +149,7 @@ def main() -> None:
     parser.add_argument(
         "--selectors", help="a file of save_selectors, for the rows of ToSA's own scores"
     )
+    parser.add_argument("--rows", choices=("budgets", "choices"), default="budgets")
     parser.add_argument("--images", type=int, default=48)
     parser.add_argument("--fit_images", type=int, default=128)
     parser.add_argument("--image_size", type=int, default=224)
@@ -145,7 +165,8 @@ def main() -> None:
         model = tosa_jax.create_model(
             NAME, num_classes=1, image_size=size, rngs=nnx.Rngs(0), **fields
         )
-        tosa_jax.load_pretrained(model, args.weights)
+        own = args.selectors if fields.get("plan") == "selective" else None
+        tosa_jax.load_pretrained(model, args.weights, selectors=own)
         return model
 
     dense = make()
@@ -155,13 +176,21 @@ def main() -> None:
 
     def report(name, tokens, work, seconds):
         near = cosine(tokens, truth)
+        of_class, of_patches = near[:, 0], near[:, 1:].mean(axis=1)
         rows.append({
-            "name": name, "share": work / dense_macs, "class_cosine": float(near[:, 0].mean()),
-            "patch_cosine": float(near[:, 1:].mean()), "seconds": seconds,
+            "name": name, "share": work / dense_macs,
+            "class_cosine": float(of_class.mean()), "class_interval": interval(of_class),
+            "patch_cosine": float(of_patches.mean()), "patch_interval": interval(of_patches),
+            "seconds": seconds,
         })  # fmt: skip
         print(rows[-1], file=sys.stderr)
 
-    for name, fields in contestants(tuple(args.budgets)):
+    compared = (
+        choices(bool(args.selectors))
+        if args.rows == "choices"
+        else contestants(tuple(args.budgets))
+    )
+    for name, fields in compared:
         if share := fields.pop("budget_gmacs", None):
             fields["budget_gmacs"] = share * dense_macs / 1e9
         model = make(**fields)
@@ -174,7 +203,7 @@ def main() -> None:
         tokens = run(forward, params | fitted, images)
         truth = tokens if truth is None else truth
         report(name, tokens, cost.macs(model), time.time() - start)
-    for reduce in (5, 10, 14, 17, 20):
+    for reduce in (5, 10, 14, 17, 20) if args.rows == "budgets" else ():
         for proportional in (True, False):
             forward, work = tome(dense.config, reduce, proportional)
             start = time.time()
@@ -184,7 +213,8 @@ def main() -> None:
             )
             report(name, run(step, shared, images), work, time.time() - start)
     json.dump({
-        "command": "python results/no_finetuning.py --weights=dinov2_vits14.safetensors --fit=DIR --score=DIR",
+        "command": f"python results/no_finetuning.py --rows={args.rows} --weights=dinov2_vits14.safetensors"
+        " --fit=DIR --score=DIR",
         "data": f"{args.images} crops of {size} px scored, {args.fit_images} crops of other pictures fitted on",
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "versions": {"python": platform.python_version(), "jax": jax.__version__},

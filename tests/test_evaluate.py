@@ -1,16 +1,21 @@
 """Evaluation scores each example once, whatever the batch size and the number of devices."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from small import small_model, small_run
 
 from tosa_jax import memory, metrics
 from tosa_jax.errors import DeviceError
 from tosa_jax.evaluate import Evaluator, shard, throughput
+from tosa_jax.models.networks import create_model
 from tosa_jax.models.params import split
 from tosa_jax.sharding import MeshConfig, make_mesh
+from tosa_jax.steps import eval_step
 from tosa_jax.tasks.classification import Classification
 
 TASK = Classification(num_classes=10, mean=(0.3,), std=(0.4,))
@@ -69,3 +74,30 @@ def test_the_step_whose_size_was_checked_is_not_compiled_again(digits_dir, caplo
         evaluator(shard(params, mesh))
     compiled = [r.getMessage() for r in caplog.records if "XLA compilation" in r.getMessage()]
     assert len([text for text in compiled if "eval_step" in text]) == 1
+
+
+class SelectedTokens:
+    """A task that counts the tokens of the first selection."""
+
+    def predict(self, model, images, key):
+        return model(images / 255, key=key)
+
+    def metrics(self, out, batch):
+        indices = out.selected[0]
+        return {"tokens": jnp.full(len(indices), indices.shape[1], jnp.float32)}
+
+
+def test_larger_images_keep_their_share_of_tokens():
+    model = create_model(
+        "vit", task="depth", rngs=nnx.Rngs(0), image_size=(16, 24), patch_size=8, embed_dim=16,
+        depth=4, num_heads=2, decoder_dim=8, plan="selective", keep_rate=0.5,
+    )  # fmt: skip
+    graphdef, params = split(model)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    for size, tokens in (((16, 24), 1 + 3), ((32, 48), 1 + 12)):
+        batch = {"image": jnp.ones((2, *size, 3)), "mask": jnp.ones(2)}
+        step = functools.partial(
+            eval_step, graphdef=graphdef, task=SelectedTokens(), seed=0, mesh=mesh
+        )
+        sums = jax.jit(step)(params, batch, jnp.uint32(0))
+        assert metrics.means(sums) == {"tokens": tokens}

@@ -109,7 +109,7 @@ def test_arguments_replace_the_default_ones(tree: Tree) -> None:
     tree.run("launch/local.sh", "--config=configs/x.py", "--workdir=a b")
     assert tree.calls[-1].endswith(": -m tosa_jax.main --config=configs/x.py --workdir=a b")
     tree.run("launch/test.sh")
-    assert tree.calls[-1].endswith(": -m pytest tests")
+    assert tree.calls[-1].endswith(" --dist=loadfile tests")
     tree.run("launch/test.sh", "-k", "name")
     assert tree.calls[-1].endswith(": -m pytest -k name")
 
@@ -121,7 +121,7 @@ def test_works_from_another_directory(tree: Tree, tmp_path: Path) -> None:
 
 def test_ci_runs_the_tests_as_people_do(tree: Tree, tmp_path: Path) -> None:
     assert tree.run(".ci/run", cwd=tmp_path) == 0
-    assert tree.calls[-1].endswith(": -m pytest tests")
+    assert tree.calls[-1].endswith(" --dist=loadfile tests")
     assert tree.run(".ci/run", RUN_RC="3") == 3
 
 

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from tosa_jax.data.pipeline import DataConfig, eval_batches
 from tosa_jax.memory import check_fits
 from tosa_jax.metrics import add, means
+from tosa_jax.models.networks import at_size
 from tosa_jax.models.params import Params, set_params
 from tosa_jax.models.vit import Output
 from tosa_jax.sharding import process_rows, replicated, to_global, tree_shardings
@@ -73,7 +74,8 @@ class Evaluator:
     @functools.cached_property
     def _look(self):
         def look(params, batch, count):
-            model, key = set_params(self.graphdef, params), jax.random.key(self.seed)
+            model = at_size(set_params(self.graphdef, params), batch["image"].shape[1:3])
+            key = jax.random.key(self.seed)
             out = self.task.predict(model, batch["image"], key)
             return jax.tree.map(lambda x: x[:count], (dict(batch), out))
 

@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from tosa_jax.metrics import Totals, totals
+from tosa_jax.models.networks import at_size
 from tosa_jax.models.params import Params, set_params
 from tosa_jax.optim import global_norm, update_ema
 from tosa_jax.sharding import gather_params
@@ -167,9 +168,10 @@ def eval_step(
 ) -> Totals:
     """(sum, count) of each metric over the examples of a batch whose `mask` is 1.
 
-    `number` of the batch and `seed` give the key of random selections.
+    `number` of the batch and `seed` give the key of random selections. Images may have another size than those that
+    the network trained on, where the network takes any: its `keep_rate` is the share of the patches that they have.
     """
     key = jax.random.fold_in(jax.random.key(seed), number)
-    model = network(graphdef, params, mesh)
+    model = at_size(network(graphdef, params, mesh), batch["image"].shape[1:3])
     out = task.predict(model, batch["image"], key)
     return totals(task.metrics(out, batch), batch["mask"])

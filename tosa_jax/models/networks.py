@@ -38,7 +38,9 @@ def at_size(model: VisionTransformer, size: tuple[int, int]) -> VisionTransforme
     positions = model.positions(size)
     config = dataclasses.replace(model.config, image_size=size)
     graphdef, _ = split(nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0))))
-    return set_params(graphdef, get_params(model) | {"pos_embed": positions})
+    resized = set_params(graphdef, get_params(model) | {"pos_embed": positions})
+    resized.gather = model.gather
+    return resized
 
 
 def network_config(task: str, name: str, **fields: Any) -> ViTConfig:
