@@ -167,7 +167,7 @@ def main() -> None:
             NAME, num_classes=1, image_size=size, rngs=nnx.Rngs(0), **fields
         )
         own = args.selectors if fields.get("plan") == "selective" else None
-        tosa_jax.load_pretrained(model, args.weights, selectors=own)
+        tosa_jax.load_pretrained(model, args.weights, selectors=own, on_message=lambda line: None)
         return model
 
     dense = make()

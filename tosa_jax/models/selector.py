@@ -12,6 +12,9 @@ from jaxtyping import Array, Float
 from tosa_jax.array_types import AttnLogits
 from tosa_jax.models.vit_config import ViTConfig
 
+_FEW_MACS = 200
+"""Multiply-adds of an entry up to which a CPU works entry by entry: above, matrix products were as fast."""
+
 
 def _identity_kernels(size: int, heads: int, hidden: int) -> tuple[Array, Array]:
     """Kernels of an exact identity through a ReLU: `x = relu(x) - relu(-x)`."""
@@ -60,8 +63,27 @@ class TokenSelector(nnx.Module):
 
         The logits are read through `stop_gradient`: no loss on the prediction reaches the layer they come from.
         """
-        hidden = jax.nn.relu(self.conv1(jax.lax.stop_gradient(logits)))
-        return jax.nn.log_softmax(self.conv2(hidden), axis=-1)
+        logits = jax.lax.stop_gradient(logits)
+        if self.macs_per_entry > _FEW_MACS or len(self.conv1.kernel[...]) > 1:
+            return jax.nn.log_softmax(self._convolve(logits), axis=-1)
+        found = jax.lax.platform_dependent(logits, cpu=self._mix_heads, default=self._convolve)
+        return jax.nn.log_softmax(found, axis=-1)
+
+    def _convolve(self, logits: AttnLogits) -> AttnLogits:
+        return self.conv2(jax.nn.relu(self.conv1(logits)))
+
+    def _mix_heads(self, logits: AttnLogits) -> AttnLogits:
+        """The same for kernels of width 1, entry by entry: on a CPU one loop over the map, and no transposed copies."""
+
+        def mixed(heads, conv):
+            kernel, bias = (x[...].astype(logits.dtype) for x in (conv.kernel, conv.bias))
+            return [
+                sum(weight * x for weight, x in zip(kernel[0, :, f], heads, strict=True)) + bias[f]
+                for f in range(len(bias))
+            ]
+
+        hidden = mixed([logits[:, i] for i in range(logits.shape[1])], self.conv1)
+        return jnp.stack(mixed([jax.nn.relu(x) for x in hidden], self.conv2), axis=1)
 
     def macs(self, n: int) -> int:
         """Multiply-adds for one example of `n` tokens."""
