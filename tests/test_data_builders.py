@@ -23,7 +23,7 @@ def digits_dir(tmp_path_factory):
 def write_idx(path: Path, array: np.ndarray, *, magic: bytes | None = None) -> None:
     header = magic or bytes([0, 0, 8, array.ndim])
     data = header + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
-    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
 
 
 def write_set(folder: Path, *, labels: int = 4, suffix: str = ".gz", first: int = 0) -> None:
@@ -113,10 +113,10 @@ GOOD = bytes([0, 0, 8, 2]) + struct.pack(">2I", 2, 3) + bytes(6)
         ("x", GOOD + b"ab", "2 trailing bytes"),
         ("x", b"\x00\x00\x0d" + GOOD[3:], "not an IDX file of unsigned bytes.*0x00000d02"),
         ("x", b"<html>", "not an IDX file"),
-        ("x.gz", gzip.compress(GOOD)[:-9], "truncated or broken gzip"),
-        ("x.gz", gzip.compress(GOOD)[:12] + b"????????", "truncated or broken gzip"),
+        ("x.gz", gzip.compress(GOOD, mtime=0)[:-9], "truncated or broken gzip"),
+        ("x.gz", gzip.compress(GOOD, mtime=0)[:12] + b"????????", "truncated or broken gzip"),
         ("x.gz", GOOD, "truncated or broken gzip"),
-        ("x.gz", gzip.compress(GOOD[:-1]), "truncated: the header"),
+        ("x.gz", gzip.compress(GOOD[:-1], mtime=0), "truncated: the header"),
         ("x", None, "no such file"),
     ],
 )
