@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 from PIL import Image
 
 from tosa_jax import report_charts as charts
+from tosa_jax.config import CONTROLS
+from tosa_jax.report import MODEL_NAMES
 from tosa_jax.report_page import make_page, write_page
 
 VOID = {"meta", "img", "br"}
@@ -120,6 +123,15 @@ def test_fine_tunes_share_a_chart_and_ids_mean_one_thing():
     assert clips and page() == page()
     legend = " ".join(Outline(drawn).text)
     assert all(name in legend for name in ("ToSA", "dense", "random selection 0.5"))
+
+
+def test_every_control_has_a_name_and_a_colour_of_its_own():
+    networks = {"tosa", *CONTROLS}
+    assert networks == set(charts.SERIES) == set(MODEL_NAMES) - {"dense_pretrained"}
+    style = page().partition("</style>")[0]
+    colours = [re.findall(rf"--series-{i}: (#\w+)", style) for i in charts.SERIES.values()]
+    assert all(len(both) == 2 for both in colours)  # light and dark
+    assert all(len(set(theme)) == len(networks) for theme in zip(*colours, strict=True))
 
 
 def test_a_curve_needs_two_points_and_keeps_its_values():

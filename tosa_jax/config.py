@@ -22,8 +22,10 @@ from tosa_jax.profiling import profile_range
 from tosa_jax.sharding import MeshConfig
 from tosa_jax.tasks import TASKS
 
-CONTROLS = ("dense", "random", "previous", "skip")
-"""What may stand beside ToSA in the closing table: the values of `eval.controls`."""
+CONTROLS = (
+    "dense", "random", "previous", "skip", "class_attention", "true_map", "worst_bypass"
+)  # fmt: skip
+"""What may stand beside ToSA in the closing table: the values of `eval.controls`. The last two are oracles."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +113,7 @@ class StageConfig:
 class EvalConfig:
     """What the closing evaluation compares. Raises ConfigError for wrong values.
 
-    controls    "dense" is fine-tuned as long as ToSA; "random", "previous" and "skip" likewise, at each budget.
+    controls    of `CONTROLS`: each is fine-tuned as long as ToSA, at each budget where it has one.
     keep_rates  budgets, each fine-tuned on its own, unless fine-tuning draws its budgets; empty: those, or the model's.
     """
 

@@ -16,6 +16,9 @@ MODEL_NAMES = {
     "tosa": "ToSA",
     "random": "random selection",
     "previous": "previous layer's map",
+    "class_attention": "class token's attention",
+    "true_map": "oracle: the true next map",
+    "worst_bypass": "oracle: what the bypass misses",
     "skip": "selective layers skipped",
 }
 _TABLE_WIDTH = 100

@@ -12,8 +12,11 @@ from tosa_jax.report import MODEL_NAMES
 
 INK, MUTED, RULE = "#010101", "#020202", "#030303"
 """Stand-ins that `_themed` replaces by the page's own colours, like those of the series below."""
-SERIES = {"dense": 1, "tosa": 2, "random": 3, "previous": 4, "skip": 5}
-"""Network -> number of its colour `--series-<number>`; others share 6."""
+SERIES = {
+    "dense": 1, "tosa": 2, "random": 3, "previous": 4, "skip": 5, "class_attention": 6, "true_map": 7,
+    "worst_bypass": 8,
+}  # fmt: skip
+"""Network -> number of its colour `--series-<number>`."""
 _DASHES = ("-", "--", ":", "-.")  # budgets of one network, in order
 
 
@@ -55,11 +58,15 @@ def stage_network(stage: str) -> tuple[str, str]:
 
     >>> stage_network("finetune"), stage_network("finetune_0.25"), stage_network("pretrain")
     (('tosa', ''), ('tosa', '0.25'), ('dense', ''))
+    >>> stage_network("finetune_true_map"), stage_network("finetune_true_map_0.5")
+    (('true_map', ''), ('true_map', '0.5'))
     """
     kind, _, rest = stage.partition("_")
     if kind != "finetune":
         return "tosa" if kind == "selector" else "dense", ""
-    name, _, budget = rest.partition("_")
+    if rest in SERIES:
+        return rest, ""
+    name, _, budget = rest.rpartition("_")
     return (name, budget) if name in SERIES else ("tosa", rest)
 
 
@@ -161,7 +168,7 @@ def _tidy(axes: Any) -> None:
 
 
 def _colour(network: str) -> str:
-    return f"#f0f0f{SERIES.get(network, 6)}"
+    return f"#f0f0f{SERIES[network]}"
 
 
 def _svg(figure: Any) -> str:

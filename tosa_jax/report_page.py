@@ -137,7 +137,7 @@ def _cost_chart(rows: Sequence[Mapping[str, Any]]) -> str:
             text = MODEL_NAMES.get(row["name"], row["name"]).partition(",")[0]
             rate = row.get("keep_rate")
             text += f" {rate:g}" if charts.is_number(rate) else ""
-            network = row["name"].partition("_")[0]
+            network = row["name"].removesuffix("_pretrained")
             points.append((row["gmacs"] / dense, value * factor, network, text))
     if len(points) < 2:
         return ""
@@ -213,7 +213,7 @@ def _legend(lines: Sequence[charts.Curve]) -> str:
     dashes = ("", "6 4", "2 3", "7 3 2 3")
     items = "".join(
         f'<span><svg viewBox="0 0 28 10" aria-hidden="true"><path d="M1 5H27" stroke-width="2.5" '
-        f'stroke="var(--series-{charts.SERIES.get(line.network, 6)})" '
+        f'stroke="var(--series-{charts.SERIES[line.network]})" '
         f'stroke-dasharray="{dashes[line.budget % len(dashes)]}"/></svg>{escape(label)}</span>'
         for label, line in unique.items()
     )
