@@ -1,5 +1,6 @@
 """The network: sizes, initialisation, drop path, and what it says to sizes that do not fit."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +10,7 @@ from small import SIZES, forward, random_images, small_model
 
 from tosa_jax.cost import abstract_model, gmacs, num_params
 from tosa_jax.errors import ConfigError
+from tosa_jax.models import selector
 from tosa_jax.models.layers import DropPath
 from tosa_jax.models.networks import create_model
 from tosa_jax.models.params import get_params, set_params, split
@@ -154,3 +156,22 @@ def test_a_selector_with_more_channels_or_a_wider_kernel_starts_at_the_identity_
         selector = small_model(keep_rate=0.5, **fields).kinds[1].selector
         np.testing.assert_allclose(selector(logits), jax.nn.log_softmax(logits), atol=1e-6)
     assert SIZES["num_heads"] == 2
+
+
+def test_a_selector_computes_the_same_in_either_form(monkeypatch):
+    logits, weights = jax.random.normal(jax.random.key(0), (2, 2, 2, 5, 5))
+    graphdef, params = split(small_model(keep_rate=0.5).kinds[1].selector)
+    keys = jax.random.split(jax.random.key(1), len(params))
+    params = {
+        k: x + jax.random.normal(key, x.shape)
+        for key, (k, x) in zip(keys, params.items(), strict=True)
+    }
+
+    def loss(params):
+        found = set_params(graphdef, params)(logits)
+        return (weights * found).sum(), found
+
+    by_entry = jax.jit(jax.grad(loss, has_aux=True))(params)
+    monkeypatch.setattr(selector, "_FEW_MACS", 0)
+    by_matrix = jax.jit(lambda p: jax.grad(loss, has_aux=True)(p))(params)
+    chex.assert_trees_all_close(by_entry, by_matrix, rtol=1e-5, atol=1e-5)
