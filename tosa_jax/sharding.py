@@ -161,7 +161,7 @@ def gather_params(
 
     def one(path, x):
         spec = spec_for(path, x.shape, mesh)
-        if "fsdp" not in spec or mesh.shape["fsdp"] == 1:
+        if "fsdp" not in spec:
             return x
         whole = P(*(None if axis == "fsdp" else axis for axis in spec))
         x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec)).astype(dtype)
