@@ -1,22 +1,21 @@
 """How close to the dense network's tokens selection comes without any fine-tuning, on real DINOv2 weights.
 
-    python results/no_finetuning.py --weights=FILE --fit=DIR --score=DIR > results/no_finetuning.json
+    python results/no_finetuning.py --weights=FILE --score=DIR > results/no_finetuning.json
     python results/no_finetuning.py --rows=choices --selectors=FILE ... > results/choices_dinov2.json
 
 --rows=budgets: selective layers with each bypass, redundancy at falling budgets, and beside them ToMe (Bolya et al.
 2023), which merges for good and copies at the end; it is written here from the paper: bipartite matching of keys,
-size-weighted means, proportional attention. --rows=choices: every way to choose tokens, at keep .5, .3 and .15. What is
-fitted (the low-rank bypass, selectors) is fitted on the pictures under --fit and scored on those under --score. `share`
-is of the dense network's multiply-adds; cosines are means over images, to the dense network's final tokens: of the
-class token, and of the patches; with 95 % intervals by resampling images.
+size-weighted means, proportional attention. --rows=choices: every way to choose tokens, at keep .5, .3 and .15;
+selectors must have been fitted on other pictures than those under --score. `share` is of the dense network's
+multiply-adds; cosines are means over images, to the dense network's final tokens: of the class token, and of the
+patches; with 95 % intervals by resampling images.
 """
 
 import argparse
+import functools
 import json
 import math
-import platform
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -28,8 +27,8 @@ from PIL import Image
 import tosa_jax
 from tosa_jax import cost
 from tosa_jax.attention_ops import attention
+from tosa_jax.devices import describe_device, versions
 from tosa_jax.errors import ConfigError
-from tosa_jax.models.bypass_fit import fit_bypass
 from tosa_jax.models.params import set_params, split
 from tosa_jax.stand_ins import least_dissimilar, select_dissimilar, spread_groups, sum_groups
 
@@ -59,6 +58,11 @@ def run(forward, params, images: np.ndarray, batch: int = 16) -> np.ndarray:
     """Final tokens of all images."""
     parts = [forward(params, images[i : i + batch]) for i in range(0, len(images), batch)]
     return np.concatenate([np.asarray(part, np.float32) for part in parts])
+
+
+def final_tokens(graphdef, params, images):
+    """The forward pass of a network of this project."""
+    return set_params(graphdef, params)(images, key=jax.random.key(0)).tokens
 
 
 def tome(config, reduce: int, proportional: bool):
@@ -118,7 +122,7 @@ def choices(selectors: bool):
             yield name, redundant | {"redundancy_weight": weight}
 
 
-def contestants(budgets: tuple[float, ...]):
+def contestants(budgets: list[float]):
     """Rows as (name, fields of the model); redundancy's `keep_rate` is solved for each share of multiply-adds."""
     yield "dense", {}
     yield "skip", {"plan": "skip"}
@@ -127,9 +131,6 @@ def contestants(budgets: tuple[float, ...]):
         for schedule in ("linear", "uniform"):
             fields = {"plan": EVERY, "budget": schedule, "budget_gmacs": budget}
             yield f"redundancy, {schedule}, share {budget}", fields
-        yield f"redundancy in pairs, linear, share {budget}", {
-            "plan": ("standard", "redundancy") * 6, "budget": "linear", "budget_gmacs": budget
-        }  # fmt: skip
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -142,88 +143,77 @@ def interval(values: np.ndarray) -> list[float]:
     return np.percentile(values[rows].mean(axis=1), [2.5, 97.5]).tolist()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--weights", required=True)
-    parser.add_argument("--fit", type=Path, required=True, help="pictures to fit on")
-    parser.add_argument("--score", type=Path, required=True, help="other pictures, to score on")
-    parser.add_argument(
-        "--selectors", help="a file of save_selectors, for the rows of ToSA's own scores"
+def closeness(tokens: np.ndarray, truth: np.ndarray) -> dict:
+    """Mean cosines to the dense network's tokens, of the class token and of the patches, with their intervals."""
+    near = cosine(tokens, truth)
+    of_class, of_patches = near[:, 0], near[:, 1:].mean(axis=1)
+    return {
+        "class_cosine": float(of_class.mean()), "class_interval": interval(of_class),
+        "patch_cosine": float(of_patches.mean()), "patch_interval": interval(of_patches),
+    }  # fmt: skip
+
+
+def make(args: argparse.Namespace, **fields):
+    """The network with the released weights, and with the selectors where it reads them."""
+    model = tosa_jax.create_model(
+        NAME, num_classes=1, image_size=args.image_size, rngs=nnx.Rngs(0), **fields
     )
-    parser.add_argument("--rows", choices=("budgets", "choices"), default="budgets")
-    parser.add_argument("--images", type=int, default=48)
-    parser.add_argument("--fit_images", type=int, default=128)
-    parser.add_argument("--image_size", type=int, default=224)
-    parser.add_argument("--budgets", type=float, nargs="+", default=[0.87, 0.75, 0.65, 0.5])
-    args = parser.parse_args()
-    size = args.image_size
-    images, fit_images = (
-        crops(args.score, args.images, size),
-        crops(args.fit, args.fit_images, size),
+    own = args.selectors if fields.get("plan") == "selective" else None
+    return tosa_jax.load_pretrained(
+        model, args.weights, selectors=own, on_message=lambda line: None
     )
 
-    def make(**fields):
-        model = tosa_jax.create_model(
-            NAME, num_classes=1, image_size=size, rngs=nnx.Rngs(0), **fields
-        )
-        own = args.selectors if fields.get("plan") == "selective" else None
-        tosa_jax.load_pretrained(model, args.weights, selectors=own, on_message=lambda line: None)
-        return model
 
-    dense = make()
-    graphdef, shared = split(dense)
-    dense_macs = cost.macs(dense)
-    truth, rows = None, []
+def measure(args: argparse.Namespace) -> tuple[list[dict], dict[str, str]]:
+    """The rows, dense first, and why others were left out, by name."""
+    images = crops(args.score, args.images, args.image_size)
+    graphdef, weights = split(dense := make(args))
+    dense_macs, truth, rows, left_out = cost.macs(dense), None, [], {}
 
-    def report(name, tokens, work, seconds):
-        near = cosine(tokens, truth)
-        of_class, of_patches = near[:, 0], near[:, 1:].mean(axis=1)
-        rows.append({
-            "name": name, "share": work / dense_macs,
-            "class_cosine": float(of_class.mean()), "class_interval": interval(of_class),
-            "patch_cosine": float(of_patches.mean()), "patch_interval": interval(of_patches),
-            "seconds": seconds,
-        })  # fmt: skip
+    def report(name, forward, params, macs):
+        nonlocal truth
+        tokens = run(jax.jit(forward), params, images)
+        truth = tokens if truth is None else truth
+        rows.append({"name": name, "share": macs / dense_macs} | closeness(tokens, truth))
         print(rows[-1], file=sys.stderr)
 
-    compared = (
-        choices(bool(args.selectors))
-        if args.rows == "choices"
-        else contestants(tuple(args.budgets))
-    )
-    for name, fields in compared:
+    budgets = args.rows == "budgets"
+    for name, fields in contestants(args.budgets) if budgets else choices(bool(args.selectors)):
         if share := fields.pop("budget_gmacs", None):
             fields["budget_gmacs"] = share * dense_macs / 1e9
         try:
-            model = make(**fields)
+            own, params = split(model := make(args, **fields))
         except ConfigError as error:
-            print(f"{name}: left out: {error}", file=sys.stderr)
+            left_out[name] = str(error)
             continue
-        own_graph, params = split(model)
-        fitted = fit_bypass(model, [fit_images[i : i + 16] for i in range(0, len(fit_images), 16)])
-        forward = jax.jit(
-            lambda p, x, g=own_graph: set_params(g, p)(x, key=jax.random.key(0)).tokens
-        )
-        start = time.time()
-        tokens = run(forward, params | fitted, images)
-        truth = tokens if truth is None else truth
-        report(name, tokens, cost.macs(model), time.time() - start)
-    for reduce in (5, 10, 14, 17, 20) if args.rows == "budgets" else ():
+        report(name, functools.partial(final_tokens, own), params, cost.macs(model))
+    for reduce in (5, 10, 14, 17, 20) if budgets else ():
         for proportional in (True, False):
             forward, work = tome(dense.config, reduce, proportional)
-            start = time.time()
-            step = jax.jit(lambda p, x, f=forward: f(graphdef, p, x))
-            name = f"ToMe, r {reduce}" + (
-                "" if proportional else ", without proportional attention"
-            )
-            report(name, run(step, shared, images), work, time.time() - start)
+            name = f"ToMe, r {reduce}"
+            name += "" if proportional else ", without proportional attention"
+            report(name, functools.partial(forward, graphdef), weights, work)
+    return rows, left_out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--weights", required=True)
+    parser.add_argument("--score", type=Path, required=True, help="pictures to score on")
+    parser.add_argument("--selectors", help="a file of save_selectors, for ToSA's own choice")
+    parser.add_argument("--rows", choices=("budgets", "choices"), default="budgets")
+    parser.add_argument("--images", type=int, default=48)
+    parser.add_argument("--image_size", type=int, default=224)
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.87, 0.75, 0.65, 0.5])
+    args = parser.parse_args()
+    rows, left_out = measure(args)
+    selectors = " --selectors=FILE" if args.selectors else ""
     json.dump({
         "command": f"python results/no_finetuning.py --rows={args.rows} --weights=dinov2_vits14.safetensors"
-        " --fit=DIR --score=DIR",
-        "data": f"{args.images} crops of {size} px scored, {args.fit_images} crops of other pictures fitted on",
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "versions": {"python": platform.python_version(), "jax": jax.__version__},
-        "seed": 0, "model": NAME, "results": rows,
+        f" --score=DIR{selectors}",
+        "data": f"{args.images} crops of {args.image_size} px of the pictures under --score",
+        "device": describe_device(), "versions": versions(), "seed": 0, "model": NAME,
+        "left_out": left_out, "results": rows,
     }, sys.stdout, indent=1)  # fmt: skip
     print()
 
