@@ -1,5 +1,6 @@
 """What a model costs, by arithmetic: multiply-adds and parameters. Each layer kind speaks for itself."""
 
+import functools
 import math
 
 import jax
@@ -37,8 +38,13 @@ def num_params(model: VisionTransformer) -> int:
     return sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
+@functools.lru_cache(maxsize=64)
 def abstract_model(config: ViTConfig) -> VisionTransformer:
-    """The model with shapes for arrays: nothing is allocated."""
+    """The model with shapes for arrays: nothing is allocated.
+
+    One for all callers, since a run asks for each of its networks many times, at half a second each: read it, do not
+    change it.
+    """
     return nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0)))
 
 
