@@ -3,16 +3,16 @@
 import dataclasses
 import json
 
-import numpy as np
 import pytest
 from small import small_model, small_run
 
+from tosa_jax import train
 from tosa_jax.cost import gmacs
 from tosa_jax.errors import ConfigError
 from tosa_jax.models.networks import network_config
 from tosa_jax.run_plan import plan_stages
 from tosa_jax.stages import run_stages
-from tosa_jax.train import Updates
+from tosa_jax.train import compile_fitting, draw_budget
 
 
 @pytest.mark.parametrize(
@@ -41,14 +41,14 @@ def test_a_budget_that_cannot_be_met_says_what_can():
     assert small_model(budget_gmacs=99.0).config.keep_rate == 1.0
 
 
-def elastic_run(data_dir, **finetune):
+def elastic_run(data_dir, controls=("dense", "random"), **finetune):
     finetune = {"steps": 8, "keep_rates": (1.0, 0.5, 0.25), "eval_steps": 0} | finetune
     return small_run(
         data_dir,
         pretrain={"steps": 2},
         selector={"steps": 2},
         finetune=finetune,
-        eval={"controls": ("dense", "random"), "figure_images": 0},
+        eval={"controls": controls, "figure_images": 0},
     )
 
 
@@ -64,32 +64,30 @@ def test_one_stage_serves_every_budget(digits_dir):
     assert sum(r.network == "finetune_random" for r in rows) == 3
 
 
-def test_updates_draw_their_budgets_alike_after_a_restart(digits_dir, tmp_path, monkeypatch):
-    drawn = []
-    draw = Updates.drawn
+def test_updates_draw_each_budget_once_in_turn_and_alike_after_a_restart():
+    def draws(seed=0, stage_id=7, first=0):
+        return [draw_budget(seed, stage_id, step, 3) for step in range(first, 30)]
 
-    def spy(self, step):
-        drawn.append((self.setups[0].stage_id, step, draw(self, step)))
-        return drawn[-1][2]
+    assert draws(first=10) == draws()[10:]
+    rounds = [tuple(draws()[i : i + 3]) for i in range(0, 30, 3)]
+    assert all(sorted(budgets) == [0, 1, 2] for budgets in rounds) and len(set(rounds)) > 3
+    assert draws() != draws(seed=1) and draws() != draws(stage_id=8)
 
-    monkeypatch.setattr(Updates, "drawn", spy)
-    run = elastic_run(digits_dir)
-    result = run_stages(run, tmp_path)
-    by_stage = {}
-    for stage, step, budget in drawn:
-        by_stage.setdefault(stage, {})[step] = budget
-    elastic = [budgets for budgets in by_stage.values() if set(budgets.values()) - {0}]
-    assert len(elastic) == 2 and all(len(set(b.values())) == 3 for b in elastic)
-    assert all(spied == draw_again(run, stage, step) for stage, step, spied in drawn if spied)
+
+def test_an_elastic_run_trains_and_scores_every_budget(digits_dir, tmp_path, monkeypatch):
+    compiled = []
+
+    def spy(step_fn, state, batch, batch_size):
+        compiled.append(step_fn)
+        return compile_fitting(step_fn, state, batch, batch_size)
+
+    monkeypatch.setattr(train, "compile_fitting", spy)
+    result = run_stages(elastic_run(digits_dir, steps=4, controls=()), tmp_path)
+    assert len(compiled) == 1 + 1 + 3  # pretraining, selectors, and once for each budget
     scores = [(r["name"], r["keep_rate"], r["gmacs"]) for r in result["results"]]
     costs = [gmac for name, _, gmac in scores if name == "tosa"]
     assert len(costs) == 3 and costs == sorted(costs, reverse=True)
     assert json.loads((tmp_path / "report.json").read_text())["results"] == result["results"]
-
-
-def draw_again(run, stage, step):
-    """By the definition: from seed, stage and step alone."""
-    return int(np.random.default_rng([run.seed, stage, step]).integers(3))
 
 
 def test_only_fine_tuning_draws_budgets(digits_dir):

@@ -156,6 +156,15 @@ def compile_fitting(step_fn: Any, state: TrainState, batch: Any, batch_size: int
     return compiled
 
 
+def draw_budget(seed: int, stage_id: int, step: int, count: int) -> int:
+    """Which of `count` budgets the update after `step` has: the same in every process, and after a restart.
+
+    Each once in `count` updates, in an order drawn anew each time: none waits long.
+    """
+    draw = np.random.default_rng([seed, stage_id, step // count])
+    return int(draw.permutation(count)[step % count])
+
+
 class Updates:
     """The compiled updates of a stage: one, or one for each budget, of which every step draws its own."""
 
@@ -164,15 +173,10 @@ class Updates:
         self.shardings, self.mesh, self.batch_size = shardings, mesh, batch_size
         self.compiled: dict[int, Any] = {}
 
-    def drawn(self, step: int) -> int:
-        """Which budget the update after `step` has: the same in every process, and after a restart."""
-        setup = self.setups[0]
-        draw = np.random.default_rng([setup.seed, setup.stage_id, step])
-        return int(draw.integers(len(self.setups)))
-
     def __call__(self, step: int, state: TrainState, batch: Any) -> tuple[TrainState, Any]:
         """The state after an update on `batch`, and its metrics. Raises DeviceError if it does not fit."""
-        i = self.drawn(step)
+        setup = self.setups[0]
+        i = draw_budget(setup.seed, setup.stage_id, step, len(self.setups))
         if i not in self.compiled:
             step_fn = compile_step(self.setups[i], self.shardings, self.mesh)
             self.compiled[i] = compile_fitting(step_fn, state, batch, self.batch_size)
