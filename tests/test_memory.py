@@ -1,5 +1,9 @@
 """Memory of programs and devices, and what a person reads when it does not do."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -54,3 +58,38 @@ def test_a_defect_keeps_its_traceback_and_a_status_is_passed_on():
     with pytest.raises(RuntimeError, match="something else"):
         guard(defect)
     assert guard(lambda: 1) == 1
+
+
+FAULTS = """
+import resource, sys
+import jax, jax.numpy as jnp
+from tosa_jax.memory import keep_freed_memory
+jax.devices()
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+x = jnp.ones((4, 2**10, 2**10))
+step = jax.jit(lambda x: jnp.tanh(jnp.cumsum(x @ x, axis=0) @ x).sum())
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+step(x).block_until_ready(), step(x).block_until_ready()
+before = faults()
+for _ in range(10):
+    step(x).block_until_ready()
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_steps_use_again_what_earlier_ones_freed():
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+
+    def faults(how, **tuned):
+        command = [sys.executable, "-c", FAULTS, how]
+        done = subprocess.run(
+            command, env=clean | tuned | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, check=True
+        )  # fmt: skip
+        return int(done.stdout)
+
+    without = faults("-")
+    assert without > 10 * 2**24 / os.sysconf("SC_PAGE_SIZE")  # at least one array a step
+    assert faults("keep") < 0.2 * without
+    assert faults("keep", MALLOC_TOP_PAD_="0") > 0.5 * without  # the environment has decided

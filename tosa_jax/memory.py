@@ -1,5 +1,6 @@
-"""Whether a compiled program fits the device, told before it runs."""
+"""Whether a compiled program fits the device, told before it runs; and memory that steps on a CPU use again."""
 
+import ctypes
 import os
 from collections.abc import Mapping
 
@@ -41,3 +42,25 @@ def check_fits(
             f"{what} needs {needed / _GIB:.1f} GiB by XLA's memory analysis, and a device "
             f"({device.device_kind}) has {limit / _GIB:.1f} GiB: {advice}"
         )
+
+
+_MALLOPT = {
+    -8: 1,  # M_ARENA_MAX: the arenas of other threads cannot hold pieces above 64 MB
+    -4: 0,  # M_MMAP_MAX: no piece is mapped, and unmapped, on its own
+    -1: 2**31 - 1,  # M_TRIM_THRESHOLD: what is free at the end stays
+}
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc keep what programs on a CPU free, for their next call; to be called before the first one.
+
+    XLA asks for a program's temporaries anew at each call, and glibc by default gives large pieces back to the system,
+    so that every page of them faults again. The process then stays as large as it ever was. Nothing is done where JAX
+    runs on an accelerator, the C library is another, or the environment tunes it already (`MALLOC_*`,
+    `GLIBC_TUNABLES`).
+    """
+    tuned = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None and jax.default_backend() == "cpu" and not tuned:
+        for option, value in _MALLOPT.items():
+            mallopt(option, value)

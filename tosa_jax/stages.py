@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from tosa_jax import cost, figures, processes, report, report_page
+from tosa_jax import cost, figures, memory, processes, report, report_page
 from tosa_jax.checkpoints import Checkpoints
 from tosa_jax.config import RunConfig, StageConfig
 from tosa_jax.config_json import to_json
@@ -60,6 +60,7 @@ class Runner:
     ) -> None:
         self.run, self.workdir, self.stop = run, workdir, stop
         self.mesh: Mesh = make_mesh(run.mesh) if mesh is None else mesh
+        memory.keep_freed_memory()
         check_batch("batch_size", run.batch_size, self.mesh, run.accumulate)
         check_batch("eval.batch_size", run.eval.batch_size, self.mesh)
         if dataset is None:
