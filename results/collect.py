@@ -3,8 +3,9 @@
     python results/collect.py --command="launch/local.sh --config=..." RUN_DIR ... > results/NAME.json
     python results/collect.py --command=... --baseline=runs/mean_depth_map.json RUN_DIR ... > results/rooms.json
 
-For each row of the reports: the metric of every seed, mean and standard deviation. Device, versions and the seconds of
-each stage are kept, so that a table can be traced to what made it.
+For each row of the reports: the metric of every seed, mean and standard deviation; the same for the network before it
+was fine-tuned, with what the selector stage left. Device, versions and the seconds of each stage are kept, so that a
+table can be traced to what made it.
 """
 
 import argparse
@@ -14,6 +15,25 @@ import sys
 from pathlib import Path
 
 from tosa_jax.config_json import differences
+
+
+def spread(records: list[dict]) -> dict:
+    """Each metric that all seeds have: its values, their mean and standard deviation."""
+    found = {}
+    for metric in records[0]:
+        values = [record[metric] for record in records]
+        std = statistics.stdev(values) if len(values) > 1 else None
+        found[metric] = {"seeds": values, "mean": statistics.fmean(values), "std": std}
+    return found
+
+
+def before_fine_tuning(report: dict, row: dict) -> dict:
+    """The metrics of a row's network at the start of its fine-tuning; {} where it had none."""
+    name = "" if row["name"] == "tosa" else f"_{row['name']}"
+    for stage in (f"finetune{name}_{row['keep_rate']}", f"finetune{name}"):
+        if stage in report["stages"]:
+            return report["stages"][stage].get("before", {})
+    return {}
 
 
 def collect(reports: list[dict], command: str) -> dict:
@@ -26,14 +46,9 @@ def collect(reports: list[dict], command: str) -> dict:
     for same in zip(*(report["results"] for report in reports), strict=True):
         row = {key: same[0][key] for key in ("name", "keep_rate", "split", "count", "gmacs")}
         row["img_per_sec"] = statistics.median(r["img_per_sec"] for r in same)
-        row["metrics"] = {
-            metric: {
-                "seeds": (values := [r["metrics"][metric] for r in same]),
-                "mean": statistics.fmean(values),
-                "std": statistics.stdev(values) if len(values) > 1 else None,
-            }
-            for metric in same[0]["metrics"]
-        }
+        row["metrics"] = spread([r["metrics"] for r in same])
+        starts = [before_fine_tuning(*pair) for pair in zip(reports, same, strict=True)]
+        row["before_fine_tuning"] = spread(starts)
         rows.append(row)
     return {
         "command": command,

@@ -1,6 +1,12 @@
 """Strictness in one place: eight CPU devices, no silent broadcasting of ranks, every array annotation checked."""
 
+import os
 from pathlib import Path
+
+# Tests compile many small programs and run each a few times: most of LLVM's passes cost more than they bring.
+os.environ["XLA_FLAGS"] = " ".join(
+    [os.environ.get("XLA_FLAGS", ""), "--xla_llvm_disable_expensive_passes=true"]
+).strip()
 
 import jax
 import pytest
