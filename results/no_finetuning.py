@@ -34,7 +34,6 @@ from tosa_jax.stand_ins import least_dissimilar, select_dissimilar, spread_group
 
 NAME = "vit_small_patch14_dinov2"
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
-EVERY = ("standard",) + ("redundancy",) * 11
 
 
 def crops(folder: Path, count: int, size: int, seed: int = 0) -> np.ndarray:
@@ -129,7 +128,7 @@ def contestants(budgets: list[float]):
     yield "previous, identity, keep 0.5", {"plan": "previous", "keep_rate": 0.5}
     for budget in budgets:
         for schedule in ("linear", "uniform"):
-            fields = {"plan": EVERY, "budget": schedule, "budget_gmacs": budget}
+            fields = {"plan": "redundancy", "budget": schedule, "budget_gmacs": budget}
             yield f"redundancy, {schedule}, share {budget}", fields
 
 
@@ -204,7 +203,7 @@ def main() -> None:
     parser.add_argument("--rows", choices=("budgets", "choices"), default="budgets")
     parser.add_argument("--images", type=int, default=48)
     parser.add_argument("--image_size", type=int, default=224)
-    parser.add_argument("--budgets", type=float, nargs="+", default=[0.87, 0.75, 0.65, 0.5])
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.87, 0.75, 0.65, 0.58, 0.51])
     args = parser.parse_args()
     rows, left_out = measure(args)
     selectors = " --selectors=FILE" if args.selectors else ""

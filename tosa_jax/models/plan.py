@@ -30,6 +30,7 @@ def places(config: ViTConfig) -> tuple[Place, ...]:
             count = min(count, count_in)
             if kind.nests:
                 least = kind.least_count(count_in, config.num_prefix_tokens)
+                count = max(count, least) if config.budget == "linear" else count
                 check(count >= least,
                       f"keep_rate={config.keep_rate} leaves layer {layer} {count} of {count_in} tokens; "
                       f"{name!r} can bypass every second patch at most and leaves {least}")  # fmt: skip
@@ -71,6 +72,8 @@ def _rates(config: ViTConfig, selections: int) -> Sequence[float]:
     if config.budget == "uniform":
         return given * selections
     falling = [1 - (1 - given[0]) * 2 * (i + 1) / (selections + 1) for i in range(selections)]
+    if all(LAYER_KINDS[name].nests for name in config.plan if LAYER_KINDS[name].selects):
+        return [max(rate, 1 / config.num_patches) for rate in falling]  # then what the kind can reach
     check(not selections or falling[-1] > 0,
           f"keep_rate={given[0]} with budget='linear' leaves the last of {selections} selections no patch; "
           f"the mean must be above {1 - (selections + 1) / (2 * max(selections, 1)):.3f}")  # fmt: skip

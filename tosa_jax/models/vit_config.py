@@ -45,7 +45,8 @@ class ViTConfig:
     plan               a layer kind for each layer; None: all standard.
     keep_rate          share in (0, 1] of patches selected: one, or one a selection.
     budget_gmacs       above 0: keep_rate is solved for this cost of an image, and what was given is not read.
-    budget             "uniform": one keep_rate for all selections; "linear": keep_rate is the mean of falling ones.
+    budget             "uniform": one keep_rate for all selections; "linear": keep_rate is the mean of falling ones,
+                       which "redundancy" follows as far down as it can.
     count_multiple     counts of selected tokens are rounded up to a multiple of it.
     bypass             "identity", "low_rank" (of bypass_rank) or "shared"; "": the layer kind's own.
     bypass_pool        "shared": selected tokens enter as the mean of those they stand for; with bypass_size_bias they
