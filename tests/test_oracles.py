@@ -9,6 +9,7 @@ from small import forward, random_images, small_model
 from tests.test_layer_kinds import noisy
 from tosa_jax import cost
 from tosa_jax.errors import ConfigError
+from tosa_jax.models.bypass_fit import fit_bypass
 from tosa_jax.models.params import get_params, set_params, split
 
 LOW_RANK = {"bypass": "low_rank", "bypass_rank": 4}
@@ -105,6 +106,34 @@ def test_worst_bypass_is_the_distance_from_the_dense_update(dense, bypass):
     np.testing.assert_allclose(out.scores[0][:, 1:], error[:, 1:], atol=1e-4)
 
 
+@pytest.mark.parametrize(("fields", "gain"), [({}, 0.15), (LOW_RANK, 0.04)])
+def test_predicted_bypass_learns_to_choose_as_the_oracle_does(fields, gain):
+    # After the low-rank estimate hardly anything is left that a linear map could know.
+    def selected(kind, params):
+        model = small_model(depth=2, plan=("standard", kind), keep_rate=0.4, **fields)
+        own = split(model)[1] | {k: v for k, v in params.items() if k in split(model)[1]}
+        return np.asarray(forward(set_params(split(model)[0], own), held_out).selected[0])[:, 1:]
+
+    images = jax.random.normal(jax.random.key(3), (192, 8, 8, 1))
+    held_out = images[128:]
+    model = noisy(planned("predicted_bypass", **fields))
+    model = set_params(split(model)[0], get_params(model) | {
+        k: jnp.zeros_like(v) for k, v in get_params(model).items() if "/miss/" in k
+    })  # fmt: skip
+    fitted = fit_bypass(model, [images[:64], images[64:128]])
+    assert {name.split("/")[2] for name in fitted} == {"miss"} | ({"bypass"} if fields else set())
+    params = get_params(model) | fitted
+    truth = selected("worst_bypass", params)
+
+    def found(rows):
+        pairs = zip(rows, truth, strict=True)
+        return np.mean([len(set(a) & set(b)) / len(b) for a, b in pairs])
+
+    chance = truth.shape[1] / 16
+    before, after = (selected("predicted_bypass", p) for p in (get_params(model), params))
+    assert found(after) > max(found(before), chance) + gain
+
+
 def test_oracles_cost_what_a_free_prediction_would():
     def macs(kind, **fields):
         return cost.macs(small_model(depth=2, plan=("standard", kind), keep_rate=0.4, **fields))
@@ -112,7 +141,7 @@ def test_oracles_cost_what_a_free_prediction_would():
     free, estimating = macs("random"), macs("random", **LOW_RANK)
     assert macs("true_map") == macs("worst_bypass") == free
     assert macs("worst_bypass", **LOW_RANK) == estimating > free
-    assert macs("class_attention") == free + 17 * 16
+    assert macs("class_attention") == macs("predicted_bypass") == free + 17 * 16
 
 
 def test_worst_bypass_refuses_what_it_cannot_know():

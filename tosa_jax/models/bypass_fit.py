@@ -1,19 +1,23 @@
-"""Fits the low-rank bypass in closed form: what a linear map of rank r knows of the update that bypassed tokens miss.
+"""Fits in closed form what linear maps know of the update that bypassed tokens miss: the low-rank bypass, and the
+choice by what it misses.
 
 Reduced-rank regression (Izenman 1975) of the frozen dense network's update, over all layers of a group, on the
-normalised tokens at its start. Only sums over tokens are kept, so that images stream through; no labels.
+normalised tokens at its start; then, where `predicted_bypass` asks for it, of the logarithm of what is left of it. Only
+sums over tokens are kept; no labels.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float
 
 from tosa_jax.array_types import Images
 from tosa_jax.models.bypass import LowRank
+from tosa_jax.models.methods.oracles import PredictedBypass
 from tosa_jax.models.params import Params, get_params, set_params, split
 from tosa_jax.models.vit import VisionTransformer
 
@@ -28,19 +32,32 @@ class Moments(NamedTuple):
     xy: Float[Array, "d e"]
 
 
-def groups_to_fit(model: VisionTransformer) -> dict[int, int]:
-    """First -> last layer of each group whose bypass is fitted."""
+def groups_to_fit(model: VisionTransformer, needs: Callable[[nnx.Module], bool]) -> dict[int, int]:
+    """First -> last layer of each group whose first layer's kind `needs` fitting."""
     found, first = {}, None
     for place in (kind.place for kind in model.kinds):
         first = place.layer if place.opens else first
-        if place.closes and isinstance(getattr(model.kinds[first], "bypass", None), LowRank):
+        if place.closes and needs(model.kinds[first]):
             found[first] = place.layer
     return found
 
 
-def moments(model: VisionTransformer, images: Images) -> dict[int, Moments]:
-    """The sums over normalised images [b height width c], by first layer of a group; the network runs densely."""
-    groups, prefix = groups_to_fit(model), model.config.num_prefix_tokens
+def _has_low_rank(kind: nnx.Module) -> bool:
+    return isinstance(getattr(kind, "bypass", None), LowRank)
+
+
+def _predicts_misses(kind: nnx.Module) -> bool:
+    return isinstance(kind, PredictedBypass)
+
+
+def moments(
+    model: VisionTransformer, images: Images, groups: Mapping[int, int], *, of_misses: bool = False
+) -> dict[int, Moments]:
+    """The sums over normalised images [b height width c], by first layer of a group; the network runs densely.
+
+    y is the update [d] that a token misses or, with `of_misses`, the logarithm [1] of how far its bypass is from it.
+    """
+    prefix = model.config.num_prefix_tokens
     tokens, starts, found = model.embed(images), {}, {}
     for layer, block in enumerate(model.blocks):
         if layer in groups:
@@ -48,10 +65,13 @@ def moments(model: VisionTransformer, images: Images) -> dict[int, Moments]:
         tokens, _ = block(tokens)
         for first, last in groups.items():
             if last == layer:
-                before = starts[first]
-                update = (tokens - before)[:, prefix:]
-                x = model.blocks[first].norm1(before)[:, prefix:]
-                x, y = (v.reshape(-1, v.shape[-1]).astype(jnp.float32) for v in (x, update))
+                before, opening = starts[first], model.blocks[first]
+                y = tokens - before
+                if of_misses:
+                    missed = model.kinds[first].missed(opening, before, tokens)
+                    y = jnp.log(jnp.maximum(missed, jnp.finfo(jnp.float32).tiny))[:, :, None]
+                x, y = (v[:, prefix:] for v in (opening.norm1(before), y))
+                x, y = (v.reshape(-1, v.shape[-1]).astype(jnp.float32) for v in (x, y))
                 count = jnp.asarray(len(x), jnp.float32)
                 found[first] = Moments(count, x.sum(0), y.sum(0), x.T @ x, x.T @ y)
     return found
@@ -71,23 +91,41 @@ def solve(sums: Moments, rank: int, ridge: float) -> tuple[np.ndarray, np.ndarra
     return full @ axes, axes.T, y_mean - x_mean @ full @ axes @ axes.T
 
 
+def _sums(model: VisionTransformer, batches: Iterable[Images], **which) -> dict[int, Moments]:
+    """`moments` of all images, on the host."""
+    graphdef, params = split(model)
+    step = jax.jit(lambda p, images: moments(set_params(graphdef, p), images, **which))
+    total = None
+    for images in batches if which["groups"] else ():
+        part = step(params, images)
+        total = part if total is None else jax.tree.map(jnp.add, total, part)
+    return jax.device_get(total or {})
+
+
 def fit_bypass(
     model: VisionTransformer, batches: Iterable[Images], *, ridge: float = 1e-3
 ) -> Params:
-    """The fitted parameters of every low-rank bypass of `model`, by path; {} where there are none.
+    """The fitted parameters of every low-rank bypass of `model`, and of choices by what a bypass misses, by path.
 
-    batches  normalised images [b height width c], all of one size; a few hundred images are enough.
+    {} where there are none.
+
+    batches  normalised images [b height width c], all of one size; a few hundred images are enough. They are held
+             only where both are to be fitted, one after the other.
     """
-    graphdef, params = split(model)
-    step = jax.jit(lambda p, images: moments(set_params(graphdef, p), images))
-    total = None
-    for images in batches if groups_to_fit(model) else ():
-        part = step(params, images)
-        total = part if total is None else jax.tree.map(jnp.add, total, part)
-    fitted = {}
-    for first, sums in (total or {}).items():
-        down, up, bias = solve(jax.device_get(sums), model.kinds[first].bypass.rank, ridge)
-        at = f"kinds/{first}/bypass"
-        fitted |= {f"{at}/down/kernel": down, f"{at}/up/kernel": up, f"{at}/up/bias": bias}
-    own = get_params(model)
-    return {path: jnp.asarray(x, own[path].dtype) for path, x in fitted.items()}
+    own, fitted = get_params(model), {}
+
+    def add(at: str, values: Mapping[str, np.ndarray]) -> None:
+        fitted.update({
+            f"{at}/{name}": jnp.asarray(x, own[f"{at}/{name}"].dtype) for name, x in values.items()
+        })  # fmt: skip
+
+    bypasses, choices = (groups_to_fit(model, needs) for needs in (_has_low_rank, _predicts_misses))
+    batches = list(batches) if bypasses and choices else batches
+    for first, sums in _sums(model, batches, groups=bypasses).items():
+        down, up, bias = solve(sums, model.kinds[first].bypass.rank, ridge)
+        add(f"kinds/{first}/bypass", {"down/kernel": down, "up/kernel": up, "up/bias": bias})
+    model = set_params(split(model)[0], own | fitted)
+    for first, sums in _sums(model, batches, groups=choices, of_misses=True).items():
+        down, up, bias = solve(sums, 1, ridge)
+        add(f"kinds/{first}/miss", {"kernel": down @ up, "bias": bias})
+    return fitted

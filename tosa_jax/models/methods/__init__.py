@@ -1,7 +1,7 @@
 """The layer kinds, by the names that plans use. A method of its own: one file here and its lines in the registry."""
 
 from tosa_jax.models.methods.controls import Previous, Random, Skip
-from tosa_jax.models.methods.oracles import ClassAttention, TrueMap, WorstBypass
+from tosa_jax.models.methods.oracles import ClassAttention, PredictedBypass, TrueMap, WorstBypass
 from tosa_jax.models.methods.redundancy import Redundancy
 from tosa_jax.models.methods.standard import Standard
 from tosa_jax.models.methods.tosa import Selective, SelectiveFit
@@ -18,5 +18,6 @@ LAYER_KINDS: dict[str, type[LayerKind]] = {
     "class_attention": ClassAttention,
     "true_map": TrueMap,
     "worst_bypass": WorstBypass,
+    "predicted_bypass": PredictedBypass,
 }
 """What the names in a plan mean."""

@@ -1,4 +1,4 @@
-"""What a choice of tokens could be worth: the class token's attention, as rivals choose by, and two oracles.
+"""What a choice of tokens could be worth: the class token's attention, as rivals choose by, and oracles.
 
 An oracle runs the layer densely to know what a method would have to predict, and its GMACs are counted as if that
 knowledge were free: those of a method that predicts perfectly at no cost. It saves no time; it says how much accuracy a
@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tosa_jax.array_types import Heads, Scores
+from tosa_jax.array_types import Heads, Scores, Tokens
 from tosa_jax.attention_ops import attention, attention_logits, column_sums, pool_heads
-from tosa_jax.models.layers import Attend, Block
+from tosa_jax.models.layers import Attend, Block, linear
 from tosa_jax.models.methods.controls import Previous
 from tosa_jax.models.methods.tosa import SelectiveLayer
 from tosa_jax.models.stream import LayerCall, Place, Stream
@@ -61,19 +61,45 @@ class WorstBypass(SelectiveLayer):
     """
 
     def __init__(self, config: ViTConfig, place: Place, *, rngs: nnx.Rngs) -> None:
-        kind = "the layer kind 'worst_bypass'"
+        name = config.plan[place.layer]
+        kind = f"the layer kind {name!r}"
         check(config.bypass in ("", "identity", "low_rank"),
               f"bypass={config.bypass!r}: {kind} works with 'identity' and 'low_rank'")  # fmt: skip
         check(place.opens and place.closes,
               f"plan has layer {place.layer} in a group: {kind} needs a standard layer before each")  # fmt: skip
         super().__init__(config, place, rngs=rngs)
 
-    def apply(self, block: Block, stream: Stream, call: LayerCall) -> Stream:
-        tokens = stream.tokens
-        moved, _ = block(tokens)
+    def missed(self, block: Block, tokens: Tokens, moved: Tokens) -> Scores:
+        """How far [b n] the bypass alone leaves tokens [b n d] from `moved`, where the layer takes them."""
         # Every patch bypassed: only the prefix is selected.
         prefix = self.num_prefix_tokens
         nothing = select_tokens(jnp.zeros(tokens.shape[:2]), prefix, prefix)
         _, group = self.bypass.open(block, tokens, nothing)
-        error = jnp.linalg.norm((moved - group.bypassed).astype(jnp.float32), axis=-1)
-        return super().apply(block, stream._replace(summary=error), call)
+        return jnp.linalg.norm((moved - group.bypassed).astype(jnp.float32), axis=-1)
+
+    def expected(self, block: Block, tokens: Tokens) -> Scores:
+        """What the choice is made by [b n]: here the truth, which takes the layer itself."""
+        return self.missed(block, tokens, block(tokens)[0])
+
+    def apply(self, block: Block, stream: Stream, call: LayerCall) -> Stream:
+        summary = self.expected(block, stream.tokens)
+        return super().apply(block, stream._replace(summary=summary), call)
+
+
+class PredictedBypass(WorstBypass):
+    """The same choice without the layer: a linear map of the normalised tokens expects the logarithm of the miss.
+
+    Chooses by position until `fit_bypass` has fitted that map, in closed form on unlabelled images.
+    """
+
+    def __init__(self, config: ViTConfig, place: Place, *, rngs: nnx.Rngs) -> None:
+        super().__init__(config, place, rngs=rngs)
+        zeros = nnx.initializers.zeros_init()
+        self.miss = linear(config, config.embed_dim, 1, rngs, kernel_init=zeros)
+
+    def expected(self, block: Block, tokens: Tokens) -> Scores:
+        """The expected logarithm of the miss [b n]."""
+        return self.miss(block.norm1(tokens))[:, :, 0].astype(jnp.float32)
+
+    def own_macs(self, block: Block) -> int:
+        return super().own_macs(block) + self.num_tokens * self.width
