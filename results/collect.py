@@ -16,6 +16,9 @@ from pathlib import Path
 
 from tosa_jax.config_json import differences
 
+BY_SEED = ("seed: ", "init_from: ", "init_selectors: ")
+"""Fields that runs may differ in: a seed may start from what an earlier run with the same seed made."""
+
 
 def spread(records: list[dict]) -> dict:
     """Each metric that all seeds have: its values, their mean and standard deviation."""
@@ -40,7 +43,7 @@ def collect(reports: list[dict], command: str) -> dict:
     """One record for all reports. Raises ValueError if they differ in more than the seed."""
     for report in reports[1:]:
         lines = differences(reports[0]["config"], report["config"])
-        if extra := [line for line in lines if not line.startswith("seed: ")]:
+        if extra := [line for line in lines if not line.startswith(BY_SEED)]:
             raise ValueError(f"the runs differ in more than the seed: {extra}")
     rows = []
     for same in zip(*(report["results"] for report in reports), strict=True):

@@ -2,13 +2,15 @@
 
     python results/no_finetuning.py --weights=FILE --score=DIR > results/no_finetuning.json
     python results/no_finetuning.py --rows=choices --selectors=FILE ... > results/choices_dinov2.json
+    python results/no_finetuning.py --rows=bypass --fit=DIR ... > results/bypass_dinov2.json
 
 --rows=budgets: selective layers with each bypass, redundancy at falling budgets, and beside them ToMe (Bolya et al.
 2023), which merges for good and copies at the end; it is written here from the paper: bipartite matching of keys,
 size-weighted means, proportional attention. --rows=choices: every way to choose tokens, at keep .5, .3 and .15;
-selectors must have been fitted on other pictures than those under --score. `share` is of the dense network's
-multiply-adds; cosines are means over images, to the dense network's final tokens: of the class token, and of the
-patches; with 95 % intervals by resampling images.
+selectors must have been fitted on other pictures than those under --score. --rows=bypass: the low-rank bypass by rank,
+and choices by what a bypass is expected to miss, fitted on 128 crops of the pictures under --fit. `share` is of the
+dense network's multiply-adds; cosines are means over images, to the dense network's final tokens: of the class token,
+and of the patches; with 95 % intervals by resampling images.
 """
 
 import argparse
@@ -29,6 +31,7 @@ from tosa_jax import cost
 from tosa_jax.attention_ops import attention
 from tosa_jax.devices import describe_device, versions
 from tosa_jax.errors import ConfigError
+from tosa_jax.models.bypass_fit import fit_bypass
 from tosa_jax.models.params import set_params, split
 from tosa_jax.stand_ins import least_dissimilar, select_dissimilar, spread_groups, sum_groups
 
@@ -121,6 +124,24 @@ def choices(selectors: bool):
             yield name, redundant | {"redundancy_weight": weight}
 
 
+def bypasses():
+    """Rows as (name, fields of the model): six layers, what is fitted in closed form, at each budget."""
+    yield "dense", {}
+    for keep in (0.5, 0.3, 0.15):
+        for rank in (16, 64, 256):
+            fields = {
+                "plan": "previous",
+                "bypass": "low_rank",
+                "bypass_rank": rank,
+                "keep_rate": keep,
+            }
+            yield f"previous, low_rank {rank}, keep {keep}", fields
+        for kind in ("worst_bypass", "predicted_bypass"):
+            for bypass in ("identity", "low_rank"):
+                fields = {"plan": kind, "bypass": bypass, "keep_rate": keep}
+                yield f"{kind}, {bypass}, keep {keep}", fields
+
+
 def contestants(budgets: list[float]):
     """Rows as (name, fields of the model); redundancy's `keep_rate` is solved for each share of multiply-adds."""
     yield "dense", {}
@@ -152,15 +173,29 @@ def closeness(tokens: np.ndarray, truth: np.ndarray) -> dict:
     }  # fmt: skip
 
 
+FITTED: dict[tuple, dict] = {}
+"""What was fitted, by rank and whether choices were: no budget changes it."""
+
+
 def make(args: argparse.Namespace, **fields):
-    """The network with the released weights, and with the selectors where it reads them."""
+    """The network with the released weights, selectors where it reads them, and what is fitted where it has that."""
     model = tosa_jax.create_model(
         NAME, num_classes=1, image_size=args.image_size, rngs=nnx.Rngs(0), **fields
     )
     own = args.selectors if fields.get("plan") == "selective" else None
-    return tosa_jax.load_pretrained(
+    model = tosa_jax.load_pretrained(
         model, args.weights, selectors=own, on_message=lambda line: None
     )
+    if not args.fit:
+        return model
+    graphdef, params = split(model)
+    which = tuple(
+        sorted((name, x.shape) for name, x in params.items() if name.startswith("kinds/"))
+    )
+    if which not in FITTED:
+        images = crops(args.fit, 128, args.image_size)
+        FITTED[which] = fit_bypass(model, [images[i : i + 16] for i in range(0, len(images), 16)])
+    return set_params(graphdef, params | FITTED[which])
 
 
 def measure(args: argparse.Namespace) -> tuple[list[dict], dict[str, str]]:
@@ -177,7 +212,12 @@ def measure(args: argparse.Namespace) -> tuple[list[dict], dict[str, str]]:
         print(rows[-1], file=sys.stderr)
 
     budgets = args.rows == "budgets"
-    for name, fields in contestants(args.budgets) if budgets else choices(bool(args.selectors)):
+    rows_of = {
+        "budgets": lambda: contestants(args.budgets),
+        "choices": lambda: choices(bool(args.selectors)),
+        "bypass": bypasses,
+    }
+    for name, fields in rows_of[args.rows]():
         if share := fields.pop("budget_gmacs", None):
             fields["budget_gmacs"] = share * dense_macs / 1e9
         try:
@@ -200,16 +240,18 @@ def main() -> None:
     parser.add_argument("--weights", required=True)
     parser.add_argument("--score", type=Path, required=True, help="pictures to score on")
     parser.add_argument("--selectors", help="a file of save_selectors, for ToSA's own choice")
-    parser.add_argument("--rows", choices=("budgets", "choices"), default="budgets")
+    parser.add_argument("--fit", type=Path, help="pictures to fit on, others than those of --score")
+    parser.add_argument("--rows", choices=("budgets", "choices", "bypass"), default="budgets")
     parser.add_argument("--images", type=int, default=48)
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.87, 0.75, 0.65, 0.58, 0.51])
     args = parser.parse_args()
     rows, left_out = measure(args)
-    selectors = " --selectors=FILE" if args.selectors else ""
+    given = " --selectors=FILE" if args.selectors else ""
+    given += " --fit=DIR" if args.fit else ""
     json.dump({
         "command": f"python results/no_finetuning.py --rows={args.rows} --weights=dinov2_vits14.safetensors"
-        f" --score=DIR{selectors}",
+        f" --score=DIR{given}",
         "data": f"{args.images} crops of {args.image_size} px of the pictures under --score",
         "device": describe_device(), "versions": versions(), "seed": 0, "model": NAME,
         "left_out": left_out, "results": rows,
