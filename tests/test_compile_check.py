@@ -5,11 +5,15 @@ import re
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 
 from tosa_jax import compile_check, compiling
+from tosa_jax.command_line import parse
 from tosa_jax.compiling import following, largest_batch, preceding
+from tosa_jax.config import make_run_config
 from tosa_jax.devices import accelerator
+from tosa_jax.sharding import MeshConfig, make_mesh
 
 ROOT = Path(__file__).parents[1]
 DIGITS = f"--config={ROOT}/configs/digits.py"
@@ -27,6 +31,10 @@ def settings():
     before = jax.config.jax_enable_compilation_cache
     yield
     jax.config.update("jax_enable_compilation_cache", before)
+
+
+GRADIENTS = 2 * 12 * 256**2 * 4
+"""Bytes of the gradients of TINY's layers, but for vectors."""
 
 
 def check(capsys, *argv):
@@ -50,6 +58,7 @@ def test_the_training_step_is_compiled_for_the_tpu(capsys):
     assert record["argument_bytes"] - batch == pytest.approx(record["state_bytes"], rel=0.01)
     assert record["total_bytes"] < record["memory_bytes"] == 16 * 2**30
     assert record["collectives"]["all-gather"]["count"] > 4
+    assert record["collectives"]["reduce-scatter"]["bytes"] > 0.5 * GRADIENTS
     assert record["flops"] == pytest.approx(record["flops_arithmetic"], rel=0.5)
 
 
@@ -78,6 +87,19 @@ def test_wrong_command_lines_say_so_in_one_line(argv, says, capsys, monkeypatch)
     assert compile_check.main(argv) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ") and re.search(says, line)
+
+
+def test_depth_networks_are_compiled_with_their_own_batches():
+    argv = [f"--config={ROOT}/configs/rooms.py", "--config.model.depth=4"]
+    argv += ["--config.eval.batch_size=16", "--config.pretrain.warmup_steps=0"]
+    config, _ = parse("", argv)
+    mesh = make_mesh(MeshConfig())
+    batch = compiling.abstract_batch(make_run_config(config).model, 16, mesh)
+    assert {k: (x.shape, x.dtype) for k, x in batch.items()} == {
+        "image": ((16, 96, 128, 3), jnp.uint8), "depth": ((16, 96, 128), jnp.float32)
+    }  # fmt: skip
+    program = next(compiling.programs(make_run_config(config), mesh))
+    assert program.name == "train pretrain" and "96x128" in program.lower().as_text()
 
 
 def test_without_the_compiler_it_says_how_to_get_it(capsys, monkeypatch):
