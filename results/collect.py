@@ -16,8 +16,9 @@ from pathlib import Path
 
 from tosa_jax.config_json import differences
 
-BY_SEED = ("seed: ", "init_from: ", "init_selectors: ")
-"""Fields that runs may differ in: a seed may start from what an earlier run with the same seed made."""
+BY_SEED = ("seed: ", "init_from: ", "init_selectors: ", "eval.controls: ")
+"""Fields that runs may differ in: a seed may start from what an earlier run with the same seed made, and have more
+rows than others, each of which then has the seeds that have it."""
 
 
 def spread(records: list[dict]) -> dict:
@@ -39,6 +40,12 @@ def before_fine_tuning(report: dict, row: dict) -> dict:
     return {}
 
 
+def _key(row: dict) -> tuple:
+    """What makes rows of several reports one."""
+    rate = row["keep_rate"]
+    return row["name"], tuple(rate) if isinstance(rate, list) else rate
+
+
 def collect(reports: list[dict], command: str) -> dict:
     """One record for all reports. Raises ValueError if they differ in more than the seed."""
     for report in reports[1:]:
@@ -46,11 +53,16 @@ def collect(reports: list[dict], command: str) -> dict:
         if extra := [line for line in lines if not line.startswith(BY_SEED)]:
             raise ValueError(f"the runs differ in more than the seed: {extra}")
     rows = []
-    for same in zip(*(report["results"] for report in reports), strict=True):
+    for name, keep_rate in dict.fromkeys(_key(row) for r in reports for row in r["results"]):
+        having = [
+            (r, row) for r in reports for row in r["results"] if _key(row) == (name, keep_rate)
+        ]
+        same = [row for _, row in having]
         row = {key: same[0][key] for key in ("name", "keep_rate", "split", "count", "gmacs")}
-        row["img_per_sec"] = statistics.median(r["img_per_sec"] for r in same)
+        row["seeds"] = [report["config"]["seed"] for report, _ in having]
+        row["img_per_sec"] = statistics.median(row["img_per_sec"] for row in same)
         row["metrics"] = spread([r["metrics"] for r in same])
-        starts = [before_fine_tuning(*pair) for pair in zip(reports, same, strict=True)]
+        starts = [before_fine_tuning(*pair) for pair in having]
         row["before_fine_tuning"] = spread(starts)
         rows.append(row)
     return {

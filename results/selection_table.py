@@ -1,7 +1,6 @@
 """The tables of results/selection.md, from the records that it names.
 
-    python results/selection_table.py                      every table
-    python results/selection_table.py cluttered_fashion    those of results/cluttered_fashion.json
+    python results/selection_table.py
 
 Cosines have 95 % intervals from resampling crops. Accuracies are means over seeds; differences to ToSA are paired by
 seed and have the half-width of a 95 % interval by Student's t, which three seeds make wide.
@@ -9,7 +8,6 @@ seed and have the half-width of a 95 % interval by Student's t, which three seed
 
 import json
 import statistics
-import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
@@ -84,7 +82,7 @@ def accuracies(record: dict, title: str) -> None:
                     label, f"{row['gmacs'] / dense:.3f}",
                     f"{statistics.fmean(start):.1f}" if start else "–",
                     f"{statistics.fmean(end):.1f}",
-                    _difference(end, _accuracies(ours[keep]["metrics"])) if name != "tosa" else "–",
+                    _difference(row, ours[keep]) if name != "tosa" else "–",
                 ])  # fmt: skip
         columns = ["network", "GMACs", "before", "fine-tuned", "to ToSA"]
         table(f"{title}, keep {keep}", columns, rows)
@@ -95,24 +93,59 @@ def _accuracies(metrics: dict) -> list[float]:
     return [100 * value for value in metrics.get("acc1", {}).get("seeds", [])]
 
 
-def _difference(values: list[float], reference: list[float]) -> str:
-    """Mean of the paired differences, and the half-width of its interval."""
-    pairs = [a - b for a, b in zip(values, reference, strict=True)]
+def _difference(row: dict, reference: dict) -> str:
+    """Mean of the differences paired by seed, and the half-width of its interval where there are several."""
+    values, others = (
+        dict(zip(r["seeds"], _accuracies(r["metrics"]), strict=True)) for r in (row, reference)
+    )
+    pairs = [values[seed] - others[seed] for seed in values if seed in others]
     text = f"{statistics.fmean(pairs):+.1f}"
     if len(pairs) < 2:
-        return text
+        return f"{text} (one seed)"
     return f"{text} ± {T_95[len(pairs)] * statistics.stdev(pairs) / len(pairs) ** 0.5:.1f}"
 
 
+def bypasses(title: str, records: dict[str, dict]) -> None:
+    """ToSA by what becomes of bypassed tokens; the first record is the one that differences are to."""
+    found = {
+        (name, row["keep_rate"]): row
+        for name, record in records.items()
+        for row in record["results"]
+        if row["name"] == "tosa"
+    }
+    dense = next(iter(records.values()))["results"][0]["gmacs"]
+    first, rows = next(iter(records)), []
+    for keep in sorted({keep for _, keep in found}, reverse=True):
+        for name in records:
+            if (row := found.get((name, keep))) and (reference := found.get((first, keep))):
+                end = _accuracies(row["metrics"])
+                start = _accuracies(row["before_fine_tuning"])
+                rows.append([
+                    f"{keep:g}", name, f"{row['gmacs'] / dense:.3f}", f"{statistics.fmean(start):.1f}",
+                    f"{statistics.fmean(end):.1f}", _difference(row, reference) if name != first else "–",
+                ])  # fmt: skip
+    columns = ["keep", "ToSA with", "GMACs", "before", "fine-tuned", f"to {first}"]
+    table(title, columns, rows)
+
+
+def read(name: str) -> dict:
+    """A record of `collect.py`."""
+    return json.loads((FOLDER / f"{name}.json").read_text())
+
+
 def main() -> None:
-    wanted = sys.argv[1:]
-    if not wanted or "choices_dinov2" in wanted:
-        cosines()
-    for path in sorted(FOLDER.glob("cluttered_fashion*.json")) + sorted(
-        FOLDER.glob("fashion_bypass*.json")
+    cosines()
+    accuracies(read("cluttered_fashion"), "Cluttered canvases")
+    accuracies(read("cluttered_fashion_shared_controls"), "Cluttered canvases, bypass `shared`")
+    for title, name, identity in (
+        ("Cluttered canvases", "cluttered_fashion", "cluttered_fashion"),
+        ("Fashion-MNIST", "fashion", "fashion_alone"),
     ):
-        if not wanted or path.stem in wanted:
-            accuracies(json.loads(path.read_text()), path.stem)
+        records = {"identity": read(identity)}
+        for bypass in ("shared", "low_rank"):
+            if (FOLDER / f"{name}_{bypass}.json").exists():
+                records[bypass] = read(f"{name}_{bypass}")
+        bypasses(title, records)
 
 
 if __name__ == "__main__":
