@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tosa_jax.config_json import differences
 
-BY_SEED = ("seed: ", "init_from: ", "init_selectors: ", "eval.controls: ")
+BY_SEED = ("seed: ", "init_from: ", "init_selectors: ", "eval.controls: ", "eval.keep_rates: ")
 """Fields that runs may differ in: a seed may start from what an earlier run with the same seed made, and have more
 rows than others, each of which then has the seeds that have it."""
 
