@@ -135,8 +135,12 @@ def read(name: str) -> dict:
 
 def main() -> None:
     cosines()
-    accuracies(read("cluttered_fashion"), "Cluttered canvases")
-    accuracies(read("cluttered_fashion_shared_controls"), "Cluttered canvases, bypass `shared`")
+    for title, name in (
+        ("Cluttered canvases", "cluttered_fashion"),
+        ("Cluttered canvases, bypass `shared`", "cluttered_fashion_shared_controls"),
+    ):
+        if (FOLDER / f"{name}.json").exists():
+            accuracies(read(name), title)
     for title, name, identity in (
         ("Cluttered canvases", "cluttered_fashion", "cluttered_fashion"),
         ("Fashion-MNIST", "fashion", "fashion_alone"),
