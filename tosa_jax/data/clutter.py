@@ -23,9 +23,8 @@ least two patches of 4 pixels at full scale, so that one patch cannot tell."""
 CLUTTER = 0.4
 """Area of all pieces over that of the canvas. They overlap, and part of them is black: with Fashion-MNIST a fifth of
 the canvas is clutter then, half as much again as the item, and half of the patches are black. Leaving those out
-takes a network to a `keep_rate` of .5; below it, it has to find the item. With .6, and items from .5 on, a network that
-two cores can train in minutes hardly learns to find it. Pieces never cover a canvas: even if all were
-of the largest side, (0.5 / 0.4) ** 2 * 0.4 is below 1."""
+takes a network to a `keep_rate` of .5; below it, it has to find the item. Pieces never cover a canvas:
+even if all were of the largest side, (0.5 / 0.4) ** 2 * 0.4 is below 1."""
 
 
 class Canvas(NamedTuple):

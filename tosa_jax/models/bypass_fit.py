@@ -91,12 +91,22 @@ def solve(sums: Moments, rank: int, ridge: float) -> tuple[np.ndarray, np.ndarra
     return full @ axes, axes.T, y_mean - x_mean @ full @ axes @ axes.T
 
 
-def _sums(model: VisionTransformer, batches: Iterable[Images], **which) -> dict[int, Moments]:
+def _sums(
+    model: VisionTransformer,
+    batches: Iterable[Images],
+    groups: Mapping[int, int],
+    *,
+    of_misses: bool = False,
+) -> dict[int, Moments]:
     """`moments` of all images, on the host."""
     graphdef, params = split(model)
-    step = jax.jit(lambda p, images: moments(set_params(graphdef, p), images, **which))
+
+    @jax.jit
+    def step(params, images):
+        return moments(set_params(graphdef, params), images, groups, of_misses=of_misses)
+
     total = None
-    for images in batches if which["groups"] else ():
+    for images in batches if groups else ():
         part = step(params, images)
         total = part if total is None else jax.tree.map(jnp.add, total, part)
     return jax.device_get(total or {})
@@ -121,11 +131,11 @@ def fit_bypass(
 
     bypasses, choices = (groups_to_fit(model, needs) for needs in (_has_low_rank, _predicts_misses))
     batches = list(batches) if bypasses and choices else batches
-    for first, sums in _sums(model, batches, groups=bypasses).items():
+    for first, sums in _sums(model, batches, bypasses).items():
         down, up, bias = solve(sums, model.kinds[first].bypass.rank, ridge)
         add(f"kinds/{first}/bypass", {"down/kernel": down, "up/kernel": up, "up/bias": bias})
     model = set_params(split(model)[0], own | fitted)
-    for first, sums in _sums(model, batches, groups=choices, of_misses=True).items():
+    for first, sums in _sums(model, batches, choices, of_misses=True).items():
         down, up, bias = solve(sums, 1, ridge)
         add(f"kinds/{first}/miss", {"kernel": down @ up, "bias": bias})
     return fitted

@@ -73,10 +73,9 @@ def _rates(config: ViTConfig, selections: int) -> Sequence[float]:
         return given * selections
     falling = [1 - (1 - given[0]) * 2 * (i + 1) / (selections + 1) for i in range(selections)]
     if all(LAYER_KINDS[name].nests for name in config.plan if LAYER_KINDS[name].selects):
-        return [
-            max(rate, 1 / config.num_patches) for rate in falling
-        ]  # then what the kind can reach
-    check(not selections or falling[-1] > 0,
+        # Where less is asked for than the kind can leave, `places` takes that.
+        return [max(rate, 1 / config.num_patches) for rate in falling]
+    check(falling[-1] > 0,
           f"keep_rate={given[0]} with budget='linear' leaves the last of {selections} selections no patch; "
-          f"the mean must be above {1 - (selections + 1) / (2 * max(selections, 1)):.3f}")  # fmt: skip
+          f"the mean must be above {1 - (selections + 1) / (2 * selections):.3f}")  # fmt: skip
     return falling
