@@ -22,7 +22,7 @@ rows than others, each of which then has the seeds that have it."""
 
 
 def spread(records: list[dict]) -> dict:
-    """Each metric that all seeds have: its values, their mean and standard deviation."""
+    """Each metric, which all seeds have: its values, their mean and standard deviation."""
     found = {}
     for metric in records[0]:
         values = [record[metric] for record in records]
