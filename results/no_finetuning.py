@@ -4,9 +4,9 @@
     python results/no_finetuning.py --rows=choices --selectors=FILE ... > results/choices_dinov2.json
     python results/no_finetuning.py --rows=bypass --fit=DIR ... > results/bypass_dinov2.json
 
---rows=budgets: redundancy at several budgets, and beside it ToMe (Bolya et al. 2023), which merges for good and copies at
-the end; it is written here from the paper: bipartite matching of keys,
-size-weighted means, proportional attention. --rows=choices: every way to choose tokens, at keep .5, .3 and .15;
+--rows=budgets: redundancy at several budgets, and beside it ToMe (Bolya et al. 2023), which merges for good and copies
+at the end; it is written here from the paper: bipartite matching of keys, size-weighted means, proportional attention.
+--rows=choices: every way to choose tokens, at keep .5, .3 and .15;
 selectors must have been fitted on other pictures than those under --score. --rows=bypass: the low-rank bypass by rank,
 and choices by what a bypass is expected to miss, fitted on 128 crops of the pictures under --fit. `share` is of the
 dense network's multiply-adds; cosines are means over images, to the dense network's final tokens: of the class token,
