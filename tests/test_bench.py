@@ -1,5 +1,6 @@
 """The benchmark: who takes turns, and what its records mean; speed itself is not asserted."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -11,9 +12,10 @@ import pytest
 from small import SIZES
 
 from tosa_jax import bench, bench_records, memory
-from tosa_jax.bench_contestants import Contestant, check_fits, contestant
+from tosa_jax.bench_contestants import Contestant, check_fits, contestant, networks
 from tosa_jax.cost import gmacs
 from tosa_jax.errors import DeviceError
+from tosa_jax.models.networks import network_config
 from tosa_jax.models.vit_config import variant_config
 
 CONTRACT = {
@@ -76,6 +78,23 @@ def test_controls_have_the_same_budgets_and_random_isolates_the_selector(clock, 
     table = bench_records.format_records(rows).splitlines()
     assert len(table) == 7 and table[0].endswith("overhead") and table[2].endswith("12.5%")
     assert len(set(map(len, table))) == 1
+
+
+def test_redundancy_gets_the_multiply_adds_of_tosa_and_bypasses_are_compared_alike():
+    sizes = SIZES | {"image_size": 32, "embed_dim": 128}
+    make_config = functools.partial(
+        network_config, "classification", "vit", bypass="shared", **sizes
+    )
+    rows = list(networks(make_config, [0.75, 0.5], ["random", "redundancy"]))
+    assert [(name, rate) for name, rate, _ in rows] == [
+        ("dense", None), ("tosa", 0.75), ("tosa", 0.5), ("random", 0.75), ("random", 0.5),
+        ("redundancy", 0.75), ("redundancy", 0.5),
+    ]  # fmt: skip
+    costs = [gmacs(config) for _, _, config in rows]
+    for tosa, redundant in zip(costs[1:3], costs[5:], strict=True):
+        assert 0.98 * tosa < redundant <= tosa
+    assert {config.bypass for _, _, config in rows[:5]} == {"shared"}
+    assert {config.budget for _, _, config in rows[5:]} == {"linear"}
 
 
 def counting(order, name, rest=0.0):
@@ -200,9 +219,11 @@ def test_the_command_line_reaches_the_networks_fields(monkeypatch, capsys):
         "--remat=full",
         "--json",
     ]
-    assert bench.main([*argv, "--controls", "random", "--gather=one_hot"]) == 0
+    argv += ["--controls", "random", "--gather=one_hot", "--bypass=shared"]
+    assert bench.main(argv) == 0
     assert [row["batch_size"] for row in json.loads(capsys.readouterr().out)] == [2, 4]
     fields = {"scan_layers": True, "remat": "full", "gather": "one_hot", "image_size": 32}
+    fields["bypass"] = "shared"
     assert fields.items() <= seen[0][2].items() and seen[0][2]["controls"] == ["random"]
 
 

@@ -51,6 +51,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, lis
     add("--task", default="classification", help="or depth")
     add("--image_size", type=int, nargs="+", help="side, or height and width; default: the model's")
     add("--dtype", default="float32")
+    add("--bypass", default="", help="of ToSA and the controls: identity, low_rank or shared")
     add("--map_chunk", type=int, default=0, help="query rows at a time; 0: all")
     add("--gather", default="indices", help="or one_hot")
     add("--scan_layers", action="store_true", help="one program for all repetitions of the plan")
@@ -88,7 +89,17 @@ def _bench(argv: Sequence[str], args: argparse.Namespace, overrides: list[str]) 
 
 def measure_networks(argv: Sequence[str], args: argparse.Namespace) -> list[dict[str, Any]]:
     """The records of every batch size; with --sweep also as files."""
-    names = ("task", "dtype", "map_chunk", "gather", "scan_layers", "remat", "train", "rounds")
+    names = (
+        "task",
+        "dtype",
+        "bypass",
+        "map_chunk",
+        "gather",
+        "scan_layers",
+        "remat",
+        "train",
+        "rounds",
+    )
     names += ("controls", "against", "torch_compile")
     fields = {name: getattr(args, name) for name in names}
     if size := args.image_size:

@@ -4,7 +4,7 @@ A contestant is little more than a callable and what waits for its result, so th
 (`bench_torch.py`) take part as well.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,11 +19,37 @@ from tosa_jax.models.vit import Output
 from tosa_jax.models.vit_config import ViTConfig
 from tosa_jax.optim import OptimConfig, make_optimizer
 
-PLANS = {"tosa": "selective", "random": "random", "previous": "previous", "skip": "skip"}
-"""Name of a contestant with a budget -> the layer kind that takes every second layer."""
+PLANS = {
+    "tosa": "selective",
+    "random": "random",
+    "previous": "previous",
+    "class_attention": "class_attention",
+    "redundancy": "redundancy",
+    "skip": "skip",
+}
+"""Name of a contestant with a budget -> the layer kind that its plan is named after."""
 
 CONTROLS = tuple(name for name in PLANS if name != "tosa")
-"""`random` runs the fused attention and no selector; the others are the controls of `models/methods/controls.py`."""
+"""`random` runs the fused attention and no selector; `redundancy` selects in every layer, without a map; the others
+are the controls of `models/methods/controls.py` and the class token's attention."""
+
+
+def networks(
+    make_config: Callable[..., ViTConfig], keep_rates: Sequence[float], controls: Sequence[str]
+) -> Iterator[tuple[str, float | None, ViTConfig]]:
+    """Name, keep rate and network: dense, then ToSA and each control at each keep rate, `skip` once.
+
+    `redundancy` has no share of tokens to begin with: at a keep rate its budget is ToSA's GMACs there, falling
+    linearly with depth. It has a bypass of its own.
+    """
+    yield "dense", None, make_config()
+    for name in dict.fromkeys(["tosa", *controls]):
+        for rate in keep_rates if name != "skip" else [None]:
+            budget = {} if rate is None else {"keep_rate": rate}
+            if name == "redundancy":
+                tosa = make_config(plan=PLANS["tosa"], **budget)
+                budget = {"budget": "linear", "budget_gmacs": cost.gmacs(tosa), "bypass": ""}
+            yield name, rate, make_config(plan=PLANS[name], **budget)
 
 
 class Contestant(NamedTuple):

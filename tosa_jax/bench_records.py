@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tosa_jax import bench_torch, cost
-from tosa_jax.bench_contestants import CONTROLS, PLANS, Contestant, contestant
+from tosa_jax.bench_contestants import CONTROLS, Contestant, contestant, networks
 from tosa_jax.models.networks import network_config
 from tosa_jax.models.vit_config import check, check_choice
 
@@ -30,7 +30,7 @@ def measure(
 ) -> list[Record]:
     """One record a contestant: dense first, then ToSA and each control at each keep rate, then others' dense networks.
 
-    controls       of `CONTROLS`; `skip` has no keep rate and takes part once.
+    controls       of `CONTROLS`; `skip` has no keep rate and takes part once; `redundancy` gets ToSA's GMACs.
     against        of `bench_torch.LIBRARIES`: the dense network of PyTorch on the same device, in the same rounds.
     torch_compile  how that is compiled on a GPU: a value of `bench_torch.MODES`.
     fields         of `ViTConfig`. Weights are stored in float32 for training, and else in `dtype`, unless
@@ -50,11 +50,7 @@ def measure(
     against = bench_torch.check_arguments(against, task, torch_compile)
     fields = {"param_dtype": fields.get("dtype", "float32") if not train else "float32"} | fields
     make_config = functools.partial(network_config, task, model, **fields)
-    entries = [("dense", None, make_config())]
-    for name in dict.fromkeys(["tosa", *controls]):
-        for rate in keep_rates if name != "skip" else [None]:
-            budget = {} if rate is None else {"keep_rate": rate}
-            entries.append((name, rate, make_config(plan=PLANS[name], **budget)))
+    entries = list(networks(make_config, keep_rates, controls))
     contestants = [contestant(*entry, batch_size, train=train) for entry in entries]
     contestants += [
         bench_torch.contestant(

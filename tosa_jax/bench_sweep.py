@@ -14,6 +14,8 @@ _COLOURS = {
     "tosa": "#d07030",
     "random": "#4878a8",
     "previous": "#70a060",
+    "class_attention": "#c050a0",
+    "redundancy": "#208080",
     "skip": "#b09020",
     "timm": "#9060a8",
     "transformers": "#c05070",
