@@ -10,7 +10,7 @@ canvas, pieces of others about a fifth, and half of the patches are black.
 
 `:items` pretrains the network on the items alone, 49 patches of the same size, so that on the canvases it has to learn
 no more than to find them. Every control is fine-tuned as long as ToSA, at each of three budgets
-(results/cluttered_fashion.json, results/selection.md).
+(results/selection/cluttered_fashion.json, results/selection.md).
 """
 
 from tosa_jax.config import default_config

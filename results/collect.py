@@ -1,4 +1,4 @@
-"""Gathers the reports of runs that differ in their seed only into one result file.
+"""Gathers the reports of runs that differ in their seed, and in budgets, into one result file.
 
     python results/collect.py --command="launch/local.sh --config=..." RUN_DIR ... > results/NAME.json
     python results/collect.py --command=... --baseline=runs/mean_depth_map.json RUN_DIR ... > results/rooms.json
@@ -16,9 +16,11 @@ from pathlib import Path
 
 from tosa_jax.config_json import differences
 
-BY_SEED = ("seed: ", "init_from: ", "init_selectors: ", "eval.controls: ", "eval.keep_rates: ")
-"""Fields that runs may differ in: a seed may start from what an earlier run with the same seed made, and have more
-rows than others, each of which then has the seeds that have it."""
+MAY_DIFFER = (
+    "seed: ", "init_from: ", "init_selectors: ", "eval.controls: ", "eval.keep_rates: ", "model.budget_gmacs: ",
+)  # fmt: skip
+"""Fields that runs may differ in: a seed may start from what an earlier run with the same seed made; it may have more
+rows than others, each of which then has the seeds that have it; and its budgets may be runs of their own."""
 
 
 def spread(records: list[dict]) -> dict:
@@ -47,19 +49,23 @@ def _key(row: dict) -> tuple:
 
 
 def collect(reports: list[dict], command: str) -> dict:
-    """One record for all reports. Raises ValueError if they differ in more than the seed."""
+    """One record for all reports. Raises ValueError if they differ in more than `MAY_DIFFER`."""
     for report in reports[1:]:
         lines = differences(reports[0]["config"], report["config"])
-        if extra := [line for line in lines if not line.startswith(BY_SEED)]:
-            raise ValueError(f"the runs differ in more than the seed: {extra}")
+        if extra := [line for line in lines if not line.startswith(MAY_DIFFER)]:
+            raise ValueError(f"the runs differ in more than seed and budget: {extra}")
     rows = []
     for name, keep_rate in dict.fromkeys(_key(row) for r in reports for row in r["results"]):
-        having = [
-            (r, row) for r in reports for row in r["results"] if _key(row) == (name, keep_rate)
-        ]
+        by_seed = {
+            r["config"]["seed"]: (r, row)
+            for r in reports
+            for row in r["results"]
+            if _key(row) == (name, keep_rate)
+        }
+        having = list(by_seed.values())
         same = [row for _, row in having]
         row = {key: same[0][key] for key in ("name", "keep_rate", "split", "count", "gmacs")}
-        row["seeds"] = [report["config"]["seed"] for report, _ in having]
+        row["seeds"] = list(by_seed)
         row["img_per_sec"] = statistics.median(row["img_per_sec"] for row in same)
         row["metrics"] = spread([r["metrics"] for r in same])
         starts = [before_fine_tuning(*pair) for pair in having]

@@ -1,8 +1,8 @@
 """How close to the dense network's tokens selection comes without any fine-tuning, on real DINOv2 weights.
 
     python results/no_finetuning.py --weights=FILE --score=DIR > results/no_finetuning.json
-    python results/no_finetuning.py --rows=choices --selectors=FILE ... > results/choices_dinov2.json
-    python results/no_finetuning.py --rows=bypass --fit=DIR ... > results/bypass_dinov2.json
+    python results/no_finetuning.py --rows=choices --selectors=FILE ... > results/selection/choices_dinov2.json
+    python results/no_finetuning.py --rows=bypass --fit=DIR ... > results/selection/bypass_dinov2.json
 
 --rows=budgets: redundancy at several budgets, and beside it ToMe (Bolya et al. 2023), which merges for good and copies
 at the end; it is written here from the paper: bipartite matching of keys, size-weighted means, proportional attention.
