@@ -41,6 +41,43 @@ def test_a_budget_that_cannot_be_met_says_what_can():
     assert small_model(budget_gmacs=99.0).config.keep_rate == 1.0
 
 
+def redundancy_run(data_dir, **model):
+    return small_run(
+        data_dir,
+        model=model,
+        pretrain={"steps": 2},
+        finetune={"steps": 2},
+        eval={"controls": ("redundancy",), "keep_rates": (0.7, 0.5), "figure_images": 0},
+    )
+
+
+def test_redundancy_stands_beside_tosa_at_its_cost(digits_dir):
+    run = redundancy_run(digits_dir, image_size=32, embed_dim=128, bypass="shared")
+    stages, rows = plan_stages(run)
+    assert [s.name for s in stages[-2:]] == ["finetune_redundancy_0.7", "finetune_redundancy_0.5"]
+    of_name = {name: [r for r in rows if r.name == name] for name in ("tosa", "redundancy")}
+    for tosa, redundant in zip(*of_name.values(), strict=True):
+        assert redundant.keep_rate == tosa.keep_rate == tosa.model.keep_rate
+        assert 0.98 * gmacs(tosa.model) < gmacs(redundant.model) <= gmacs(tosa.model)
+        assert set(redundant.model.plan) == {"redundancy"} and redundant.model.budget == "linear"
+    assert [row.keep_rate for row in rows] == [None, 0.7, 0.5, 0.7, 0.5]
+
+
+def test_redundancy_is_fine_tuned_and_reported_at_the_budgets_of_tosa(digits_dir, tmp_path):
+    results = run_stages(redundancy_run(digits_dir), tmp_path)["results"]
+    cost = {(row["name"], row["keep_rate"]): row["gmacs"] for row in results}
+    assert list(cost)[1:] == [
+        ("tosa", 0.7), ("tosa", 0.5), ("redundancy", 0.7), ("redundancy", 0.5)
+    ]  # fmt: skip
+    assert cost["redundancy", 0.5] < cost["redundancy", 0.7] <= cost["tosa", 0.7]
+    assert all(0 < row["metrics"]["acc1"] < 1 for row in results)
+
+
+def test_redundancy_cannot_draw_its_budgets(digits_dir):
+    with pytest.raises(ConfigError, match="'redundancy' solves for a cost at each budget"):
+        plan_stages(elastic_run(digits_dir, controls=("redundancy",)))
+
+
 def elastic_run(data_dir, controls=("dense", "random"), **finetune):
     finetune = {"steps": 8, "keep_rates": (1.0, 0.5, 0.25), "eval_steps": 0} | finetune
     return small_run(

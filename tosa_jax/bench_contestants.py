@@ -13,7 +13,7 @@ from flax import nnx
 
 from tosa_jax import cost, memory
 from tosa_jax.losses import silog, smoothed_targets, soft_cross_entropy
-from tosa_jax.models.networks import build
+from tosa_jax.models.networks import build, redundant
 from tosa_jax.models.params import set_params, split
 from tosa_jax.models.vit import Output
 from tosa_jax.models.vit_config import ViTConfig
@@ -39,17 +39,16 @@ def networks(
 ) -> Iterator[tuple[str, float | None, ViTConfig]]:
     """Name, keep rate and network: dense, then ToSA and each control at each keep rate, `skip` once.
 
-    `redundancy` has no share of tokens to begin with: at a keep rate its budget is ToSA's GMACs there, falling
-    linearly with depth. It has a bypass of its own.
+    At a keep rate `redundancy` gets the GMACs that ToSA has there.
     """
     yield "dense", None, make_config()
     for name in dict.fromkeys(["tosa", *controls]):
         for rate in keep_rates if name != "skip" else [None]:
             budget = {} if rate is None else {"keep_rate": rate}
             if name == "redundancy":
-                tosa = make_config(plan=PLANS["tosa"], **budget)
-                budget = {"budget": "linear", "budget_gmacs": cost.gmacs(tosa), "bypass": ""}
-            yield name, rate, make_config(plan=PLANS[name], **budget)
+                yield name, rate, redundant(make_config(plan=PLANS["tosa"], **budget))
+            else:
+                yield name, rate, make_config(plan=PLANS[name], **budget)
 
 
 class Contestant(NamedTuple):

@@ -23,9 +23,10 @@ from tosa_jax.sharding import MeshConfig
 from tosa_jax.tasks import TASKS
 
 CONTROLS = (
-    "dense", "random", "previous", "skip", "class_attention", "true_map", "worst_bypass"
+    "dense", "random", "previous", "skip", "class_attention", "redundancy", "true_map", "worst_bypass"
 )  # fmt: skip
-"""What may stand beside ToSA in the closing table: the values of `eval.controls`. The last two are oracles."""
+"""What may stand beside ToSA in the closing table: the values of `eval.controls`. `redundancy` selects in every layer,
+at ToSA's GMACs for each budget. The last two are oracles."""
 
 
 @dataclass(frozen=True, kw_only=True)

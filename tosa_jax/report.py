@@ -17,6 +17,7 @@ MODEL_NAMES = {
     "random": "random selection",
     "previous": "previous layer's map",
     "class_attention": "class token's attention",
+    "redundancy": "redundancy, every layer",
     "true_map": "oracle: the true next map",
     "worst_bypass": "oracle: what the bypass misses",
     "skip": "selective layers skipped",

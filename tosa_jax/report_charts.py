@@ -14,7 +14,7 @@ INK, MUTED, RULE = "#010101", "#020202", "#030303"
 """Stand-ins that `_themed` replaces by the page's own colours, like those of the series below."""
 SERIES = {
     "dense": 1, "tosa": 2, "random": 3, "previous": 4, "skip": 5, "class_attention": 6, "true_map": 7,
-    "worst_bypass": 8,
+    "worst_bypass": 8, "redundancy": 9,
 }  # fmt: skip
 """Network -> number of its colour `--series-<number>`."""
 _DASHES = ("-", "--", ":", "-.")  # budgets of one network, in order

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from tosa_jax.config import RunConfig
 from tosa_jax.errors import ConfigError
 from tosa_jax.models.methods import LAYER_KINDS
+from tosa_jax.models.networks import redundant
 from tosa_jax.models.vit_config import ViTConfig, with_plan
 
 BUDGETLESS = ("dense", "skip")
@@ -34,11 +35,15 @@ class Stage:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the closing table: the network that a stage left, run as `model`."""
+    """A row of the closing table: the network that a stage left, run as `model`.
+
+    keep_rate  the budget that it stands beside others at; None if its cost does not depend on one.
+    """
 
     name: str
     model: ViTConfig
     network: str
+    keep_rate: float | tuple[float, ...] | None = None
 
 
 def plan_stages(run: RunConfig) -> tuple[list[Stage], list[Row]]:
@@ -65,11 +70,16 @@ def plan_stages(run: RunConfig) -> tuple[list[Stage], list[Row]]:
     if not run.has_stage("finetune"):
         if selectors == "selector" or run.init_selectors:
             rows += [
-                Row("tosa", dataclasses.replace(run.model, keep_rate=rate), selectors)
+                Row("tosa", dataclasses.replace(run.model, keep_rate=rate), selectors, rate)
                 for rate in run.keep_rates
             ]
         return stages, rows
     elastic = bool(run.finetune.keep_rates)
+    if elastic and "redundancy" in run.eval.controls:
+        raise ConfigError(
+            "eval.controls: 'redundancy' solves for a cost at each budget, and cannot stand beside fine-tuning "
+            "that draws its budgets (finetune.keep_rates); leave one of them out"
+        )
     contestants = [("tosa", run.keep_rates)]
     for control in run.eval.controls:
         contestants.append((control, run.keep_rates[: 1 if control in BUDGETLESS else None]))
@@ -80,11 +90,14 @@ def plan_stages(run: RunConfig) -> tuple[list[Stage], list[Row]]:
             stage += f"_{rate}" if of_budget and (name != "tosa" or i) else ""
             kind = {"tosa": None, "dense": "standard"}.get(name, name)
             model = dataclasses.replace(run.model, keep_rate=rate)
-            model = with_plan(model, kind) if kind else model
+            if name == "redundancy":
+                model = redundant(model)
+            elif kind:
+                model = with_plan(model, kind)
             start = trunk if name in BUDGETLESS else selectors  # with what was fitted there
             if stage not in [s.name for s in stages]:
                 stages.append(Stage(stage, "finetune", model, start, r"^(?!kinds/\d+/selector/)"))
-            rows.append(Row(name, model, stage))
+            rows.append(Row(name, model, stage, None if name in BUDGETLESS else rate))
     return stages, rows
 
 

@@ -31,7 +31,7 @@ from tosa_jax.models.plan import places
 from tosa_jax.models.pretrained import load_pretrained, save_selectors
 from tosa_jax.models.vit_config import ViTConfig, with_plan
 from tosa_jax.optim import HEAD, learning_rate, make_optimizer, split_trainable
-from tosa_jax.run_plan import BUDGETLESS, Row, Stage, plan_stages, uses_labels
+from tosa_jax.run_plan import Row, Stage, plan_stages, uses_labels
 from tosa_jax.sharding import check_batch, make_mesh, to_global, to_host
 from tosa_jax.steps import StepSetup, init_state, trained_params
 from tosa_jax.stopping import StopRequest, catch_signals
@@ -220,7 +220,7 @@ class Runner:
             metrics, count = evaluator(params) if scored else ({}, self.dataset.num_eval)
             result = {
                 "name": row.name,
-                "keep_rate": None if _is_budgetless(row) else _plain(row.model.keep_rate),
+                "keep_rate": _plain(row.keep_rate),
                 "split": self.run.data.eval_split,
                 "count": count,
                 "metrics": metrics,
@@ -240,10 +240,6 @@ class Runner:
         for name, figure in drawn.items() if processes.is_main() else ():
             figures.write_png(self.workdir / f"{name}.png", figure)
             writer.image("eval", 0, name, figure)
-
-
-def _is_budgetless(row: Row) -> bool:
-    return row.name in (*BUDGETLESS, "dense_pretrained")
 
 
 def _plain(keep_rate: Any) -> Any:

@@ -11,7 +11,7 @@ from tosa_jax.errors import ConfigError
 from tosa_jax.models.depth import DepthTransformer
 from tosa_jax.models.params import get_params, set_params, split
 from tosa_jax.models.vit import VisionTransformer
-from tosa_jax.models.vit_config import ViTConfig, check_choice, variant_config
+from tosa_jax.models.vit_config import ViTConfig, alternate, check_choice, variant_config
 
 NETWORKS: dict[str, type[VisionTransformer]] = {
     "classification": VisionTransformer,
@@ -81,6 +81,19 @@ def with_budget(config: ViTConfig, gmacs: float) -> ViTConfig:
     fitting = range(least, config.num_patches + 1)
     place = bisect.bisect_right(fitting, gmacs, key=lambda p: cost_of(p / config.num_patches))
     return dataclasses.replace(config, keep_rate=fitting[place - 1] / config.num_patches)
+
+
+def redundant(config: ViTConfig) -> ViTConfig:
+    """The rival of a network that selects: redundancy in every layer, budgets falling with depth, at most its GMACs.
+
+    Raises ConfigError where redundancy cannot save as much.
+    """
+    gmacs = nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0))).macs() / 1e9
+    plan = alternate("redundancy", config.depth, period=0)
+    # It has a bypass of its own, and counts that fall from layer to layer cannot be scanned.
+    own = {"bypass": "", "redundancy_weight": 0.0, "scan_layers": False}
+    rival = dataclasses.replace(config, plan=plan, keep_rate=1.0, budget="linear", **own)
+    return with_budget(rival, gmacs)
 
 
 def create_model(
