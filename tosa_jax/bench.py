@@ -89,18 +89,8 @@ def _bench(argv: Sequence[str], args: argparse.Namespace, overrides: list[str]) 
 
 def measure_networks(argv: Sequence[str], args: argparse.Namespace) -> list[dict[str, Any]]:
     """The records of every batch size; with --sweep also as files."""
-    names = (
-        "task",
-        "dtype",
-        "bypass",
-        "map_chunk",
-        "gather",
-        "scan_layers",
-        "remat",
-        "train",
-        "rounds",
-    )
-    names += ("controls", "against", "torch_compile")
+    names = ("task", "dtype", "bypass", "map_chunk", "gather", "scan_layers", "remat")
+    names += ("train", "rounds", "controls", "against", "torch_compile")
     fields = {name: getattr(args, name) for name in names}
     if size := args.image_size:
         fields["image_size"] = size[0] if len(size) == 1 else tuple(size)

@@ -19,19 +19,9 @@ from tosa_jax.models.vit import Output
 from tosa_jax.models.vit_config import ViTConfig
 from tosa_jax.optim import OptimConfig, make_optimizer
 
-PLANS = {
-    "tosa": "selective",
-    "random": "random",
-    "previous": "previous",
-    "class_attention": "class_attention",
-    "redundancy": "redundancy",
-    "skip": "skip",
-}
-"""Name of a contestant with a budget -> the layer kind that its plan is named after."""
-
-CONTROLS = tuple(name for name in PLANS if name != "tosa")
-"""`random` runs the fused attention and no selector; `redundancy` selects in every layer, without a map; the others
-are the controls of `models/methods/controls.py` and the class token's attention."""
+CONTROLS = ("random", "previous", "class_attention", "redundancy", "skip")
+"""Layer kinds that may stand beside ToSA. `random` runs the fused attention and no selector; `redundancy` selects in
+every layer, without a map."""
 
 
 def networks(
@@ -46,15 +36,16 @@ def networks(
         for rate in keep_rates if name != "skip" else [None]:
             budget = {} if rate is None else {"keep_rate": rate}
             if name == "redundancy":
-                yield name, rate, redundant(make_config(plan=PLANS["tosa"], **budget))
+                yield name, rate, redundant(make_config(plan="selective", **budget))
             else:
-                yield name, rate, make_config(plan=PLANS[name], **budget)
+                plan = "selective" if name == "tosa" else name
+                yield name, rate, make_config(plan=plan, **budget)
 
 
 class Contestant(NamedTuple):
     """One of those that take turns.
 
-    name        as in the records: "dense", a key of `PLANS`, or the library whose dense network it is.
+    name        as in the records: "dense", "tosa", one of `CONTROLS`, or the library whose dense network it is.
     keep_rate   None where nothing is selected.
     config      the network, which says what it costs.
     run         starts one pass over a batch; what it returns may not be there yet.
