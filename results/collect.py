@@ -18,6 +18,7 @@ from tosa_jax.config_json import differences
 
 MAY_DIFFER = (
     "seed: ", "init_from: ", "init_selectors: ", "eval.controls: ", "eval.keep_rates: ", "model.budget_gmacs: ",
+    "model.keep_rate: ",
 )  # fmt: skip
 """Fields that runs may differ in: a seed may start from what an earlier run with the same seed made; it may have more
 rows than others, each of which then has the seeds that have it; and its budgets may be runs of their own."""

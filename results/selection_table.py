@@ -150,7 +150,7 @@ def _with_interval(values: list[float], sign: str = "") -> str:
 
 
 def bypasses(title: str, records: dict[str, dict]) -> None:
-    """ToSA by what becomes of bypassed tokens, and other plans, by cost; differences are at equal keep rates."""
+    """ToSA by what becomes of bypassed tokens, and redundancy, by cost; differences are at equal keep rates."""
     dense = next(iter(records.values()))["results"][0]["gmacs"]
     first = next(iter(records))
     ours = {
@@ -163,7 +163,7 @@ def bypasses(title: str, records: dict[str, dict]) -> None:
     for (name, keep), row in sorted(ours.items(), key=lambda item: -item[1]["gmacs"]):
         reference = ours.get((first, keep)) if name != first else None
         rows.append([f"{row['gmacs'] / dense:.3f}", name, f"{keep:.2g}", *_ends(row, reference)])
-    columns = ["GMACs", "bypass", "keep", "before", "fine-tuned", f"to {first}"]
+    columns = ["GMACs", "bypass or plan", "keep", "before", "fine-tuned", f"to {first}"]
     table(title, columns, rows)
 
 
