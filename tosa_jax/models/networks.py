@@ -60,8 +60,7 @@ def with_budget(config: ViTConfig, gmacs: float) -> ViTConfig:
     """
 
     def cost_of(keep_rate: float) -> float:
-        candidate = dataclasses.replace(config, keep_rate=keep_rate)
-        return nnx.eval_shape(lambda: build(candidate, rngs=nnx.Rngs(0))).macs() / 1e9
+        return _gmacs(dataclasses.replace(config, keep_rate=keep_rate))
 
     def reaches(patches: int) -> bool:
         try:
@@ -88,12 +87,15 @@ def redundant(config: ViTConfig) -> ViTConfig:
 
     Raises ConfigError where redundancy cannot save as much.
     """
-    gmacs = nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0))).macs() / 1e9
     plan = alternate("redundancy", config.depth, period=0)
     # It has a bypass of its own, and counts that fall from layer to layer cannot be scanned.
     own = {"bypass": "", "redundancy_weight": 0.0, "scan_layers": False}
     rival = dataclasses.replace(config, plan=plan, keep_rate=1.0, budget="linear", **own)
-    return with_budget(rival, gmacs)
+    return with_budget(rival, _gmacs(config))
+
+
+def _gmacs(config: ViTConfig) -> float:
+    return nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0))).macs() / 1e9
 
 
 def create_model(
