@@ -81,7 +81,9 @@ def collect(reports: list[dict], command: str) -> dict:
             {name: stage.get("seconds") for name, stage in report["stages"].items()}
             for report in reports
         ],
-        "selector": [report["stages"].get("selector") for report in reports],
+        "selector": list(
+            {r["config"]["seed"]: r["stages"].get("selector") for r in reports}.values()
+        ),
         "results": rows,
     }
 
