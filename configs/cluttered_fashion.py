@@ -5,8 +5,8 @@
 
 FROM is runs/cluttered_fashion_items, the first one's work directory. DIR holds Fashion-MNIST's four gz files (Debian:
 package dataset-fashion-mnist, /usr/share/datasets/fashion-mnist). 20,000 training and 4,000 test canvases of 56x56
-pixels are drawn on the first run (`tosa_jax/data/clutter.py`): 196 patches. The item to be named fills 14 to 25 % of a
-canvas, pieces of others about a fifth, and half of the patches are black.
+pixels are drawn on the first run (`tosa_jax/data/synthetic/clutter.py`): 196 patches. The item to be named fills 14 to
+25 % of a canvas, pieces of others about a fifth, and half of the patches are black.
 
 `:items` pretrains the network on the items alone, 49 patches of the same size, so that on the canvases it has to learn
 no more than to find them. Every control is fine-tuned as long as ToSA, at each of three budgets

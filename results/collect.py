@@ -14,7 +14,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from tosa_jax.config_json import differences
+from tosa_jax.config import differences
 
 MAY_DIFFER = (
     "seed: ", "init_from: ", "init_selectors: ", "eval.controls: ", "eval.keep_rates: ", "model.budget_gmacs: ",

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from tosa_jax import bench
-from tosa_jax.devices import describe_device, versions
+from tosa_jax.distributed.devices import describe_device, versions
 
 FOLDER = Path(__file__).parent
 

@@ -23,9 +23,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import tosa_jax
-from tosa_jax import cost
 from tosa_jax.data.builders.idx import read_split
-from tosa_jax.devices import describe_device, versions
+from tosa_jax.distributed.devices import describe_device, versions
+from tosa_jax.models import cost
 from tosa_jax.models.params import set_params, split
 
 NAME, BATCH = "vit_small_patch14_dinov2", 50

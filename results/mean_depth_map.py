@@ -13,12 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tosa_jax import metrics
-from tosa_jax.command_line import parse
+from tosa_jax.cli.flags import parse
 from tosa_jax.config import StageConfig, make_run_config
 from tosa_jax.data.pipeline import eval_batches
 from tosa_jax.models.vit import Output
-from tosa_jax.tasks import TASKS
+from tosa_jax.tasks import TASKS, metrics
 
 
 def score_mean_map(argv: list[str]) -> dict:

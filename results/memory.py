@@ -9,9 +9,9 @@ chunks of query rows.
 import json
 import sys
 
-from tosa_jax.bench_contestants import contestant
-from tosa_jax.devices import describe_device, versions
-from tosa_jax.models.networks import network_config
+from tosa_jax.distributed.devices import describe_device, versions
+from tosa_jax.models.factory import network_config
+from tosa_jax.performance.candidates import candidate
 
 MODEL, SIZE, BATCH_SIZE = "deit_small_patch16_224", (480, 640), 8
 
@@ -26,7 +26,7 @@ def main() -> None:
             fields |= {"plan": "selective", "keep_rate": keep_rate}
         config = network_config("classification", MODEL, **fields)
         name = "tosa" if keep_rate else "dense"
-        measured = contestant(name, keep_rate, config, BATCH_SIZE, train=train)
+        measured = candidate(name, keep_rate, config, BATCH_SIZE, train=train)
         row = {"name": name, "keep_rate": keep_rate, "map_chunk": chunk, "train": train}
         rows.append(row | {"temp_bytes": measured.temp_bytes})
         print(rows[-1], file=sys.stderr)

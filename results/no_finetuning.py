@@ -27,13 +27,18 @@ from flax import nnx
 from PIL import Image
 
 import tosa_jax
-from tosa_jax import cost
-from tosa_jax.attention_ops import attention
-from tosa_jax.devices import describe_device, versions
+from tosa_jax.distributed.devices import describe_device, versions
 from tosa_jax.errors import ConfigError
+from tosa_jax.models import cost
 from tosa_jax.models.bypass_fit import fit_bypass
 from tosa_jax.models.params import set_params, split
-from tosa_jax.stand_ins import least_dissimilar, select_dissimilar, spread_groups, sum_groups
+from tosa_jax.ops.attention import attention
+from tosa_jax.ops.token_matching import (
+    bipartite_matching,
+    least_after_matching,
+    spread_groups,
+    sum_groups,
+)
 
 NAME = "vit_small_patch14_dinov2"
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
@@ -72,7 +77,7 @@ def tome(config, reduce: int, proportional: bool):
     prefix, n = config.num_prefix_tokens, config.num_tokens
     counts = [n]
     for _ in range(config.depth):
-        counts.append(max(counts[-1] - reduce, least_dissimilar(counts[-1], prefix)))
+        counts.append(max(counts[-1] - reduce, least_after_matching(counts[-1], prefix)))
 
     def forward(graphdef, params, images):
         model = set_params(graphdef, params)
@@ -85,7 +90,7 @@ def tome(config, reduce: int, proportional: bool):
 
             update, keys = block.attn_branch(tokens, attend)
             tokens = tokens + update
-            chosen, _ = select_dissimilar(keys, left, prefix)
+            chosen, _ = bipartite_matching(keys, left, prefix)
             sizes = jnp.ones((*tokens.shape[:2], 1)) if sizes is None else sizes
             total = sum_groups(sizes, chosen)
             tokens, sizes = sum_groups(tokens * sizes, chosen) / total, total
@@ -142,7 +147,7 @@ def bypasses():
                 yield f"{kind}, {bypass}, keep {keep}", fields
 
 
-def contestants(budgets: list[float]):
+def candidates(budgets: list[float]):
     """Rows as (name, fields of the model); redundancy's `keep_rate` is solved for each share of multiply-adds."""
     yield "dense", {}
     yield "skip", {"plan": "skip"}
@@ -213,7 +218,7 @@ def measure(args: argparse.Namespace) -> tuple[list[dict], dict[str, str]]:
 
     budgets = args.rows == "budgets"
     rows_of = {
-        "budgets": lambda: contestants(args.budgets),
+        "budgets": lambda: candidates(args.budgets),
         "choices": lambda: choices(bool(args.selectors)),
         "bypass": bypasses,
     }

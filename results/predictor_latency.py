@@ -15,9 +15,9 @@ import numpy as np
 from flax import nnx
 
 import tosa_jax
-from tosa_jax import command_line
-from tosa_jax.cost import gmacs
-from tosa_jax.devices import describe_device, versions
+from tosa_jax.cli import flags
+from tosa_jax.distributed.devices import describe_device, versions
+from tosa_jax.models.cost import gmacs
 
 BATCH_SIZES = (1, 8, 64)
 
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=20)
     args = parser.parse_args()
-    command_line.configure_jax()
+    flags.configure_jax()
     records = measure(args.model, args.keep_rate, args.rounds, dtype=args.dtype)
     result = {
         "command": f"python results/predictor_latency.py {' '.join(sys.argv[1:])}".strip(),

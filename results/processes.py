@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tosa_jax.devices import versions
+from tosa_jax.distributed.devices import versions
 
 RECIPE = [
     "--config=configs/digits.py", "--config.pretrain.epochs=0", "--config.pretrain.steps=600",

@@ -3,7 +3,7 @@
     python results/scale.py > results/scale.json       measures, computes; prints the tables to standard error
 
 Measured: collectives of training steps compiled for up to eight fake CPU devices, nothing run. Computed: arithmetic
-from `cost.py` and the makers' figures in `devices.py`, with the assumptions that the file lists.
+from `models/cost.py` and the makers' figures in `distributed/devices.py`, with the assumptions that the file lists.
 """
 
 import json
@@ -15,11 +15,12 @@ import jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
-from tosa_jax import compiling, cost  # noqa: E402
 from tosa_jax.config import default_config, make_run_config  # noqa: E402
-from tosa_jax.devices import accelerator  # noqa: E402
+from tosa_jax.distributed.devices import accelerator  # noqa: E402
+from tosa_jax.distributed.mesh import MeshConfig, make_mesh  # noqa: E402
+from tosa_jax.models import cost  # noqa: E402
 from tosa_jax.models.vit_config import variant_config  # noqa: E402
-from tosa_jax.sharding import MeshConfig, make_mesh  # noqa: E402
+from tosa_jax.performance import aot  # noqa: E402
 
 ASSUMED = {
     "utilisation": 0.4,  # share of the peak; a guess, until a run's perf/mfu says better
@@ -51,8 +52,8 @@ def measure(mesh: dict, **changes) -> dict:
     axes = MeshConfig(**mesh)
     count = (axes.dcn or 1) * axes.data * axes.fsdp * axes.model
     on = make_mesh(axes, jax.devices()[:count])
-    program = next(compiling.programs(make_run_config(config), on))
-    record = compiling.compile_program(program, on)
+    program = next(aot.programs(make_run_config(config), on))
+    record = aot.compile_program(program, on)
     kept = {key: record[key] for key in ("state_bytes", "flops", "collectives")}
     return {"mesh": mesh, **sizes} | kept
 

@@ -13,9 +13,9 @@ import numpy as np
 from flax import nnx
 
 import tosa_jax
-from tosa_jax.data.decoding import Form
-from tosa_jax.figures import selected_tokens_figure, write_png
+from tosa_jax.data.decoding import Preprocess
 from tosa_jax.models.params import set_params, split
+from tosa_jax.reporting.figures import selected_tokens_figure, write_png
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 
@@ -35,7 +35,7 @@ def main() -> None:
         keep_rate=args.keep_rate, rngs=nnx.Rngs(0),
     )  # fmt: skip
     tosa_jax.load_pretrained(model, args.weights, selectors=args.selectors)
-    form = Form(image_size=224, channels=3, resize="crop", crop_pct=1.0)
+    form = Preprocess(image_size=224, channels=3, resize="crop", crop_pct=1.0)
     images = np.stack([form.decode(open(path, "rb").read()) for path in args.pictures])
     graphdef, params = split(model)
     inputs = ((images / 255 - MEAN) / STD).astype(np.float32)

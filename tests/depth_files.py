@@ -6,7 +6,7 @@ import h5py
 import numpy as np
 from PIL import Image
 
-from tosa_jax.data.rooms import render_room
+from tosa_jax.data.synthetic.rooms import render_room
 
 
 def write_nyu_files(folder: Path, *, train: int = 4, validation: int = 2) -> Path:

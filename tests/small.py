@@ -4,7 +4,7 @@ import jax
 from flax import nnx
 
 from tosa_jax.config import RunConfig, default_config, make_run_config
-from tosa_jax.models.networks import create_model
+from tosa_jax.models.factory import create_model
 from tosa_jax.models.params import set_params, split
 from tosa_jax.models.vit import Output, VisionTransformer
 

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 from small import SIZES
 
-from tosa_jax import bench, bench_records, memory
-from tosa_jax.bench_contestants import Contestant, check_fits, contestant, networks
-from tosa_jax.cost import gmacs
+from tosa_jax import bench
+from tosa_jax.distributed import memory
 from tosa_jax.errors import DeviceError
-from tosa_jax.models.networks import network_config
+from tosa_jax.models.cost import gmacs
+from tosa_jax.models.factory import network_config
 from tosa_jax.models.vit_config import variant_config
+from tosa_jax.performance import records
+from tosa_jax.performance.candidates import Candidate, candidate, check_fits, networks
 
 CONTRACT = {
     "name", "keep_rate", "batch_size", "image_size", "dtype", "train", "gmacs", "xla_gmacs", "ms",
@@ -26,11 +28,11 @@ CONTRACT = {
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Sets what the rounds measure, in seconds [rounds, contestants]; nothing is run."""
+    """Sets what the rounds measure, in seconds [rounds, candidates]; nothing is run."""
 
     def set_seconds(rows):
         found = np.array(rows)
-        monkeypatch.setattr(bench_records, "interleaved_seconds", lambda contestants, _: found)
+        monkeypatch.setattr(records, "interleaved_seconds", lambda candidates, _: found)
 
     return set_seconds
 
@@ -52,11 +54,11 @@ def test_records_have_the_arithmetic_of_their_medians(clock, train):
 
 
 def uncompiled(name, keep_rate, config, batch_size, *, train):
-    return Contestant(name, keep_rate, config, lambda: None, lambda _: None)
+    return Candidate(name, keep_rate, config, lambda: None, lambda _: None)
 
 
 def test_controls_have_the_same_budgets_and_random_isolates_the_selector(clock, monkeypatch):
-    monkeypatch.setattr(bench_records, "contestant", uncompiled)
+    monkeypatch.setattr(records, "candidate", uncompiled)
     clock([[1.0, 0.75, 0.5, 0.625, 0.5, 0.25]])
     rows = bench.measure(
         "vit",
@@ -75,7 +77,7 @@ def test_controls_have_the_same_budgets_and_random_isolates_the_selector(clock, 
     for tosa, drawn in zip(rows[1:3], rows[3:5], strict=True):
         assert drawn["gmacs_by_part"]["selection"] == 0 < tosa["gmacs_by_part"]["selection"]
         assert drawn["gmacs_by_part"]["backbone"] == tosa["gmacs_by_part"]["backbone"]
-    table = bench_records.format_records(rows).splitlines()
+    table = records.format_records(rows).splitlines()
     assert len(table) == 7 and table[0].endswith("overhead") and table[2].endswith("12.5%")
     assert len(set(map(len, table))) == 1
 
@@ -99,12 +101,12 @@ def test_redundancy_gets_the_multiply_adds_of_tosa_and_bypasses_are_compared_ali
 
 def counting(order, name, rest=0.0):
     config = variant_config("vit", **SIZES)
-    return Contestant(name, None, config, lambda: order.append(name), lambda _: None, rest=rest)
+    return Candidate(name, None, config, lambda: order.append(name), lambda _: None, rest=rest)
 
 
 def test_contestants_take_turns_and_the_first_round_is_left_out():
     order = []
-    seconds = bench_records.interleaved_seconds([counting(order, "a"), counting(order, "b")], 2)
+    seconds = records.interleaved_seconds([counting(order, "a"), counting(order, "b")], 2)
     assert order == ["a", "b"] * 3 and seconds.shape == (2, 2)
 
 
@@ -115,21 +117,21 @@ def test_the_result_is_waited_for_and_rests_are_not_timed(monkeypatch):
         now[0] += seconds
 
     clock = SimpleNamespace(perf_counter=lambda: now[0], sleep=pass_time)
-    monkeypatch.setattr(bench_records, "time", clock)
+    monkeypatch.setattr(records, "time", clock)
 
     def wait(result):
         waited.append(result)
         pass_time(2.0)
 
     config = variant_config("vit", **SIZES)
-    one = Contestant("x", None, config, lambda: pass_time(1.0) or "result", wait, rest=7.0)
-    assert bench_records.interleaved_seconds([one], 2).tolist() == [[3.0], [3.0]]
+    one = Candidate("x", None, config, lambda: pass_time(1.0) or "result", wait, rest=7.0)
+    assert records.interleaved_seconds([one], 2).tolist() == [[3.0], [3.0]]
     assert waited == ["result"] * 3
 
 
 def test_a_training_contestant_trains():
     config = variant_config("vit", plan="random", **SIZES)
-    one = contestant("random", 0.5, config, 4, train=True)
+    one = candidate("random", 0.5, config, 4, train=True)
     losses = [float(one.run()[1]) for _ in range(8)]
     assert losses[-1] < 0.9 * losses[0]
 
@@ -141,7 +143,7 @@ def test_weights_are_stored_as_they_compute_unless_they_are_trained(clock, monke
         stored.append(str(args[2].param_dtype))
         return uncompiled(*args, train=train)
 
-    monkeypatch.setattr(bench_records, "contestant", watch)
+    monkeypatch.setattr(records, "candidate", watch)
     clock([[1.0]])
     for train in (False, True):
         bench.measure("vit", [], batch_size=1, train=train, rounds=1, dtype="bfloat16", **SIZES)
@@ -152,10 +154,10 @@ def test_what_does_not_fit_names_a_batch_that_does(monkeypatch):
     config = variant_config("vit", **SIZES)
     monkeypatch.setattr(memory, "device_bytes", lambda device: 2_000_000)
     with pytest.raises(DeviceError, match=r"^dense at image_size=8, batch_size=999 needs") as error:
-        contestant("dense", None, config, 999, train=True)
+        candidate("dense", None, config, 999, train=True)
     batch_size = int(str(error.value).rpartition("--batch_size=")[2].split()[0])
     assert 8 <= batch_size < 999 and batch_size % 8 == 0
-    assert contestant("dense", None, config, batch_size, train=True).config is config
+    assert candidate("dense", None, config, batch_size, train=True).config is config
 
 
 def test_the_batch_that_fits_counts_the_state_once(monkeypatch):

@@ -1,4 +1,4 @@
-"""PyTorch as a contestant: what is asked of it, and one line where it cannot take part.
+"""PyTorch as a candidate: what is asked of it, and one line where it cannot take part.
 
 Most tests need no PyTorch; those that do are skipped without it.
 """
@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 from small import SIZES
 
-from tosa_jax import bench, bench_records, bench_torch, cost
-from tosa_jax.bench_contestants import Contestant
+from tosa_jax import bench
 from tosa_jax.errors import ConfigError, DeviceError
+from tosa_jax.models import cost
 from tosa_jax.models.vit_config import VARIANTS, variant_config
+from tosa_jax.performance import records, torch_candidates
+from tosa_jax.performance.candidates import Candidate
 
 NAMES = sorted(VARIANTS.keys() - {"vit"})
 
@@ -65,26 +67,26 @@ def test_jax_leaves_memory_to_the_other_framework(already, monkeypatch):
     monkeypatch.setenv(name, already or "")
     if already is None:
         monkeypatch.delenv(name)
-    monkeypatch.setattr(bench_torch, "load", lambda *_: None)
-    assert bench_torch.check_arguments(["none"], "classification", "") == []
+    monkeypatch.setattr(torch_candidates, "load", lambda *_: None)
+    assert torch_candidates.check_arguments(["none"], "classification", "") == []
     assert os.environ.get(name) == already
-    assert bench_torch.check_arguments(["timm", "timm"], "classification", "") == ["timm"]
+    assert torch_candidates.check_arguments(["timm", "timm"], "classification", "") == ["timm"]
     assert os.environ[name] == (already or "false")
 
 
 def test_its_record_has_the_same_fields_beside_our_dense(monkeypatch):
-    def contestant(library, model, config, batch_size, *, train, mode):
+    def candidate(library, model, config, batch_size, *, train, mode):
         assert (model, batch_size, train, mode) == ("vit", 2, False, "none")
-        return Contestant(library, None, config, lambda: None, lambda _: None)
+        return Candidate(library, None, config, lambda: None, lambda _: None)
 
     def uncompiled(name, keep_rate, config, batch_size, *, train):
-        return Contestant(name, keep_rate, config, lambda: None, lambda _: None)
+        return Candidate(name, keep_rate, config, lambda: None, lambda _: None)
 
-    monkeypatch.setattr(bench_records, "contestant", uncompiled)
-    monkeypatch.setattr(bench_torch, "contestant", contestant)
-    monkeypatch.setattr(bench_torch, "load", lambda *_: None)
+    monkeypatch.setattr(records, "candidate", uncompiled)
+    monkeypatch.setattr(torch_candidates, "candidate", candidate)
+    monkeypatch.setattr(torch_candidates, "load", lambda *_: None)
     seconds = np.array([[0.5, 0.25, 1.0]])
-    monkeypatch.setattr(bench_records, "interleaved_seconds", lambda *_: seconds)
+    monkeypatch.setattr(records, "interleaved_seconds", lambda *_: seconds)
     dense, tosa, other = bench.measure(
         "vit", [0.5], batch_size=2, train=False, rounds=1, against=["transformers"],
         torch_compile="none", **SIZES,
@@ -104,33 +106,33 @@ class FakeTorch(SimpleNamespace):
 
 
 def test_precision_on_a_gpu_is_that_of_jax(monkeypatch):
-    monkeypatch.setattr(bench_torch, "_device_type", lambda: "gpu")
+    monkeypatch.setattr(torch_candidates, "_device_type", lambda: "gpu")
     torch = FakeTorch(has_gpu=True)
-    assert bench_torch._device(torch, "timm") == "cuda"
+    assert torch_candidates._device(torch, "timm") == "cuda"
     with jax.default_matmul_precision("highest"):
-        bench_torch._device(torch, "timm")
-        settings = bench_torch.settings(["timm"], "float32", "", train=False)
+        torch_candidates._device(torch, "timm")
+        settings = torch_candidates.settings(["timm"], "float32", "", train=False)
     assert torch.told == ["high", "highest"]
     assert settings == {"torch_compile": "reduce-overhead", "float32_products": "float32"}
-    assert bench_torch.settings(["timm"], "bfloat16", "", train=True) == {
+    assert torch_candidates.settings(["timm"], "bfloat16", "", train=True) == {
         "torch_compile": "default"
     }
 
 
 def test_a_cpu_gets_a_thread_for_each_core_and_a_gpu_must_be_there(monkeypatch):
     torch = FakeTorch(has_gpu=False)
-    assert bench_torch._device(torch, "timm") == "cpu"
+    assert torch_candidates._device(torch, "timm") == "cpu"
     assert torch.told == [len(os.sched_getaffinity(0))]
     for platform in ("gpu", "tpu"):
-        monkeypatch.setattr(bench_torch, "_device_type", lambda platform=platform: platform)
+        monkeypatch.setattr(torch_candidates, "_device_type", lambda platform=platform: platform)
         with pytest.raises(DeviceError, match=f"JAX runs on a {platform}"):
-            bench_torch._device(torch, "timm")
+            torch_candidates._device(torch, "timm")
 
 
 def test_a_network_of_another_size_is_refused():
     network = SimpleNamespace(parameters=lambda: [SimpleNamespace(numel=lambda: 1000)])
     with pytest.raises(ConfigError, match="0.00 M parameters and ours 0.01 M"):
-        bench_torch._check_same("timm", network, variant_config("vit", **SIZES))
+        torch_candidates._check_same("timm", network, variant_config("vit", **SIZES))
 
 
 def test_timm_is_asked_for_the_network_by_name_at_the_same_size(monkeypatch):
@@ -139,21 +141,21 @@ def test_timm_is_asked_for_the_network_by_name_at_the_same_size(monkeypatch):
         is_model=lambda name: name != "vit",
         create_model=lambda name, **fields: asked.update(fields, name=name),
     )
-    monkeypatch.setattr(bench_torch, "load", lambda *_: timm)
+    monkeypatch.setattr(torch_candidates, "load", lambda *_: timm)
     config = variant_config("deit_tiny_patch16_224", image_size=(32, 64), num_classes=10)
-    bench_torch._timm_network("deit_tiny_patch16_224", config)
+    torch_candidates._timm_network("deit_tiny_patch16_224", config)
     name = asked.pop("name")
     assert (name, asked) == (
         "deit_tiny_patch16_224", {"img_size": (32, 64), "num_classes": 10, "in_chans": 3}
     )  # fmt: skip
     with pytest.raises(ConfigError, match="timm has no model 'vit'"):
-        bench_torch._timm_network("vit", variant_config("vit", **SIZES))
+        torch_candidates._timm_network("vit", variant_config("vit", **SIZES))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_variant_has_its_like_in_transformers(name):
     config = variant_config(name)
-    family, fields = bench_torch.transformers_fields(config)
+    family, fields = torch_candidates.transformers_fields(config)
     expected = "ViT"
     expected = "DeiT" if "distilled" in name else expected
     expected = "Dinov2" if "dinov2" in name or "deit3" in name else expected
@@ -178,7 +180,7 @@ def test_parameters_of_transformers_are_as_many(name):
     pytest.importorskip("transformers")
     config = variant_config(name)
     with torch.device("meta"):
-        network = bench_torch._transformers_network(name, config)
+        network = torch_candidates._transformers_network(name, config)
     theirs = sum(p.numel() for p in network.parameters())
     assert theirs == pytest.approx(cost.num_params(cost.abstract_model(config)), rel=2e-3)
 
@@ -191,11 +193,11 @@ def test_transformers_runs_and_trains(fields, dtype):
     pytest.importorskip("transformers")
     sizes = SIZES | {"mlp_ratio": 4.0, "dtype": dtype} | fields
     config = variant_config("vit", param_dtype=dtype, **sizes)
-    one = bench_torch.contestant("transformers", "vit", config, 3, train=False)
+    one = torch_candidates.candidate("transformers", "vit", config, 3, train=False)
     logits = one.run()
     assert tuple(logits.shape) == (3, 10) and str(logits.dtype) == f"torch.{dtype}"
     assert not logits.requires_grad and logits.float().std() > 0
     config = variant_config("vit", **sizes)
-    one = bench_torch.contestant("transformers", "vit", config, 3, train=True)
+    one = torch_candidates.candidate("transformers", "vit", config, 3, train=True)
     losses = [one.run().item() for _ in range(8)]
     assert losses[-1] < losses[0] < 2 * math.log(10)

@@ -13,16 +13,16 @@ from orbax.checkpoint._src.path import gcs_utils
 from orbax.checkpoint._src.serialization import tensorstore_utils
 from small import small_run
 
-from tosa_jax import stages, workdir
 from tosa_jax.data.builders import prepare
 from tosa_jax.data.pipeline import DataConfig, open_dataset
+from tosa_jax.distributed.preemption import Stopped
 from tosa_jax.errors import ConfigError, WorkdirError
-from tosa_jax.files import Mirror, as_path
-from tosa_jax.metric_writer import MetricWriter
-from tosa_jax.report import read_report
-from tosa_jax.stages import run_stages
-from tosa_jax.stopping import Stopped
-from tosa_jax.workdir import lease, open_workdir
+from tosa_jax.paths import Mirror, as_path
+from tosa_jax.reporting.report import read_report
+from tosa_jax.train import runner, workdir
+from tosa_jax.train.metric_writer import MetricWriter
+from tosa_jax.train.runner import run_stages
+from tosa_jax.train.workdir import lease, open_workdir
 
 
 class FakeBucket(DirFileSystem):
@@ -99,7 +99,7 @@ def test_a_run_in_a_bucket_stops_and_goes_on(bucket, digits_dir, monkeypatch):
     assert list((folder / "run/tensorboard/pretrain").iterdir())
     assert (folder / "run/checkpoints/pretrain/12").is_dir()
 
-    monkeypatch.setattr(stages, "Runner", None)  # a finished run trains nothing
+    monkeypatch.setattr(runner, "Runner", None)  # a finished run trains nothing
     with open_workdir(f"{address}/run", run) as path:
         assert run_stages(run, path) == read_report(f"{address}/run")
     with pytest.raises(WorkdirError, match="seed: 0 -> 1"):

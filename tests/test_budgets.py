@@ -6,13 +6,13 @@ import json
 import pytest
 from small import small_model, small_run
 
-from tosa_jax import train
-from tosa_jax.cost import gmacs
 from tosa_jax.errors import ConfigError
-from tosa_jax.models.networks import network_config
-from tosa_jax.run_plan import plan_stages
-from tosa_jax.stages import run_stages
-from tosa_jax.train import compile_fitting, draw_budget
+from tosa_jax.models.cost import gmacs
+from tosa_jax.models.factory import network_config
+from tosa_jax.train import loop
+from tosa_jax.train.loop import compile_fitting, draw_budget
+from tosa_jax.train.runner import run_stages
+from tosa_jax.train.stages import plan_stages
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_an_elastic_run_trains_and_scores_every_budget(digits_dir, tmp_path, mon
         compiled.append(step_fn)
         return compile_fitting(step_fn, state, batch, batch_size)
 
-    monkeypatch.setattr(train, "compile_fitting", spy)
+    monkeypatch.setattr(loop, "compile_fitting", spy)
     result = run_stages(elastic_run(digits_dir, steps=4, controls=()), tmp_path)
     assert len(compiled) == 1 + 1 + 3  # pretraining, selectors, and once for each budget
     scores = [(r["name"], r["keep_rate"], r["gmacs"]) for r in result["results"]]

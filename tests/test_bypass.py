@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from small import forward, random_images, small_model
 
-from tosa_jax.cost import gmacs, macs
 from tosa_jax.errors import ConfigError
 from tosa_jax.models.bypass_fit import Moments, fit_bypass, solve
+from tosa_jax.models.cost import gmacs, macs
 from tosa_jax.models.params import get_params, set_params, split
-from tosa_jax.models.plan import places
+from tosa_jax.models.plan import layer_specs
 
 
 def noisy_params(model, scale=0.1):
@@ -157,16 +157,16 @@ def test_every_estimate_counts_in_multiply_adds():
 
 def test_budgets_fall_linearly_and_keep_their_mean():
     config = small_model(plan="redundancy", keep_rate=0.8, budget="linear", image_size=40).config
-    counts = [place.count - 1 for place in places(config)]
+    counts = [spec.count - 1 for spec in layer_specs(config)]
     np.testing.assert_allclose(np.asarray(counts) / 400, [0.92, 0.84, 0.76, 0.68], atol=0.003)
     assert gmacs(config) < gmacs(small_model(image_size=40).config)
     rounded = small_model(keep_rate=0.5, count_multiple=8).config
-    assert [place.count for place in places(rounded)] == [17, 16, 17, 16]
+    assert [spec.count for spec in layer_specs(rounded)] == [17, 16, 17, 16]
 
 
 def test_a_fall_steeper_than_redundancy_can_goes_as_far_down_as_it_can():
     steep = small_model(plan="redundancy", keep_rate=0.3, budget="linear", image_size=40).config
-    assert [place.count - 1 for place in places(steep)] == [288, 176, 88, 44]
+    assert [spec.count - 1 for spec in layer_specs(steep)] == [288, 176, 88, 44]
 
 
 @pytest.mark.parametrize(

@@ -9,15 +9,15 @@ import jax
 import pytest
 from small import small_run
 
-from tosa_jax import train
-from tosa_jax.checkpoints import Checkpoints
 from tosa_jax.data.pipeline import train_batches
-from tosa_jax.metric_writer import MetricWriter
-from tosa_jax.run_plan import plan_stages
-from tosa_jax.sharding import MeshConfig, make_mesh
-from tosa_jax.stages import Runner
-from tosa_jax.stopping import Stopped, StopRequest
-from tosa_jax.train import train_stage
+from tosa_jax.distributed.mesh import MeshConfig, make_mesh
+from tosa_jax.distributed.preemption import Stopped, StopRequest
+from tosa_jax.train import loop
+from tosa_jax.train.checkpoints import Checkpoints
+from tosa_jax.train.loop import train_stage
+from tosa_jax.train.metric_writer import MetricWriter
+from tosa_jax.train.runner import Runner
+from tosa_jax.train.stages import plan_stages
 
 STEPS, MIDDLE = 10, 5
 
@@ -46,7 +46,7 @@ def train_on(mesh, run, folder, monkeypatch, stop=None):
             seen.append(int(batch["image"].sum(dtype=int)))
             yield batch
 
-    monkeypatch.setattr(train, "train_batches", recorded)
+    monkeypatch.setattr(loop, "train_batches", recorded)
     with (
         Checkpoints(folder / "stage", stage_run.setup.task.best_metric) as checkpoints,
         MetricWriter(folder) as writer,

@@ -7,7 +7,7 @@ import tensorflow_datasets as tfds
 from tests.test_data_builders import write_idx, write_set
 from tosa_jax import prepare
 from tosa_jax.data.builders import idx, open_builder, prepare_own
-from tosa_jax.data.clutter import CLUTTER, draw_canvas
+from tosa_jax.data.synthetic.clutter import CLUTTER, draw_canvas
 from tosa_jax.errors import ConfigError, DataError
 
 NAME = "cluttered_fashion_mnist/56-7-3"

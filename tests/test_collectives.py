@@ -2,7 +2,7 @@
 
 import pytest
 
-from tosa_jax.collectives import Collective, collectives, totals
+from tosa_jax.performance.collectives import Collective, collectives, totals
 
 HLO = """HloModule jit_step, num_partitions=4
 

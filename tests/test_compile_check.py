@@ -8,12 +8,13 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from tosa_jax import compile_check, compiling
-from tosa_jax.command_line import parse
-from tosa_jax.compiling import following, largest_batch, preceding
+from tosa_jax import compile_check
+from tosa_jax.cli.flags import parse
 from tosa_jax.config import make_run_config
-from tosa_jax.devices import accelerator
-from tosa_jax.sharding import MeshConfig, make_mesh
+from tosa_jax.distributed.devices import accelerator
+from tosa_jax.distributed.mesh import MeshConfig, make_mesh
+from tosa_jax.performance import aot
+from tosa_jax.performance.aot import following, largest_batch, preceding
 
 ROOT = Path(__file__).parents[1]
 DIGITS = f"--config={ROOT}/configs/digits.py"
@@ -83,7 +84,7 @@ def test_a_batch_that_is_too_large_does_not_fit(capsys):
     ],
 )
 def test_wrong_command_lines_say_so_in_one_line(argv, says, capsys, monkeypatch):
-    monkeypatch.setattr(compiling, "compile_program", lambda *_: pytest.fail("compiled"))
+    monkeypatch.setattr(aot, "compile_program", lambda *_: pytest.fail("compiled"))
     assert compile_check.main(argv) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ") and re.search(says, line)
@@ -94,19 +95,19 @@ def test_depth_networks_are_compiled_with_their_own_batches():
     argv += ["--config.eval.batch_size=16", "--config.pretrain.warmup_steps=0"]
     config, _ = parse("", argv)
     mesh = make_mesh(MeshConfig())
-    batch = compiling.abstract_batch(make_run_config(config).model, 16, mesh)
+    batch = aot.abstract_batch(make_run_config(config).model, 16, mesh)
     assert {k: (x.shape, x.dtype) for k, x in batch.items()} == {
         "image": ((16, 96, 128, 3), jnp.uint8), "depth": ((16, 96, 128), jnp.float32)
     }  # fmt: skip
-    program = next(compiling.programs(make_run_config(config), mesh))
+    program = next(aot.programs(make_run_config(config), mesh))
     assert program.name == "train pretrain" and "96x128" in program.lower().as_text()
 
 
 def test_without_the_compiler_it_says_how_to_get_it(capsys, monkeypatch):
-    monkeypatch.setattr(compiling.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(aot.importlib.util, "find_spec", lambda name: None)
     assert compile_check.main([DIGITS, "--topology=v5e:2x2"]) == 2
-    assert capsys.readouterr().err.strip() == f"error: {compiling.MISSING}"
-    assert 'pip install "tosa-jax[tpu]"' in compiling.MISSING
+    assert capsys.readouterr().err.strip() == f"error: {aot.MISSING}"
+    assert 'pip install "tosa-jax[tpu]"' in aot.MISSING
 
 
 def test_batches_worth_trying():

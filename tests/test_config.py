@@ -6,11 +6,10 @@ import pytest
 from small import SIZES, small_run
 
 from tosa_jax import config as config_lib
-from tosa_jax.command_line import parse
-from tosa_jax.config import default_config, make_run_config
-from tosa_jax.config_json import differences, to_json
+from tosa_jax.cli.flags import parse
+from tosa_jax.config import default_config, differences, make_run_config, to_json
 from tosa_jax.errors import ConfigError, WorkdirError
-from tosa_jax.workdir import open_workdir
+from tosa_jax.train.workdir import open_workdir
 
 
 def recipe(**model):

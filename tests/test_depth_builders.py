@@ -23,7 +23,7 @@ from tosa_jax.data.builders import (
     tfrecord,
 )
 from tosa_jax.data.builders.rooms import rooms_config
-from tosa_jax.data.rooms import render_room
+from tosa_jax.data.synthetic.rooms import render_room
 from tosa_jax.errors import ConfigError, DataError
 
 

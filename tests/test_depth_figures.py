@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tosa_jax.figures import colour_map, depth_panel, save_depth_png
+from tosa_jax.reporting.figures import colour_map, depth_panel, save_depth_png
 
 GRID, PATCH = (2, 3), 112  # 336 // 3 pixels a patch
 HEIGHT, WIDTH = GRID[0] * PATCH, GRID[1] * PATCH

@@ -7,12 +7,12 @@ import pytest
 from flax import nnx
 
 import tosa_jax
-from tosa_jax import cost
 from tosa_jax.errors import ConfigError
-from tosa_jax.models.networks import network_config
+from tosa_jax.models import cost
+from tosa_jax.models.factory import network_config
 from tosa_jax.models.params import get_params, set_params, split
 from tosa_jax.models.positions import resample_positions
-from tosa_jax.models.pretrained import load_pretrained, save_weights
+from tosa_jax.models.weights.load import load_pretrained, save_weights
 
 SIZES = {
     "embed_dim": 16,
@@ -64,8 +64,8 @@ def test_the_decoder_reads_four_depths_on_the_full_grid(plan):
     kinds = ("standard", plan, plan, plan)
     model = depth_model(plan=kinds, keep_rate=0.5)
     tokens = model.embed(images(24, 40))
-    stream = model.layers(tokens, key=None, train=False)
-    assert model.config.taps == (0, 1, 2, 3)
+    state = model.layers(tokens, key=None, train=False)
+    assert model.config.intermediate_layers == (0, 1, 2, 3)
     for layer in range(4):
         shorter = depth_model(plan=kinds[: layer + 1], keep_rate=0.5, depth=layer + 1)
         names = get_params(shorter).keys() & get_params(model).keys()
@@ -75,7 +75,7 @@ def test_the_decoder_reads_four_depths_on_the_full_grid(plan):
         }
         cut = set_params(split(shorter)[0], nested)
         np.testing.assert_allclose(
-            stream.taps[layer], cut.layers(tokens, key=None, train=False).tokens, atol=1e-5
+            state.intermediate[layer], cut.layers(tokens, key=None, train=False).tokens, atol=1e-5
         )
 
 

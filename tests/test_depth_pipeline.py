@@ -18,7 +18,7 @@ from tosa_jax.data.pipeline import (
     open_dataset,
     train_batches,
 )
-from tosa_jax.data.rooms import render_room
+from tosa_jax.data.synthetic.rooms import render_room
 from tosa_jax.errors import ConfigError, DataError
 
 

@@ -10,15 +10,15 @@ from PIL import Image
 
 import tosa_jax
 from tosa_jax import main as entry
-from tosa_jax import stages
-from tosa_jax.checkpoints import Checkpoints
-from tosa_jax.command_line import parse
+from tosa_jax.cli.flags import parse
 from tosa_jax.config import default_config, make_run_config
 from tosa_jax.data import builders
 from tosa_jax.errors import ConfigError
-from tosa_jax.models.pretrained import save_weights
-from tosa_jax.report import format_table
-from tosa_jax.run_plan import plan_stages
+from tosa_jax.models.weights.load import save_weights
+from tosa_jax.reporting.report import format_table
+from tosa_jax.train import runner
+from tosa_jax.train.checkpoints import Checkpoints
+from tosa_jax.train.stages import plan_stages
 
 SMALL = ["--config.model.embed_dim=16", "--config.model.num_heads=2", "--config.model.depth=2",
          "--config.model.decoder_dim=4", "--config.batch_size=8", "--config.eval.batch_size=8",
@@ -86,7 +86,7 @@ def test_a_run_goes_on_from_its_own_weights_as_a_trained_network(rooms_run, tmp_
 @pytest.fixture
 def untimed(monkeypatch):
     """Large images, and no test of speed: they are not timed."""
-    monkeypatch.setattr(stages, "throughput", lambda contestants: [1.0] * len(contestants))
+    monkeypatch.setattr(runner, "throughput", lambda candidates: [1.0] * len(candidates))
 
 
 @pytest.fixture(scope="module")

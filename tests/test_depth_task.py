@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tosa_jax import losses
 from tosa_jax.errors import ConfigError, DataError
 from tosa_jax.models.vit import Output
+from tosa_jax.tasks import losses
 from tosa_jax.tasks.depth import Depth, DepthOptions
 
 PIXELS = {"mean": (0.5,) * 3, "std": (0.25,) * 3}

@@ -5,7 +5,7 @@ import math
 import jax
 import pytest
 
-from tosa_jax.devices import ACCELERATORS, accelerator, peak_flops
+from tosa_jax.distributed.devices import ACCELERATORS, accelerator, peak_flops
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Every command and every Python snippet of README.md and docs/ is one that works.
 
 Commands are read as their own parsers read them, and those that are cheap are run; snippets run in the order of their
-page. What needs data or weights that are not here gets a stand-in: the call is checked and a small network used.
+page. What needs data or weights that are not here gets a representative: the call is checked and a small network used.
 """
 
 import importlib
@@ -17,7 +17,8 @@ import pytest
 from trained import make_depth_workdir, make_pictures, make_workdir
 
 import tosa_jax
-from tosa_jax import command_line, predict
+from tosa_jax import predict
+from tosa_jax.cli import flags
 from tosa_jax.config import make_run_config
 
 ROOT = Path(__file__).parents[1]
@@ -91,7 +92,7 @@ def check_recipe(argv: list[str]) -> None:
     if not configs or argv[configs[0]].endswith(("/X.py", "=FILE")):
         return
     own = argv[configs[0]].replace("model=NAME", "model=vit_small_patch14_dinov2")
-    config, _ = command_line.parse("", [own, *argv[: configs[0]], *argv[configs[0] + 1 :]])
+    config, _ = flags.parse("", [own, *argv[: configs[0]], *argv[configs[0] + 1 :]])
     make_run_config(config)
 
 

@@ -9,14 +9,15 @@ import pytest
 from flax import nnx
 from small import small_model, small_run
 
-from tosa_jax import memory, metrics
+from tosa_jax.distributed import memory
+from tosa_jax.distributed.mesh import MeshConfig, make_mesh
 from tosa_jax.errors import DeviceError
-from tosa_jax.evaluate import Evaluator, shard, throughput
-from tosa_jax.models.networks import create_model
+from tosa_jax.models.factory import create_model
 from tosa_jax.models.params import split
-from tosa_jax.sharding import MeshConfig, make_mesh
-from tosa_jax.steps import eval_step
+from tosa_jax.tasks import metrics
 from tosa_jax.tasks.classification import Classification
+from tosa_jax.train.evaluate import Evaluator, shard, throughput
+from tosa_jax.train.step import eval_step
 
 TASK = Classification(num_classes=10, mean=(0.3,), std=(0.4,))
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tosa_jax.figures import selected_tokens_figure, write_png
+from tosa_jax.reporting.figures import selected_tokens_figure, write_png
 
 PREFIX = 2
 

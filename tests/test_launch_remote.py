@@ -1,6 +1,6 @@
 """The launch scripts for other machines: what they would run, what they check first, and a preempted TPU.
 
-Stand-ins for gcloud, xpk, srun and nvidia-smi on the PATH write down how they are called.
+Representatives for gcloud, xpk, srun and nvidia-smi on the PATH write down how they are called.
 """
 
 import os

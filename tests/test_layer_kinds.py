@@ -11,12 +11,12 @@ import pytest
 from flax import nnx
 from small import forward, random_images, small_model
 
-from tosa_jax.cost import abstract_model
 from tosa_jax.errors import ConfigError
+from tosa_jax.models.cost import abstract_model
 from tosa_jax.models.methods import LAYER_KINDS
 from tosa_jax.models.methods.standard import Standard
 from tosa_jax.models.params import get_params, set_params, split
-from tosa_jax.models.stream import LayerCall, Stream
+from tosa_jax.models.token_state import LayerContext, TokenState
 from tosa_jax.models.vit import VisionTransformer
 from tosa_jax.tasks.classification import Classification
 from tosa_jax.tasks.selector_fitting import SelectorFitting
@@ -59,8 +59,8 @@ def test_bypassed_tokens_are_bit_identical_across_a_selective_layer(kind):
     tokens = jax.random.normal(jax.random.key(1), (3, 17, 16))
     layer, block = model.kinds[1], model.blocks[1]
     scores = jax.random.normal(jax.random.key(2), (3, 17))
-    call = LayerCall(lambda q, k, v: (v, None), jax.random.key(0), 0.0, False)
-    stream = layer.apply(block, Stream(tokens, summary=scores), call)
+    call = LayerContext(lambda q, k, v: (v, None), jax.random.key(0), 0.0, False)
+    stream = layer.apply(block, TokenState(tokens, summary=scores), call)
     selected = np.zeros((3, 17), bool)
     np.put_along_axis(selected, np.asarray(stream.selected[0]), True, axis=1)
     assert selected.sum(axis=1).tolist() == [9, 9, 9]

@@ -109,7 +109,7 @@ def test_broken_idx_files_are_named(argv, capsys, tmp_path):
 
 
 def test_the_recipes_of_the_repository_are_valid():
-    from tosa_jax.command_line import parse
+    from tosa_jax.cli.flags import parse
     from tosa_jax.config import make_run_config
 
     root = Path(__file__).parents[1]

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tosa_jax import memory
+from tosa_jax.cli.exit_status import guard
+from tosa_jax.distributed import memory
 from tosa_jax.errors import ConfigError, DeviceError
-from tosa_jax.exit_status import guard
 
 
 def compiled(n: int):
@@ -63,7 +63,7 @@ def test_a_defect_keeps_its_traceback_and_a_status_is_passed_on():
 FAULTS = """
 import resource, sys
 import jax, jax.numpy as jnp
-from tosa_jax.memory import keep_freed_memory
+from tosa_jax.distributed.memory import keep_freed_memory
 jax.devices()
 if sys.argv[1] == "keep":
     keep_freed_memory()

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tosa_jax.data.mixing import MixingConfig, erase, mix
 from tosa_jax.errors import ConfigError
+from tosa_jax.tasks.mixing import MixingConfig, erase, mix
 
 B, H, W, C = 6, 20, 30, 5
 IMAGES = jnp.arange(B, dtype=jnp.float32)[:, None, None, None] * jnp.ones((1, H, W, 3))

@@ -6,13 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tosa_jax.command_line import parse
+from tosa_jax.cli.flags import parse
 from tosa_jax.config import StageConfig, make_run_config
-from tosa_jax.cost import abstract_model
 from tosa_jax.errors import ConfigError
+from tosa_jax.models.cost import abstract_model
 from tosa_jax.models.params import get_params
 from tosa_jax.models.vit_config import variant_config
-from tosa_jax.optim import (
+from tosa_jax.train.optim import (
     OptimConfig,
     decay_mask,
     learning_rate,

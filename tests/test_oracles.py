@@ -7,8 +7,8 @@ import pytest
 from small import forward, random_images, small_model
 
 from tests.test_layer_kinds import noisy
-from tosa_jax import cost
 from tosa_jax.errors import ConfigError
+from tosa_jax.models import cost
 from tosa_jax.models.bypass_fit import fit_bypass
 from tosa_jax.models.params import get_params, set_params, split
 

@@ -12,8 +12,8 @@ from tosa_jax import predict
 from tosa_jax.data.class_names import default_names, imagenet_classes, readable
 from tosa_jax.data.image_files import find_images, read_ahead
 from tosa_jax.errors import DataError
-from tosa_jax.models.pretrained import save_weights
-from tosa_jax.predictor import Predictor
+from tosa_jax.inference.predictor import Predictor
+from tosa_jax.models.weights.load import save_weights
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,10 @@ from trained import DEPTH_SIZES, make_depth_workdir, make_workdir
 from tosa_jax import predict
 from tosa_jax.data.depth_maps import depth_of_png
 from tosa_jax.errors import ConfigError
-from tosa_jax.figures import colour_map
-from tosa_jax.models.networks import at_size
-from tosa_jax.models.pretrained import load_pretrained, save_weights
-from tosa_jax.predictor import Predictor
+from tosa_jax.inference.predictor import Predictor
+from tosa_jax.models.factory import with_image_size
+from tosa_jax.models.weights.load import load_pretrained, save_weights
+from tosa_jax.reporting.figures import colour_map
 from tosa_jax.tasks.depth import DepthOptions
 
 MEAN, STD = 0.4, 0.3
@@ -91,7 +91,7 @@ def test_depth_is_that_of_the_network(model, predictor):
 def test_a_picture_keeps_its_size_and_the_budget_is_a_share_of_its_own_patches(model, predictor):
     images = pixels(ODD)
     assert predictor.prepare(images[0]).shape == (*ODD, 3)
-    out, expected = predictor(images), forward(at_size(model, ODD), normalised(images))
+    out, expected = predictor(images), forward(with_image_size(model, ODD), normalised(images))
     np.testing.assert_allclose(out.depth, expected.depth, atol=1e-4)
     assert out.depth.shape == (1, *ODD)
     # 3 x 4 patches: half of them, and the class token.
@@ -102,11 +102,11 @@ def test_a_picture_keeps_its_size_and_the_budget_is_a_share_of_its_own_patches(m
 def test_made_for_another_size_a_dense_network_is_the_same(tmp_path):
     dense = make_depth_workdir(tmp_path, plan="standard")
     images = normalised(pixels(ODD))
-    found = forward(at_size(dense, ODD), images).depth
+    found = forward(with_image_size(dense, ODD), images).depth
     np.testing.assert_allclose(found, forward(dense, images).depth, atol=1e-5)
-    assert at_size(dense, OWN) is dense
+    assert with_image_size(dense, OWN) is dense
     with pytest.raises(ConfigError, match="images are 16x16, but the model was made for 8x8"):
-        at_size(small_model(), (16, 16))
+        with_image_size(small_model(), (16, 16))
 
 
 def test_pictures_of_several_sizes_go_in_one_call_each_as_alone(predictor, folder):
@@ -122,8 +122,10 @@ def test_the_mirrored_image_counts_where_the_run_says_so(tmp_path):
     model = make_depth_workdir(tmp_path / "run", flip_average=True)
     images = pixels(ODD)
     own = Predictor.from_workdir(tmp_path / "run", batch_sizes=(1,), on_message=quiet)
-    there = forward(at_size(model, ODD), normalised(images)).depth
-    mirrored = forward(at_size(model, ODD), normalised(images[:, :, ::-1])).depth[:, :, ::-1]
+    there = forward(with_image_size(model, ODD), normalised(images)).depth
+    mirrored = forward(with_image_size(model, ODD), normalised(images[:, :, ::-1])).depth[
+        :, :, ::-1
+    ]
     assert jnp.abs(there - mirrored).max() > 0.1
     np.testing.assert_allclose(own(images).depth, (there + mirrored) / 2, atol=1e-4)
     own.save(tmp_path / "all.safetensors")
@@ -202,7 +204,7 @@ def test_released_weights_of_a_depth_network(model, folder, capsys, tmp_path):
         on_message=quiet, **DEPTH_SIZES,
     )  # fmt: skip
     images = pixels(ODD)
-    expected = forward(at_size(model, ODD), normalised(images))
+    expected = forward(with_image_size(model, ODD), normalised(images))
     assert own(images).selected[0].shape == (1, 7)
     dense = Predictor.from_pretrained(
         "vit", tmp_path / "w.safetensors", task="depth", on_message=quiet, **DEPTH_SIZES

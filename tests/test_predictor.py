@@ -10,13 +10,13 @@ from PIL import Image
 from small import SIZES, forward, small_model
 from trained import CLASSES, make_pictures, make_workdir
 
-from tosa_jax import memory
-from tosa_jax.data.decoding import BadImageError, Form
+from tosa_jax.data.decoding import BadImageError, Preprocess
+from tosa_jax.distributed import memory
 from tosa_jax.errors import ConfigError, DeviceError, WeightsError, WorkdirError
+from tosa_jax.inference.predictions import Prediction, split_batch
+from tosa_jax.inference.predictor import Predictor
 from tosa_jax.models.params import get_params, set_params, split
-from tosa_jax.models.pretrained import save_selectors, save_weights
-from tosa_jax.predictions import Prediction, split_batch
-from tosa_jax.predictor import Predictor
+from tosa_jax.models.weights.load import save_selectors, save_weights
 
 MEAN, STD = 0.3, 0.4
 
@@ -125,7 +125,7 @@ def test_a_work_directory_gives_its_network_preprocessing_and_names(tmp_path):
     model = make_workdir(tmp_path)
     own = Predictor.from_workdir(tmp_path, batch_sizes=(2,), on_message=lambda line: None)
     assert own.class_names == CLASSES
-    assert own.form == Form(image_size=8, channels=1, resize="squeeze")
+    assert own.form == Preprocess(image_size=8, channels=1, resize="squeeze")
     out = own(pixels(2))
     np.testing.assert_allclose(out.logits, forward(model, normalised(pixels(2))).logits, atol=1e-5)
 

@@ -9,8 +9,8 @@ import pytest
 from golden.pretrained_cases import hf_names
 from weight_samples import TINY, assert_refused, same, tiny, tiny_weights, write
 
-from tosa_jax.models.pretrained import load_pretrained, save_weights
 from tosa_jax.models.vit_config import variant_config
+from tosa_jax.models.weights.load import load_pretrained, save_weights
 
 
 def hf_folder(path: Path, **changes) -> Path:

@@ -116,7 +116,7 @@ def test_a_pickle_that_runs_code_runs_nothing(legacy: bool, tmp_path: Path) -> N
     assert marker.exists()  # the pickle works where it is allowed to
     marker.unlink()
     if legacy:
-        from tosa_jax.models.torch_files import LEGACY_MAGIC
+        from tosa_jax.models.weights.torch_pickle import LEGACY_MAGIC
 
         facts = [LEGACY_MAGIC, 1001, {"little_endian": True}]
         path.write_bytes(b"".join(pickle.dumps(x, 2) for x in facts) + data + pickle.dumps([], 2))

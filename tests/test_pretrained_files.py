@@ -21,9 +21,9 @@ from weight_samples import (
 )
 
 from tosa_jax.models.params import get_params
-from tosa_jax.models.pretrained import load_pretrained, save_weights
-from tosa_jax.models.torch_files import read_torch_file
 from tosa_jax.models.vit_config import variant_config
+from tosa_jax.models.weights.load import load_pretrained, save_weights
+from tosa_jax.models.weights.torch_pickle import read_torch_file
 
 
 @pytest.mark.parametrize("name", ["torch_zip.pth", "torch_legacy.pth"])
@@ -97,8 +97,8 @@ def test_shards_and_folders_of_transformers(tmp_path: Path) -> None:
 def test_a_checkpoint_gives_the_average_over_the_trained_over_the_frozen(tmp_path: Path) -> None:
     import optax
 
-    from tosa_jax.checkpoints import Checkpoints
-    from tosa_jax.steps import TrainState, trained_params
+    from tosa_jax.train.checkpoints import Checkpoints
+    from tosa_jax.train.step import TrainState, trained_params
 
     params = get_params(tiny(3, keep_rate=0.5))
     frozen = {name: params.pop(name) for name in list(params) if name.startswith("kinds/")}

@@ -9,11 +9,11 @@ import pytest
 import safetensors
 from weight_samples import TINY, assert_refused, tiny, tiny_weights, write
 
-from tosa_jax.cost import abstract_model
 from tosa_jax.errors import WeightsError
+from tosa_jax.models.cost import abstract_model
 from tosa_jax.models.params import get_params, split
-from tosa_jax.models.pretrained import load_pretrained, pretrained_params, save_selectors
 from tosa_jax.models.vit_config import variant_config
+from tosa_jax.models.weights.load import load_pretrained, pretrained_params, save_selectors
 
 
 @pytest.mark.parametrize(("change", "reason"), [

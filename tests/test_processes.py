@@ -15,13 +15,13 @@ from typing import ClassVar
 import pytest
 from small import SIZES
 
-from tosa_jax.command_line import parse, parse_cluster
+from tosa_jax.cli.flags import parse, parse_cluster
 from tosa_jax.config import make_run_config
+from tosa_jax.distributed.initialisation import join
+from tosa_jax.distributed.preemption import Stopped, StopRequest
 from tosa_jax.errors import ConfigError
-from tosa_jax.joining import join
-from tosa_jax.stages import run_stages
-from tosa_jax.stopping import Stopped, StopRequest
-from tosa_jax.workdir import open_workdir
+from tosa_jax.train.runner import run_stages
+from tosa_jax.train.workdir import open_workdir
 
 ROOT = Path(__file__).parents[1]
 RECIPE = f"""
@@ -158,7 +158,7 @@ def test_what_differs_is_told_before_anything_is_trained(digits_dir, tmp_path):
     shutil.copytree(
         ROOT / "tosa_jax", tree / "tosa_jax", ignore=shutil.ignore_patterns("__pycache__")
     )
-    with (tree / "tosa_jax/losses.py").open("a") as file:
+    with (tree / "tosa_jax/tasks/losses.py").open("a") as file:
         file.write("# another version\n")
     run = Run(tmp_path, *args, trees=(ROOT, tree))
     assert run.statuses() == [2, 2], run.said(0) + run.said(1)

@@ -6,14 +6,15 @@ import jax
 import pytest
 from small import SIZES, small_run
 
-from tosa_jax import cost, train
+from tosa_jax.config import profile_range
+from tosa_jax.distributed.preemption import StopRequest
 from tosa_jax.errors import ConfigError
-from tosa_jax.metric_writer import MetricWriter
+from tosa_jax.models import cost
 from tosa_jax.models.vit_config import variant_config
-from tosa_jax.profiling import profile_range
-from tosa_jax.run_plan import plan_stages
-from tosa_jax.stages import Runner
-from tosa_jax.stopping import StopRequest
+from tosa_jax.train import loop
+from tosa_jax.train.metric_writer import MetricWriter
+from tosa_jax.train.runner import Runner
+from tosa_jax.train.stages import plan_stages
 
 
 @pytest.mark.parametrize("text", ["100", "5:5", "6:5", "-1:3", "a:b", "1:2:3"])
@@ -40,7 +41,7 @@ def traced_steps(folder):
 def test_a_run_traces_the_steps_asked_for_and_tells_its_utilisation(
     digits_dir, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(train, "peak_flops", lambda devices: 1e9 * len(devices))
+    monkeypatch.setattr(loop, "peak_flops", lambda devices: 1e9 * len(devices))
     run = small_run(
         digits_dir,
         pretrain={"steps": 9},

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from tosa_jax.files import write_atomically
-from tosa_jax.metric_writer import MetricWriter
-from tosa_jax.progress import Chrono, Progress, format_seconds
+from tosa_jax.paths import write_atomically
+from tosa_jax.reporting.report import format_seconds
+from tosa_jax.train.metric_writer import MetricWriter
+from tosa_jax.train.progress import Chrono, Progress
 
 
 class Clock:

@@ -10,7 +10,7 @@ from PIL import Image
 import tosa_jax
 from tosa_jax import main as entry
 from tosa_jax.models.params import get_params
-from tosa_jax.models.pretrained import load_pretrained, save_weights
+from tosa_jax.models.weights.load import load_pretrained, save_weights
 
 TINY = ["--config.model.depth=2", "--config.model.image_size=32", "--config.batch_size=8",
         "--config.data.workers=threads:2", "--config.eval.batch_size=8"]  # fmt: skip

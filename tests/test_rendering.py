@@ -7,8 +7,16 @@ import numpy as np
 import pytest
 
 from tosa_jax.data import speed
-from tosa_jax.data.rendering import Box, Camera, Cylinder, Sphere, cast, looking, nyu_camera
-from tosa_jax.data.rooms import MAX_DEPTH, random_scene, render_room, shade
+from tosa_jax.data.synthetic.rendering import (
+    Box,
+    Camera,
+    Cylinder,
+    Sphere,
+    cast,
+    looking,
+    nyu_camera,
+)
+from tosa_jax.data.synthetic.rooms import MAX_DEPTH, random_scene, render_room, shade
 
 UPRIGHT = np.eye(3)
 AXES = looking(0.4, -0.25, 0.1)

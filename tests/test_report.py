@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tosa_jax.errors import WorkdirError
-from tosa_jax.report import format_table, read_report, write_report
+from tosa_jax.reporting.report import format_table, read_report, write_report
 
 
 def row(name: str, keep_rate, gmacs: float, img_per_sec: float | None, **metrics: float) -> dict:

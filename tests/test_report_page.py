@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tosa_jax import report_charts as charts
 from tosa_jax.config import CONTROLS
-from tosa_jax.report import MODEL_NAMES
-from tosa_jax.report_page import make_page, write_page
+from tosa_jax.reporting import charts as charts
+from tosa_jax.reporting.page import make_page, write_page
+from tosa_jax.reporting.report import MODEL_NAMES
 
 VOID = {"meta", "img", "br"}
 

@@ -8,8 +8,8 @@ import pytest
 from small import forward, random_images, small_model
 
 from tosa_jax.errors import ConfigError
+from tosa_jax.models.encoder import repeated_part
 from tosa_jax.models.params import get_params, set_params, split
-from tosa_jax.models.run_layers import repeated_part
 
 
 def loss_and_grads(model, params, images, **call):

@@ -8,12 +8,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from small import small_model
 
-from tosa_jax.collectives import collectives, totals
-from tosa_jax.data.mixing import MixingConfig
-from tosa_jax.errors import ConfigError
-from tosa_jax.models.params import split
-from tosa_jax.optim import OptimConfig, learning_rate, make_optimizer, split_trainable
-from tosa_jax.sharding import (
+from tosa_jax.config import OptimConfig
+from tosa_jax.distributed.mesh import (
     MeshConfig,
     check_batch,
     make_mesh,
@@ -22,9 +18,14 @@ from tosa_jax.sharding import (
     to_global,
     tree_shardings,
 )
-from tosa_jax.steps import StepSetup, init_state
+from tosa_jax.errors import ConfigError
+from tosa_jax.models.params import split
+from tosa_jax.performance.collectives import collectives, totals
 from tosa_jax.tasks.classification import Classification
-from tosa_jax.train import compile_step
+from tosa_jax.tasks.mixing import MixingConfig
+from tosa_jax.train.loop import compile_step
+from tosa_jax.train.optim import learning_rate, make_optimizer, split_trainable
+from tosa_jax.train.step import StepSetup, init_state
 
 MESHES = {
     "one": MeshConfig(data=1),

@@ -1,4 +1,4 @@
-"""Stand-ins: who shares whose update, against plain loops."""
+"""Representatives: who shares whose update, against plain loops."""
 
 import chex
 import jax
@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tosa_jax import stand_ins, token_ops
+from tosa_jax.ops import token_matching, token_selection
 
 
 def random(seed, *shape):
@@ -14,8 +14,8 @@ def random(seed, *shape):
 
 
 def chosen(seed=0, batch=2, n=9, count=5, prefix=1):
-    selection = token_ops.select_tokens(random(seed, batch, n), count, prefix)
-    return stand_ins.with_stand_ins(random(seed + 1, batch, n, 6), selection, prefix)
+    selection = token_selection.select_tokens(random(seed, batch, n), count, prefix)
+    return token_matching.with_representatives(random(seed + 1, batch, n, 6), selection, prefix)
 
 
 def unit(x):
@@ -24,13 +24,15 @@ def unit(x):
 
 def test_the_complement_is_what_is_not_selected():
     selection = chosen()
-    others = token_ops.complement(selection)
+    others = token_selection.complement(selection)
     for row, rest in zip(np.asarray(selection.indices), np.asarray(others.indices), strict=True):
         assert sorted([*row, *rest]) == list(range(9)) and list(rest) == sorted(rest)
     tokens = random(3, 2, 9, 4)
-    both = token_ops.scatter_tokens(
-        token_ops.scatter_tokens(jnp.zeros(()), token_ops.gather_tokens(tokens, others), others),
-        token_ops.gather_tokens(tokens, selection),
+    both = token_selection.scatter_tokens(
+        token_selection.scatter_tokens(
+            jnp.zeros(()), token_selection.gather_tokens(tokens, others), others
+        ),
+        token_selection.gather_tokens(tokens, selection),
         selection,
     )
     np.testing.assert_array_equal(both, tokens)
@@ -55,19 +57,19 @@ def test_groups_are_summed_and_spread_and_each_is_the_others_transpose():
     for b in range(2):
         for i in range(9):
             expected[b, int(selection.slot[b, i])] += np.asarray(values)[b, i]
-    np.testing.assert_allclose(stand_ins.sum_groups(values, selection), expected, atol=1e-5)
-    spread = stand_ins.spread_groups(sums, selection)
+    np.testing.assert_allclose(token_matching.sum_groups(values, selection), expected, atol=1e-5)
+    spread = token_matching.spread_groups(sums, selection)
     np.testing.assert_allclose((spread * values).sum(), (sums * expected).sum(), rtol=1e-4)
-    grads = jax.grad(lambda v: (stand_ins.sum_groups(v, selection) * sums).sum())(values)
+    grads = jax.grad(lambda v: (token_matching.sum_groups(v, selection) * sums).sum())(values)
     np.testing.assert_allclose(grads, spread, atol=1e-6)
-    grads = jax.grad(lambda s: (stand_ins.spread_groups(s, selection) * values).sum())(sums)
+    grads = jax.grad(lambda s: (token_matching.spread_groups(s, selection) * values).sum())(sums)
     np.testing.assert_allclose(grads, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(("n", "count", "prefix"), [(9, 7, 1), (9, 5, 1), (10, 6, 2), (5, 5, 1)])
 def test_the_most_redundant_candidates_leave_to_their_nearest(n, count, prefix):
     features = random(7, 3, n, 5)
-    selection, scores = stand_ins.select_dissimilar(features, count, prefix)
+    selection, scores = token_matching.bipartite_matching(features, count, prefix)
     chex.assert_shape(selection.indices, (3, count))
     candidates = list(range(prefix, n, 2))
     stay = [i for i in range(prefix, n) if i not in candidates]
@@ -84,18 +86,21 @@ def test_the_most_redundant_candidates_leave_to_their_nearest(n, count, prefix):
 
 def test_the_least_count_is_what_can_be_reached():
     for n, prefix, least in ((9, 1, 5), (10, 1, 5), (10, 2, 6), (3, 1, 2)):
-        assert stand_ins.least_dissimilar(n, prefix) == least
-        selection, _ = stand_ins.select_dissimilar(random(0, 1, n, 4), least, prefix)
+        assert token_matching.least_after_matching(n, prefix) == least
+        selection, _ = token_matching.bipartite_matching(random(0, 1, n, 4), least, prefix)
         assert len(set(np.asarray(selection.indices)[0])) == least
-    assert stand_ins.least_dissimilar(2, 1) == 2  # nobody could stand in for a single patch
+    assert (
+        token_matching.least_after_matching(2, 1) == 2
+    )  # nobody could stand in for a single patch
 
 
 def test_redundancy_counts_likeness_to_more_attended_patches_alone():
     scores = jnp.array([[0.0, 4.0, 3.0, 2.0, 1.0]])
     # Tokens 1 and 2 are alike: only the less attended of them is redundant. Token 4 is like the prefix token.
     features = jnp.eye(5)[jnp.array([[0, 1, 1, 2, 0]])]
-    weighed = stand_ins.weigh_redundancy(scores, features, 1.0, 1)[0]
+    weighed = token_matching.weigh_redundancy(scores, features, 1.0, 1)[0]
     assert int(jnp.argmin(weighed)) == 2
     np.testing.assert_array_equal(
-        jnp.argsort(stand_ins.weigh_redundancy(scores, features, 0.0, 1)[0]), jnp.argsort(scores[0])
+        jnp.argsort(token_matching.weigh_redundancy(scores, features, 0.0, 1)[0]),
+        jnp.argsort(scores[0]),
     )

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tosa_jax import attention_ops, token_ops
+from tosa_jax.ops import attention, token_selection
 
 
 def random(seed, *shape):
@@ -20,12 +20,12 @@ def random(seed, *shape):
     [(196, 1, 0.5, 99), (196, 1, 0.7, 139), (10, 2, 0.7, 9), (196, 1, 1.0, 197), (3, 0, 0.01, 1)],
 )
 def test_counts_are_ceilings_that_float_noise_does_not_lift(patches, prefix, rate, count):
-    assert token_ops.num_selected(patches, prefix, rate) == count
+    assert token_selection.num_selected(patches, prefix, rate) == count
 
 
 def test_selects_prefix_and_best_patches_in_raster_order():
     scores = jnp.array([[0.0, -9.0, 5.0, 1.0, 7.0, 1.0]])  # two prefix tokens of low score
-    chosen = token_ops.select_tokens(scores, 5, 2)
+    chosen = token_selection.select_tokens(scores, 5, 2)
     np.testing.assert_array_equal(chosen.indices, [[0, 1, 2, 3, 4]])  # the tie goes to index 3
     np.testing.assert_array_equal(chosen.mask, [[True] * 5 + [False]])
 
@@ -33,24 +33,24 @@ def test_selects_prefix_and_best_patches_in_raster_order():
 @settings(max_examples=8, deadline=None)
 @given(st.integers(2, 12), st.integers(0, 2), st.floats(0.05, 1.0), st.integers(0, 99))
 def test_gather_then_scatter_is_the_identity(patches, prefix, rate, seed):
-    count = token_ops.num_selected(patches, prefix, rate)
+    count = token_selection.num_selected(patches, prefix, rate)
     tokens = random(seed, 2, patches + prefix, 3)
-    chosen = token_ops.select_tokens(random(seed + 1, 2, patches + prefix), count, prefix)
-    selected = token_ops.gather_tokens(tokens, chosen)
+    chosen = token_selection.select_tokens(random(seed + 1, 2, patches + prefix), count, prefix)
+    selected = token_selection.gather_tokens(tokens, chosen)
     chex.assert_shape(selected, (2, count, 3))
-    np.testing.assert_array_equal(token_ops.scatter_tokens(tokens, selected, chosen), tokens)
-    changed = token_ops.scatter_tokens(tokens, selected + 1, chosen)
+    np.testing.assert_array_equal(token_selection.scatter_tokens(tokens, selected, chosen), tokens)
+    changed = token_selection.scatter_tokens(tokens, selected + 1, chosen)
     np.testing.assert_array_equal(changed, tokens + chosen.mask[:, :, None].astype(float))
 
 
 def test_derivatives_are_those_of_plain_indexing():
     tokens, update, weight = random(0, 2, 9, 3), random(1, 2, 5, 3), random(2, 2, 9, 3)
-    chosen = token_ops.select_tokens(random(3, 2, 9), 5, 1)
+    chosen = token_selection.select_tokens(random(3, 2, 9), 5, 1)
     rows = jnp.arange(2)[:, None]
 
     def ours(tokens, update):
-        selected = token_ops.gather_tokens(tokens, chosen) * update
-        return (jnp.sin(token_ops.scatter_tokens(tokens, selected, chosen)) * weight).sum()
+        selected = token_selection.gather_tokens(tokens, chosen) * update
+        return (jnp.sin(token_selection.scatter_tokens(tokens, selected, chosen)) * weight).sum()
 
     def plain(tokens, update):
         selected = tokens[rows, chosen.indices] * update
@@ -63,8 +63,8 @@ def test_derivatives_are_those_of_plain_indexing():
 
 def test_no_gradient_passes_through_the_choice():
     def loss(scores):
-        chosen = token_ops.select_tokens(scores, 4, 1)
-        return token_ops.gather_tokens(scores[:, :, None], chosen).sum()
+        chosen = token_selection.select_tokens(scores, 4, 1)
+        return token_selection.gather_tokens(scores[:, :, None], chosen).sum()
 
     grad = jax.grad(lambda s: loss(s) - loss(jax.lax.stop_gradient(s)))(random(0, 1, 6))
     assert set(np.unique(grad)) <= {0.0, 1.0}  # what was gathered, nothing for having been best
@@ -86,7 +86,7 @@ def test_walk_equals_the_whole_map_in_any_chunks_forward_and_backward(chunk):
         return {"sums": attn_map.sum(axis=2), "rows": jnp.einsum("bhqk,bq->bhk", logits, rows)}
 
     def walked(query, key, value):
-        return attention_ops.walk_map(query, key, value, summarise, rows=extra, chunk=chunk)
+        return attention.walk_map(query, key, value, summarise, rows=extra, chunk=chunk)
 
     def plain(query, key, value):
         out, sums, logits = plain_walk(query, key, value)
@@ -114,7 +114,7 @@ def test_a_chunked_walk_never_holds_the_map():
             def summarise(logits, attn_map, rows):
                 return attn_map.sum(axis=2)
 
-            out, sums = attention_ops.walk_map(query, query, query, summarise, chunk=chunk)
+            out, sums = attention.walk_map(query, query, query, summarise, chunk=chunk)
             return (out**2).sum() + (sums**2).sum()
 
         compiled = jax.jit(jax.grad(loss)).lower(query).compile()
@@ -128,5 +128,5 @@ def test_a_chunked_walk_never_holds_the_map():
 def test_overlap_counts_patches_only():
     truth = jnp.array([[9.0, 4.0, 3.0, 2.0, 1.0]])
     found = jnp.array([[0.0, 4.0, 1.0, 3.0, 2.0]])
-    np.testing.assert_allclose(token_ops.overlap(found, truth, 3, 1), [0.5])
-    np.testing.assert_allclose(token_ops.overlap(found, truth, 1, 1), [1.0])
+    np.testing.assert_allclose(token_selection.overlap(found, truth, 3, 1), [0.5])
+    np.testing.assert_allclose(token_selection.overlap(found, truth, 1, 1), [1.0])

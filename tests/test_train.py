@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 from small import small_run
 
-from tosa_jax import memory, stages, train
-from tosa_jax.checkpoints import Checkpoints
 from tosa_jax.data.pipeline import train_batches
+from tosa_jax.distributed import memory
+from tosa_jax.distributed.preemption import Stopped, StopRequest
 from tosa_jax.errors import ConfigError, DataError, DeviceError, NonFiniteLossError
-from tosa_jax.metric_writer import MetricWriter
-from tosa_jax.run_plan import plan_stages
-from tosa_jax.stages import Runner, run_stages
-from tosa_jax.stopping import Stopped, StopRequest
-from tosa_jax.train import train_stage
+from tosa_jax.train import loop, runner
+from tosa_jax.train.checkpoints import Checkpoints
+from tosa_jax.train.loop import train_stage
+from tosa_jax.train.metric_writer import MetricWriter
+from tosa_jax.train.runner import Runner, run_stages
+from tosa_jax.train.stages import plan_stages
 
 STEPS = {"steps": 20, "ema_decay": 0.9, "warmup_steps": 2, "checkpoint_steps": 10}
 
@@ -61,7 +62,7 @@ def train_one(runner, stage, workdir, stop_at=None, monkeypatch=None):
             seen.append(batch["image"].sum())
             yield batch
 
-    monkeypatch.setattr(train, "train_batches", recorded)
+    monkeypatch.setattr(loop, "train_batches", recorded)
     with MetricWriter(workdir) as writer:
         try:
             state, _ = train_stage(
@@ -142,7 +143,7 @@ def test_a_whole_run_with_controls_reports_and_then_only_prints(digits_dir, tmp_
     assert {"pretrain", "selector", "finetune", "finetune_skip", "finetune_random_0.25"} <= names
     assert "selector/kl" in report["stages"]["selector"]["before"]
 
-    monkeypatch.setattr(stages, "Runner", None)  # a finished run trains nothing
+    monkeypatch.setattr(runner, "Runner", None)  # a finished run trains nothing
     assert run_stages(run, tmp_path) == json.loads(json.dumps(report))
 
 
@@ -178,14 +179,14 @@ def test_a_signal_saves_and_stops_and_the_next_start_goes_on(digits_dir, tmp_pat
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch
 
-    monkeypatch.setattr(train, "train_batches", send_at_step_5)
+    monkeypatch.setattr(loop, "train_batches", send_at_step_5)
     with pytest.raises(Stopped) as stopped:
         run_stages(run, tmp_path)
     assert stopped.value.signum == signal.SIGTERM
     assert [p.name for p in (tmp_path / "checkpoints/pretrain").iterdir() if p.name.isdigit()] == [
         "5"
     ]
-    monkeypatch.setattr(train, "train_batches", train_batches)
+    monkeypatch.setattr(loop, "train_batches", train_batches)
     assert run_stages(run, tmp_path)["stages"]["pretrain"]["steps"] == 20
 
 

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tosa_jax.data.decoding import BadImageError, Form, decode_image, open_image, resize_and_crop
+from tosa_jax.data.decoding import (
+    BadImageError,
+    Preprocess,
+    decode_image,
+    open_image,
+    resize_and_crop,
+)
 from tosa_jax.data.transforms import (
     AUGMENTATIONS,
     CROPS,
@@ -81,8 +87,8 @@ def test_exif_is_ignored_unless_asked_for():
     data = encoded(COLOUR, exif=exif)
     np.testing.assert_array_equal(pixels(data), COLOUR)
     np.testing.assert_array_equal(pixels(data, exif_rotate=True), np.rot90(COLOUR, -1))
-    upright = Form(image_size=8, channels=3, exif_rotate=True).decode(data)
-    want = Form(image_size=8, channels=3).decode(encoded(np.rot90(COLOUR, -1).copy()))
+    upright = Preprocess(image_size=8, channels=3, exif_rotate=True).decode(data)
+    want = Preprocess(image_size=8, channels=3).decode(encoded(np.rot90(COLOUR, -1).copy()))
     np.testing.assert_array_equal(upright, want)
 
 
@@ -90,7 +96,7 @@ def test_exif_is_ignored_unless_asked_for():
 @pytest.mark.parametrize("resize", ["squeeze", "crop"])
 def test_extreme_sizes(size, resize):
     data = encoded(Image.new("RGB", size, (10, 200, 30)))
-    form = Form(image_size=24, channels=3, resize=resize)
+    form = Preprocess(image_size=24, channels=3, resize=resize)
     assert (form.decode(data) == (10, 200, 30)).all()
     for name in CROPS:
         element = {"image": form.open(data)}

@@ -10,15 +10,14 @@ from flax import nnx
 from PIL import Image
 from small import small_run
 
-from tosa_jax.checkpoints import Checkpoints
-from tosa_jax.config import RunConfig, default_config, make_run_config
-from tosa_jax.config_json import to_json
+from tosa_jax.config import RunConfig, default_config, make_run_config, to_json
 from tosa_jax.data.class_names import write_names
-from tosa_jax.models.networks import build
+from tosa_jax.models.factory import build
 from tosa_jax.models.params import split
 from tosa_jax.models.vit import VisionTransformer
-from tosa_jax.steps import TrainState
 from tosa_jax.tasks import TASKS
+from tosa_jax.train.checkpoints import Checkpoints
+from tosa_jax.train.step import TrainState
 
 CLASSES = tuple(f"digit {i}" for i in range(10))
 

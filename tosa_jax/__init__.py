@@ -40,8 +40,8 @@ From the command line (each says more with --help)
     a field of it. JAX takes the best device it finds; JAX_PLATFORMS=cuda, tpu or cpu asks for one, and its lack is an
     error then.
 
-To read on: `help(tosa_jax.token_ops)` is the idea in pure functions, `tosa_jax.models.methods` has a file for each
-method, `tosa_jax.models.stream` says what such a file must have, `tosa_jax.array_types` what letters in shapes mean.
+To read on: `tosa_jax.ops` has the idea in pure functions, and `tosa_jax.ops.array_types` what letters in shapes
+mean; `tosa_jax.models.methods` has a file for each method, `tosa_jax.models.token_state` says what it must have.
 
 What a person can mend raises a `UserError` of one line: what is wrong, where, and what to do.
 """
@@ -51,13 +51,13 @@ from etils import epy
 # Importing the package costs next to nothing: each name brings its modules when it is first used.
 with epy.lazy_api_imports(globals()):
     from tosa_jax.errors import UserError
+    from tosa_jax.inference.predictions import Guess, Prediction
+    from tosa_jax.inference.predictor import Predictor
     from tosa_jax.models.depth import DepthConfig
-    from tosa_jax.models.networks import create_model
-    from tosa_jax.models.pretrained import load_pretrained, save_selectors, save_weights
+    from tosa_jax.models.factory import create_model
     from tosa_jax.models.vit import Output, VisionTransformer
     from tosa_jax.models.vit_config import VARIANTS, ViTConfig, alternate
-    from tosa_jax.predictions import Guess, Prediction
-    from tosa_jax.predictor import Predictor
+    from tosa_jax.models.weights.load import load_pretrained, save_selectors, save_weights
 
 __all__ = [
     "VARIANTS",

@@ -19,13 +19,13 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from tosa_jax import bench_sweep, bench_torch
-from tosa_jax.bench_contestants import CONTROLS
-from tosa_jax.bench_records import format_records, measure
-from tosa_jax.devices import describe_device, versions
+from tosa_jax.cli.exit_status import guard
+from tosa_jax.distributed.devices import describe_device, versions
 from tosa_jax.errors import ConfigError
-from tosa_jax.exit_status import guard
-from tosa_jax.files import as_path
+from tosa_jax.paths import as_path
+from tosa_jax.performance import sweep, torch_candidates
+from tosa_jax.performance.candidates import CONTROLS
+from tosa_jax.performance.records import format_records, measure
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,7 +59,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, lis
     add("--train", action="store_true", help="time whole training steps")
     add("--controls", nargs="+", default=[], help=f"at the same budgets: {', '.join(CONTROLS)}")
     add("--against", nargs="+", default=[], help="dense in PyTorch: timm, transformers or none")
-    add("--torch_compile", default="", help=f"on a GPU, one of {', '.join(bench_torch.MODES)}")
+    add("--torch_compile", default="", help=f"on a GPU, one of {', '.join(torch_candidates.MODES)}")
     add("--rounds", type=int, default=10)
     add("--sweep", action="store_true", help="write bench_NAME.json, .md and .png into --out")
     add("--out", default="results", help="folder of --sweep's files")
@@ -97,26 +97,26 @@ def measure_networks(argv: Sequence[str], args: argparse.Namespace) -> list[dict
     one = functools.partial(measure, args.model, args.keep_rate, **fields)
     if not args.sweep:
         return [row for batch_size in args.batch_size for row in one(batch_size=batch_size)]
-    rows, left_out = bench_sweep.run(args.batch_size, lambda batch_size: one(batch_size=batch_size))
+    rows, left_out = sweep.run(args.batch_size, lambda batch_size: one(batch_size=batch_size))
     against = [library for library in args.against if library != "none"]
     result = {
         "command": f"python -m tosa_jax.bench {shlex.join(argv)}",
         "device": describe_device(),
-        "versions": versions() | bench_torch.versions(against),
+        "versions": versions() | torch_candidates.versions(against),
         "settings": {"rounds": args.rounds}
-        | bench_torch.settings(against, args.dtype, args.torch_compile, train=args.train),
+        | torch_candidates.settings(against, args.dtype, args.torch_compile, train=args.train),
         "left_out": left_out,
         "rows": rows,
     }
     name = args.name or "_".join([args.model, args.dtype, *(["train"] if args.train else [])])
-    for path in bench_sweep.write(as_path(args.out), name, result):
+    for path in sweep.write(as_path(args.out), name, result):
         print(f"wrote {path}", file=sys.stderr)
     return rows
 
 
 def measure_input(recipe: str, overrides: Sequence[str], images_per_second: float) -> list[dict]:
     """Images/s a core of each part of a recipe's training input, and the cores that feed one accelerator."""
-    from tosa_jax.command_line import parse
+    from tosa_jax.cli.flags import parse
     from tosa_jax.config import make_run_config
     from tosa_jax.data import speed
 

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tosa_jax import command_line
+from tosa_jax.cli import flags
 from tosa_jax.errors import ConfigError
 
 
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
             print(json.dumps(records, indent=1))
         fits = all(record["fits"] or args.fit for record in records)
 
-    return command_line.run(__doc__, recipe, work) or int(not fits)
+    return flags.run(__doc__, recipe, work) or int(not fits)
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -52,9 +52,9 @@ def check(config, args: argparse.Namespace) -> list[dict[str, Any]]:
     # Imported late, so that a wrong command line is told at once.
     import jax
 
-    from tosa_jax import compiling
     from tosa_jax.config import make_run_config
-    from tosa_jax.sharding import make_mesh
+    from tosa_jax.distributed.mesh import make_mesh
+    from tosa_jax.performance import aot
 
     if not args.topology:
         raise ConfigError("command line: --topology=SLICE is missing, e.g. --topology=v5e:2x4")
@@ -62,13 +62,13 @@ def check(config, args: argparse.Namespace) -> list[dict[str, Any]]:
     jax.config.update("jax_enable_compilation_cache", False)  # the time to compile is a result
     run = make_run_config(config)
     run = dataclasses.replace(run, mesh=parse_mesh(run.mesh, args.mesh))
-    mesh = make_mesh(run.mesh, compiling.tpu_devices(args.topology, run.mesh.dcn or 1))
+    mesh = make_mesh(run.mesh, aot.tpu_devices(args.topology, run.mesh.dcn or 1))
     records = []
-    for program in compiling.programs(run, mesh):
+    for program in aot.programs(run, mesh):
         if args.only not in program.name or (args.fit and not program.name.startswith("train")):
             continue
         found = [fit_record(run, mesh, program)] if args.fit else []
-        records += found or [compiling.compile_program(program, mesh)]
+        records += found or [aot.compile_program(program, mesh)]
         if not args.json:
             print(format_record(records[-1]), flush=True)
     if not records:
@@ -78,21 +78,19 @@ def check(config, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def fit_record(run, mesh, program) -> dict[str, Any]:
     """The record of the largest batch of this training step that fits, with `largest_device_batch_size`."""
-    from tosa_jax import compiling
-    from tosa_jax.sharding import batch_ways
+    from tosa_jax.distributed.mesh import batch_ways
+    from tosa_jax.performance import aot
 
     ways, records = batch_ways(mesh) * run.accumulate, {}
 
     def needed(batch: int) -> tuple[bool, int | None]:
         sized = dataclasses.replace(run, batch_size=batch * ways)
-        same = next(p for p in compiling.programs(sized, mesh) if p.name == program.name)
-        records[batch] = compiling.compile_program(same, mesh)
+        same = next(p for p in aot.programs(sized, mesh) if p.name == program.name)
+        records[batch] = aot.compile_program(same, mesh)
         return records[batch]["fits"], records[batch]["total_bytes"]
 
-    device = compiling.accelerator(mesh.devices.flat[0].device_kind)
-    best = compiling.largest_batch(
-        needed, device.memory if device else 2**34, run.batch_size // ways
-    )
+    device = aot.accelerator(mesh.devices.flat[0].device_kind)
+    best = aot.largest_batch(needed, device.memory if device else 2**34, run.batch_size // ways)
     tried = {str(b): records[b]["total_bytes"] for b in sorted(records)}
     return records[best or min(records)] | {"largest_device_batch_size": best, "tried": tried}
 

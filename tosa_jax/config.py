@@ -6,27 +6,53 @@ is set. Durations carry a unit: `epochs` or `steps`; the other of the two stays 
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import ml_collections
 
-from tosa_jax.data.mixing import MixingConfig
 from tosa_jax.data.pipeline import DataConfig
+from tosa_jax.distributed.mesh import MeshConfig
 from tosa_jax.errors import ConfigError
-from tosa_jax.models.networks import network_config
+from tosa_jax.models.factory import NETWORKS, network_config
 from tosa_jax.models.vit_config import ViTConfig, check, check_choice
-from tosa_jax.optim import SCHEDULES, OptimConfig
-from tosa_jax.profiling import profile_range
-from tosa_jax.sharding import MeshConfig
 from tosa_jax.tasks import TASKS
+from tosa_jax.tasks.mixing import MixingConfig
 
 CONTROLS = (
     "dense", "random", "previous", "skip", "class_attention", "redundancy", "true_map", "worst_bypass"
 )  # fmt: skip
 """What may stand beside ToSA in the closing table: the values of `eval.controls`. `redundancy` selects in every layer,
 at ToSA's GMACs for each budget. The last two are oracles."""
+
+
+SCHEDULES = ("cosine", "polynomial")
+"""How the learning rate falls after the warm-up: see `learning_rate`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW (Loshchilov & Hutter 2019) over `steps` updates; the first `warmup_steps` rise linearly.
+
+    Rates and norms are not negative, `b1`, `b2` and `ema_decay` in [0, 1).
+    """
+
+    steps: int
+    learning_rate: float  # peak
+    warmup_steps: int = 0
+    warmup_learning_rate: float = 0.0  # where the warm-up starts
+    min_learning_rate: float = 0.0  # where the schedule ends
+    schedule: str = "cosine"  # a value of `SCHEDULES`
+    schedule_power: float = 0.9  # of the polynomial
+    head_lr_scale: float = 1.0  # the learning rate of `HEAD` over that of the backbone
+    weight_decay: float = 0.05
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    clip_norm: float = 0.0  # global norm of the gradient; 0: no clipping
+    ema_decay: float = 0.0  # moving average of the parameters; 0: none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,6 +256,16 @@ def default_config(model: str = "vit", task: str = "classification") -> ml_colle
     return config
 
 
+def profile_range(steps: str) -> range:
+    """The steps that "100:105" names, the last not included; none for "". Raises ConfigError."""
+    match = re.fullmatch(r"(\d+):(\d+)", steps)
+    if steps and (match is None or int(match.group(1)) >= int(match.group(2))):
+        raise ConfigError(
+            f"profile_steps={steps!r} must be FIRST:END with FIRST < END, e.g. 100:105"
+        )
+    return range(*map(int, match.groups())) if match else range(0)
+
+
 def build_section(cls: type, section: str, values: Mapping[str, Any]) -> Any:
     """A section's dataclass; its ConfigErrors name the section."""
     try:
@@ -281,3 +317,79 @@ def _check_fields(where: str, values: Mapping[str, Any], template: Mapping[str, 
             raise ConfigError(
                 f"config.{where}{name}={value!r} must be of type {type(default).__name__}"
             )
+
+
+MAY_CHANGE = {
+    "accumulate",
+    "log_steps",
+    "profile_steps",
+    "mesh",
+    "eval.batch_size",
+    "eval.figure_images",
+    "data.data_dir",
+    "data.source_dir",
+    "data.workers",
+    "data.prefetch_batches",
+    "data.prefetch_mib",
+    "data.in_memory",
+}
+"""Fields that do not change what is trained: a run may go on with other values of them."""
+
+
+def to_json(run: RunConfig) -> dict[str, Any]:
+    """The run as plain JSON values, in sections."""
+    values = dataclasses.asdict(run)
+    values["model"] |= {name: str(values["model"][name]) for name in ("dtype", "param_dtype")}
+    return values
+
+
+def from_json(values: Mapping[str, Any]) -> RunConfig:
+    """The run that `to_json` wrote; fields that it does not have take their defaults.
+
+    Raises ConfigError for values that this version does not know.
+    """
+    rest = dict(values)
+    task = rest.get("task", "classification")
+    check_choice("task", task, TASKS)
+    sections = SECTIONS | {"model": NETWORKS[task].config_class, "data": DataConfig}
+    sections |= {"options": TASKS[task].options}
+    try:
+        built = {
+            name: build_section(cls, name, as_tuples(rest.pop(name, {})))
+            for name, cls in sections.items()
+        }
+        return RunConfig(**built, **rest)
+    except TypeError as error:
+        raise ConfigError(f"config.json is of another version of tosa_jax: {error}") from error
+
+
+def as_tuples(value: Any) -> Any:
+    """A JSON value with tuples for its lists, which is what configurations hold."""
+    if isinstance(value, Mapping):
+        return {name: as_tuples(x) for name, x in value.items()}
+    return tuple(map(as_tuples, value)) if isinstance(value, list) else value
+
+
+def process_differences(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Lines `field: first -> other` for what two processes of a run may not set differently: all but where data is."""
+    return differences(first, other, may_change={x for x in MAY_CHANGE if x.startswith("data.")})
+
+
+def differences(
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    where: str = "",
+    may_change: Collection[str] = MAY_CHANGE,
+) -> list[str]:
+    """Lines `field: old -> new` for what differs between two runs' JSON and may not."""
+    lines = []
+    for name in sorted(old.keys() | new.keys()):
+        path = f"{where}{name}"
+        before, after = old.get(name), new.get(name)
+        if path in may_change:
+            continue
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            lines += differences(before, after, f"{path}.", may_change)
+        elif before != after:
+            lines.append(f"{path}: {before} -> {after}")
+    return lines

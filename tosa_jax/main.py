@@ -11,30 +11,30 @@ checkpoint.
 
 import sys
 
-from tosa_jax import command_line
-from tosa_jax.files import AnyPath
+from tosa_jax.cli import flags
+from tosa_jax.paths import AnyPath
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line `argv` (without the program's name); returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    return command_line.run(__doc__, argv, _train, several_processes=True)
+    return flags.run(__doc__, argv, _train, several_processes=True)
 
 
 def _train(config, workdir: AnyPath) -> None:
     # Imported late, so that a wrong command line is told at once.
-    from tosa_jax import processes, report
-    from tosa_jax.config import make_run_config
-    from tosa_jax.config_json import process_differences, to_json
-    from tosa_jax.stages import run_stages
-    from tosa_jax.workdir import open_workdir
+    from tosa_jax.config import make_run_config, process_differences, to_json
+    from tosa_jax.distributed import coordination
+    from tosa_jax.reporting import report
+    from tosa_jax.train.runner import run_stages
+    from tosa_jax.train.workdir import open_workdir
 
     run = make_run_config(config)
-    processes.check_same(processes.code_versions())
-    processes.check_same({"workdir": str(workdir)} | to_json(run), process_differences)
+    coordination.check_same(coordination.code_versions())
+    coordination.check_same({"workdir": str(workdir)} | to_json(run), process_differences)
     with open_workdir(workdir, run):
         table = report.format_table(run_stages(run, workdir))
-        if processes.is_main():
+        if coordination.is_main():
             print(table)
             print(f"\nreport, metrics, checkpoints and the figure of selected tokens: {workdir}")
 

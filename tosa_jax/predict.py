@@ -24,14 +24,14 @@ import numpy as np
 import rich.console
 import rich.progress
 
-from tosa_jax import command_line
-from tosa_jax.answers import ANSWERS, Answers, Record
+from tosa_jax.cli import flags
+from tosa_jax.cli.exit_status import guard
+from tosa_jax.cli.prediction_output import PREDICTION_WRITERS, PredictionWriter, Record
 from tosa_jax.data import class_names
 from tosa_jax.data.decoding import BadImageError
 from tosa_jax.data.image_files import find_images, read_ahead
 from tosa_jax.errors import ConfigError
-from tosa_jax.exit_status import guard
-from tosa_jax.predictor import Predictor
+from tosa_jax.inference.predictor import Predictor
 from tosa_jax.tasks import TASKS
 
 _BAR_FROM = 20
@@ -128,9 +128,9 @@ def make_predictor(args: argparse.Namespace, num_images: int) -> Predictor:
 
 def _predict(args: argparse.Namespace) -> int:
     paths = find_images(args.images)
-    command_line.configure_jax()
+    flags.configure_jax()
     predictor = make_predictor(args, len(paths))
-    answers = ANSWERS[predictor.config.task](predictor, args, paths)
+    answers = PREDICTION_WRITERS[predictor.config.task](predictor, args, paths)
     if args.export:
         predictor.save(args.export)
         print(f"written: {args.export}", file=sys.stderr)
@@ -146,7 +146,7 @@ def _predict(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _records(predictor: Predictor, chunk: list, answers: Answers) -> Iterator[Record]:
+def _records(predictor: Predictor, chunk: list, answers: PredictionWriter) -> Iterator[Record]:
     """A record for each file of a batch, in order; what is to be written of it is written on the way."""
     rows = iter(predictor.each([image for _, image in chunk if isinstance(image, np.ndarray)]))
     for path, image in chunk:
@@ -159,7 +159,7 @@ def _records(predictor: Predictor, chunk: list, answers: Answers) -> Iterator[Re
             yield {"image": str(path), "error": str(error)}
 
 
-def show(record: Record, as_json: bool, answers: Answers) -> None:
+def show(record: Record, as_json: bool, answers: PredictionWriter) -> None:
     """One image's result on standard output; a failure on standard error too, where JSON would hide it."""
     if "error" in record:
         print(f"{record['image']}: {record['error']}", file=sys.stderr)

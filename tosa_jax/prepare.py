@@ -12,8 +12,8 @@ Exit status: 0 done, 2 bad input, 130 stopped by a signal.
 import shlex
 import sys
 
-from tosa_jax import command_line
-from tosa_jax.files import AnyPath
+from tosa_jax.cli import flags
+from tosa_jax.paths import AnyPath
 
 _OVERWRITE = "--overwrite"
 
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
         _prepare(config, recipe, overwrite=_OVERWRITE in argv)
 
     try:
-        return command_line.run(__doc__, recipe, work)
+        return flags.run(__doc__, recipe, work)
     except KeyboardInterrupt:
         print("stopped; start the same command again to go on", file=sys.stderr)
         return 130

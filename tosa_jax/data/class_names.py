@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tosa_jax.errors import DataError
-from tosa_jax.files import as_path, write_atomically
+from tosa_jax.paths import as_path, write_atomically
 
 FILE = "classes.txt"
 """In a work directory: the name of each class on a line, in the order of the logits."""

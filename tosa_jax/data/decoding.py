@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-RESIZES = ("squeeze", "crop")  # see `Form`
+RESIZES = ("squeeze", "crop")  # see `Preprocess`
 
 _MODES = {1: "L", 3: "RGB"}  # channels -> PIL mode
 _16_BITS_AS_I = ("PNG", "PPM")  # formats that PIL reads 16 bits of in its mode "I"
@@ -44,7 +44,7 @@ def pil_errors() -> Iterator[None]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Form:
+class Preprocess:
     """What images become: uint8 [image_size, image_size, channels].
 
     image_size   None: each image keeps its own height and width, and `resize` is not read.
@@ -84,14 +84,14 @@ class Form:
 
 
 def decode_image(encoded: bytes, *, image_size: int, channels: int) -> UInt8[np.ndarray, "s s c"]:
-    """`Form(...).decode`: an image squeezed to uint8 [image_size, image_size, channels].
+    """`Preprocess(...).decode`: an image squeezed to uint8 [image_size, image_size, channels].
 
     Grey is repeated over three channels; colour becomes luma in one.
 
     Raises:
       BadImageError: the bytes are no image, are cut short, or hold numbers without a known range.
     """
-    return Form(image_size=image_size, channels=channels).decode(encoded)
+    return Preprocess(image_size=image_size, channels=channels).decode(encoded)
 
 
 def to_array(image: Image.Image) -> UInt8[np.ndarray, "h w c"]:

@@ -5,14 +5,14 @@ from typing import ClassVar
 
 import numpy as np
 
-from tosa_jax.data.decoding import Form, to_array
+from tosa_jax.data.decoding import Preprocess, to_array
 
 
 @dataclass(frozen=True)
 class LabelledImages:
     """An `ExampleKind` (`data.sources`): images in one form, or whole, as PIL's, for augmentations that crop."""
 
-    form: Form
+    form: Preprocess
     whole: bool = False
     name: ClassVar[str] = "classification"
     encoded: ClassVar[tuple[str, ...]] = ("image",)

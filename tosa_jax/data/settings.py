@@ -8,7 +8,7 @@ import tensorflow_datasets as tfds
 
 from tosa_jax.data import sources
 from tosa_jax.data.builders import kind_of, nearest, picture_size
-from tosa_jax.data.decoding import RESIZES, Form
+from tosa_jax.data.decoding import RESIZES, Preprocess
 from tosa_jax.data.depth_maps import DepthMaps
 from tosa_jax.data.depth_transforms import DEPTH_AUGMENTATIONS, DepthAugment
 from tosa_jax.data.labelled import LabelledImages
@@ -93,7 +93,7 @@ class DataConfig:
         return (self.image_size, self.image_size) if square else self.image_size
 
     @property
-    def form(self) -> Form:
+    def form(self) -> Preprocess:
         """The form of a classification set's images that are not cropped by an augmentation.
 
         Raises:
@@ -105,7 +105,7 @@ class DataConfig:
                 f"image_size={self.image_size}: images of a classification set become squares, "
                 f"for example {min(height, width)}"
             )
-        return Form(
+        return Preprocess(
             image_size=height,
             channels=self.channels,
             resize=self.eval_resize,

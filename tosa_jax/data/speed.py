@@ -27,9 +27,9 @@ from tosa_jax.data import randaugment
 from tosa_jax.data.builders import num_examples, open_builder
 from tosa_jax.data.decoding import open_image
 from tosa_jax.data.pipeline import DataConfig
-from tosa_jax.data.rooms import render_room
 from tosa_jax.data.settings import example_kind
 from tosa_jax.data.sources import Encoded
+from tosa_jax.data.synthetic.rooms import render_room
 from tosa_jax.data.transforms import crop_flip, deit, draw_crop, random_resized_crop
 
 Step = Callable[[object, np.random.Generator], object]

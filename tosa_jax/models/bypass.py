@@ -11,47 +11,47 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from tosa_jax.array_types import Tokens
 from tosa_jax.models.layers import Block, linear
-from tosa_jax.models.stream import Group, Place
+from tosa_jax.models.token_state import LayerSpec, TokenGroup
 from tosa_jax.models.vit_config import ViTConfig
-from tosa_jax.stand_ins import sum_groups, with_stand_ins
-from tosa_jax.token_ops import Selection, complement, gather_tokens, scatter_tokens
+from tosa_jax.ops.array_types import Tokens
+from tosa_jax.ops.token_matching import sum_groups, with_representatives
+from tosa_jax.ops.token_selection import Selection, complement, gather_tokens, scatter_tokens
 
 Sizes = Float[Array, "b s"] | None
 """How many tokens each one stands for; None: one."""
 
 
 class Bypass(Protocol):
-    """A path around a group of layers: an NNX module, built as `Path(config, place, rngs=rngs)`."""
+    """A path around a group of layers: an NNX module, built as `Path(config, spec, rngs=rngs)`."""
 
-    needs_stand_ins: bool
+    needs_representatives: bool
 
     def open(
         self, block: Block, tokens: Tokens, selection: Selection, sizes: Sizes = None
-    ) -> tuple[Tokens, Group]:
+    ) -> tuple[Tokens, TokenGroup]:
         """The selected tokens [b s d] as they enter, and the group; `block` is the first that they go through.
 
         tokens  [b n d]; `sizes` [b n], how many tokens each stands for already.
         """
 
-    def macs(self, place: Place) -> int:
+    def macs(self, spec: LayerSpec) -> int:
         """Multiply-adds of one example."""
 
 
 class Identity(nnx.Module):
     """The paper's: bypassed tokens rejoin unchanged."""
 
-    needs_stand_ins = False
+    needs_representatives = False
 
-    def __init__(self, config: ViTConfig, place: Place, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ViTConfig, spec: LayerSpec, *, rngs: nnx.Rngs) -> None:
         self.width = config.embed_dim
 
     def open(self, block, tokens, selection, sizes=None):
         """The selected tokens [b s d] as they are, and a group whose others stay as they were."""
-        return gather_tokens(tokens, selection), Group(selection, tokens)
+        return gather_tokens(tokens, selection), TokenGroup(selection, tokens)
 
-    def macs(self, place: Place) -> int:
+    def macs(self, spec: LayerSpec) -> int:
         """Multiply-adds of the estimate for one example."""
         return 0
 
@@ -62,8 +62,8 @@ class LowRank(Identity):
     Starts at the identity; fitted in closed form in the selector stage (`fit_bypass`), trained in fine-tuning.
     """
 
-    def __init__(self, config: ViTConfig, place: Place, *, rngs: nnx.Rngs) -> None:
-        super().__init__(config, place, rngs=rngs)
+    def __init__(self, config: ViTConfig, spec: LayerSpec, *, rngs: nnx.Rngs) -> None:
+        super().__init__(config, spec, rngs=rngs)
         self.rank = config.bypass_rank
         self.down = linear(config, config.embed_dim, self.rank, rngs, use_bias=False)
         zeros = nnx.initializers.zeros_init()
@@ -73,11 +73,11 @@ class LowRank(Identity):
         others = complement(selection)
         missed = gather_tokens(tokens, others)
         moved = missed + self.up(self.down(block.norm1(missed)))
-        group = Group(selection, scatter_tokens(tokens, moved, others))
+        group = TokenGroup(selection, scatter_tokens(tokens, moved, others))
         return gather_tokens(tokens, selection), group
 
-    def macs(self, place: Place) -> int:
-        return (place.count_in - place.count) * 2 * self.width * self.rank
+    def macs(self, spec: LayerSpec) -> int:
+        return (spec.count_in - spec.count) * 2 * self.width * self.rank
 
 
 class Shared(Identity):
@@ -87,30 +87,30 @@ class Shared(Identity):
     by their number. Both are ToMe's (Bolya et al. 2023); that every token keeps its own difference is not.
     """
 
-    needs_stand_ins = True
+    needs_representatives = True
 
-    def __init__(self, config: ViTConfig, place: Place, *, rngs: nnx.Rngs) -> None:
-        super().__init__(config, place, rngs=rngs)
+    def __init__(self, config: ViTConfig, spec: LayerSpec, *, rngs: nnx.Rngs) -> None:
+        super().__init__(config, spec, rngs=rngs)
         self.num_prefix_tokens = config.num_prefix_tokens
         self.pool = config.bypass_pool
 
     def open(self, block, tokens, selection, sizes=None):
         if not self.pool:
             entered = gather_tokens(tokens, selection)
-            return entered, Group(selection, tokens, entered)
+            return entered, TokenGroup(selection, tokens, entered)
         weights = jnp.ones(tokens.shape[:2]) if sizes is None else sizes
         weights = jax.lax.stop_gradient(weights)[:, :, None]
         total = sum_groups(weights, selection)
         entered = sum_groups(tokens * weights.astype(tokens.dtype), selection)
         entered = entered / total.astype(tokens.dtype)
-        return entered, Group(selection, tokens, entered, total[:, :, 0])
+        return entered, TokenGroup(selection, tokens, entered, total[:, :, 0])
 
     def match(self, tokens: Tokens, selection: Selection) -> Selection:
-        """The selection with stand-ins, found by the cosine of the tokens themselves."""
-        return with_stand_ins(tokens, selection, self.num_prefix_tokens)
+        """The selection with representatives, found by the cosine of the tokens themselves."""
+        return with_representatives(tokens, selection, self.num_prefix_tokens)
 
-    def macs(self, place: Place) -> int:
-        pairs = (place.count_in - place.count) * place.count
+    def macs(self, spec: LayerSpec) -> int:
+        pairs = (spec.count_in - spec.count) * spec.count
         return pairs * self.width * (1 if not self.pool else 2)
 
 

@@ -15,11 +15,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from tosa_jax.array_types import Images
 from tosa_jax.models.bypass import LowRank
 from tosa_jax.models.methods.oracles import PredictedBypass
 from tosa_jax.models.params import Params, get_params, set_params, split
 from tosa_jax.models.vit import VisionTransformer
+from tosa_jax.ops.array_types import Images
 
 
 class Moments(NamedTuple):
@@ -35,10 +35,10 @@ class Moments(NamedTuple):
 def groups_to_fit(model: VisionTransformer, needs: Callable[[nnx.Module], bool]) -> dict[int, int]:
     """First -> last layer of each group whose first layer's kind `needs` fitting."""
     found, first = {}, None
-    for place in (kind.place for kind in model.kinds):
-        first = place.layer if place.opens else first
-        if place.closes and needs(model.kinds[first]):
-            found[first] = place.layer
+    for spec in (kind.spec for kind in model.kinds):
+        first = spec.layer if spec.opens else first
+        if spec.closes and needs(model.kinds[first]):
+            found[first] = spec.layer
     return found
 
 

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from tosa_jax.array_types import Images, Tokens
 from tosa_jax.models.layers import linear
 from tosa_jax.models.positions import resample_matrix
 from tosa_jax.models.vit import Output, VisionTransformer
 from tosa_jax.models.vit_config import ViTConfig, check, check_choice
+from tosa_jax.ops.array_types import Images, Tokens
 
 FeatureMap = Float[Array, "b rows columns f"]
 AnyMap = Float[Array, "b _ _ f"]
@@ -61,12 +61,12 @@ class DepthConfig(ViTConfig):
         check(self.decoder_dim >= 2, f"decoder_dim={self.decoder_dim} must be at least 2")
         check_choice("readout", self.readout, ("project", "ignore"))
         object.__setattr__(self, "decoder_layers", tuple(self.decoder_layers))
-        check(len(self.decoder_layers) in (0, 4) and sorted(self.taps) == list(self.taps)
-              and 0 <= self.taps[0] and self.taps[-1] < self.depth,
+        check(len(self.decoder_layers) in (0, 4) and sorted(self.intermediate_layers) == list(self.intermediate_layers)
+              and 0 <= self.intermediate_layers[0] and self.intermediate_layers[-1] < self.depth,
               f"decoder_layers={self.decoder_layers} must be four layers in [0, {self.depth}), ascending")  # fmt: skip
 
     @property
-    def taps(self) -> tuple[int, ...]:
+    def intermediate_layers(self) -> tuple[int, ...]:
         """The layers that the decoder reads: 2, 5, 8, 11 of twelve, as DPT."""
         quarters = (math.ceil(self.depth * i / 4) - 1 for i in range(1, 5))
         return self.decoder_layers or tuple(quarters)
@@ -221,9 +221,9 @@ class DepthTransformer(VisionTransformer):
         size, patch = images.shape[1:3], self.config.patch_size
         grid = self.config.grid_of(size)
         covered = resize(images, (grid[0] * patch, grid[1] * patch))
-        stream = self.layers(self.embed(covered), key=key, train=train)
-        taps = {layer: self.norm(tokens) for layer, tokens in stream.taps.items()}
-        depth = self.decoder([taps[layer] for layer in self.config.taps], grid, size)
+        state = self.layers(self.embed(covered), key=key, train=train)
+        taps = {layer: self.norm(tokens) for layer, tokens in state.intermediate.items()}
+        depth = self.decoder([taps[layer] for layer in self.config.intermediate_layers], grid, size)
         last = self.config.depth - 1
-        tokens = taps[last] if last in taps else self.norm(stream.tokens)
-        return Output(None, tokens, stream.selected, stream.aux, depth, stream.scores)
+        tokens = taps[last] if last in taps else self.norm(state.tokens)
+        return Output(None, tokens, state.selected, state.aux, depth, state.scores)

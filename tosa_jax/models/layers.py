@@ -13,18 +13,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from tosa_jax.array_types import Heads, Images, Tokens
-from tosa_jax.attention_ops import attention
 from tosa_jax.models.vit_config import ViTConfig
+from tosa_jax.ops.array_types import Heads, Images, Tokens
+from tosa_jax.ops.attention import attention
 
-Attend = Callable[[Heads, Heads, Heads], tuple[Heads, Any]]
+AttentionFn = Callable[[Heads, Heads, Heads], tuple[Heads, Any]]
 """`(query, key, value) -> (output, summary)`: how an attention runs, and what it reports of its map."""
 
 token_init = nnx.initializers.normal(0.02)
 """How DeiT starts linear weights, tokens and positions."""
 
 
-def attend_plainly(query: Heads, key: Heads, value: Heads) -> tuple[Heads, None]:
+def plain_attention(query: Heads, key: Heads, value: Heads) -> tuple[Heads, None]:
     """Attention that reports nothing: the fastest form."""
     return attention(query, key, value), None
 
@@ -96,7 +96,7 @@ class PatchEmbed(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention (Vaswani et al. 2017): tokens [b n d] -> [b n d], and what `attend` reports."""
+    """Multi-head self-attention (Vaswani et al. 2017): tokens [b n d] -> [b n d], and what `attention_fn` reports."""
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs) -> None:
         self.num_heads = config.num_heads
@@ -105,10 +105,12 @@ class Attention(nnx.Module):
         )
         self.proj = linear(config, config.embed_dim, config.embed_dim, rngs)
 
-    def __call__(self, x: Tokens, attend: Attend = attend_plainly) -> tuple[Tokens, Any]:
+    def __call__(
+        self, x: Tokens, attention_fn: AttentionFn = plain_attention
+    ) -> tuple[Tokens, Any]:
         b, n, d = x.shape
         qkv = self.qkv(x).reshape(b, n, 3, self.num_heads, d // self.num_heads)
-        out, summary = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
+        out, summary = attention_fn(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
         return self.proj(out.reshape(b, n, d)), summary
 
 
@@ -157,9 +159,11 @@ class Block(nnx.Module):
         self.ls1 = LayerScale(config, rngs=rngs) if config.layer_scale else None
         self.ls2 = LayerScale(config, rngs=rngs) if config.layer_scale else None
 
-    def attn_branch(self, x: Tokens, attend: Attend = attend_plainly) -> tuple[Tokens, Any]:
-        """The update [b n d] that attention adds to `x`, and what `attend` reports."""
-        update, summary = self.attn(self.norm1(x), attend)
+    def attn_branch(
+        self, x: Tokens, attention_fn: AttentionFn = plain_attention
+    ) -> tuple[Tokens, Any]:
+        """The update [b n d] that attention adds to `x`, and what `attention_fn` reports."""
+        update, summary = self.attn(self.norm1(x), attention_fn)
         return self.ls1(update) if self.ls1 else update, summary
 
     def mlp_branch(self, x: Tokens) -> Tokens:
@@ -168,9 +172,12 @@ class Block(nnx.Module):
         return self.ls2(update) if self.ls2 else update
 
     def __call__(
-        self, x: Tokens, attend: Attend = attend_plainly, drop_path: DropPath | None = None
+        self,
+        x: Tokens,
+        attention_fn: AttentionFn = plain_attention,
+        drop_path: DropPath | None = None,
     ) -> tuple[Tokens, Any]:
-        update, summary = self.attn_branch(x, attend)
+        update, summary = self.attn_branch(x, attention_fn)
         x = x + (drop_path(update, 0) if drop_path else update)
         update = self.mlp_branch(x)
         return x + (drop_path(update, 1) if drop_path else update), summary

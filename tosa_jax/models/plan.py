@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 
 from tosa_jax.models.methods import LAYER_KINDS
-from tosa_jax.models.stream import Place
+from tosa_jax.models.token_state import LayerSpec
 from tosa_jax.models.vit_config import ViTConfig, check, check_choice
-from tosa_jax.token_ops import num_selected
+from tosa_jax.ops.token_selection import num_selected
 
 
-def places(config: ViTConfig) -> tuple[Place, ...]:
-    """Each layer's place in the plan.
+def layer_specs(config: ViTConfig) -> tuple[LayerSpec, ...]:
+    """What the plan means for each layer.
 
     Raises ConfigError for an unknown kind, a choice at the start, neighbours that choose differently, a `keep_rate`
     of another length than there are selections, and counts that the kind cannot reach.
@@ -35,7 +35,7 @@ def places(config: ViTConfig) -> tuple[Place, ...]:
                       f"keep_rate={config.keep_rate} leaves layer {layer} {count} of {count_in} tokens; "
                       f"{name!r} can bypass every second patch at most and leaves {least}")  # fmt: skip
                 opens = count < count_in
-        found.append(Place(layer, opens, closes, count_in, count))
+        found.append(LayerSpec(layer, opens, closes, count_in, count))
         if closes or not kind.selects:
             count = n
     return tuple(found)
@@ -73,7 +73,7 @@ def _rates(config: ViTConfig, selections: int) -> Sequence[float]:
         return given * selections
     falling = [1 - (1 - given[0]) * 2 * (i + 1) / (selections + 1) for i in range(selections)]
     if all(LAYER_KINDS[name].nests for name in config.plan if LAYER_KINDS[name].selects):
-        # Where less is asked for than the kind can leave, `places` takes that.
+        # Where less is asked for than the kind can leave, `layer_specs` takes that.
         return [max(rate, 1 / config.num_patches) for rate in falling]
     check(falling[-1] > 0,
           f"keep_rate={given[0]} with budget='linear' leaves the last of {selections} selections no patch; "

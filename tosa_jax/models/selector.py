@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from tosa_jax.array_types import AttnLogits
 from tosa_jax.models.vit_config import ViTConfig
+from tosa_jax.ops.array_types import AttnLogits
 
 _FEW_MACS = 200
 """Multiply-adds of an entry up to which a CPU works entry by entry: above, matrix products were as fast."""

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from tosa_jax.array_types import Images, Indices, PerExample, Scores, Tokens
 from tosa_jax.errors import ConfigError
+from tosa_jax.models.encoder import Gather, run_layers, run_scanned
 from tosa_jax.models.layers import (
     Block,
     PatchEmbed,
@@ -17,10 +17,10 @@ from tosa_jax.models.layers import (
     token_init,
 )
 from tosa_jax.models.methods import LAYER_KINDS
-from tosa_jax.models.plan import places
-from tosa_jax.models.run_layers import Gather, run_layers, run_scanned
-from tosa_jax.models.stream import Stream
+from tosa_jax.models.plan import layer_specs
+from tosa_jax.models.token_state import TokenState
 from tosa_jax.models.vit_config import ViTConfig
+from tosa_jax.ops.array_types import Images, Indices, PerExample, Scores, Tokens
 
 
 class Output(NamedTuple):
@@ -74,8 +74,8 @@ class VisionTransformer(nnx.Module):
         self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.depth)])
         self.kinds = nnx.List(
             [
-                LAYER_KINDS[kind](config, place, rngs=rngs)
-                for kind, place in zip(config.plan, places(config), strict=True)
+                LAYER_KINDS[kind](config, spec, rngs=rngs)
+                for kind, spec in zip(config.plan, layer_specs(config), strict=True)
             ]
         )
         if config.global_pool == "avg":
@@ -138,10 +138,10 @@ class VisionTransformer(nnx.Module):
             return jnp.concatenate([prefix, patches + positions], axis=1)
         return jnp.concatenate([prefix, patches], axis=1) + positions
 
-    def layers(self, tokens: Tokens, *, key: jax.Array | None, train: bool) -> Stream:
+    def layers(self, tokens: Tokens, *, key: jax.Array | None, train: bool) -> TokenState:
         """Runs the plan on tokens [b n d]."""
         run = run_scanned if self.config.scan_layers else run_layers
-        parts = self.config, self.blocks, self.kinds, Stream(tokens)
+        parts = self.config, self.blocks, self.kinds, TokenState(tokens)
         return run(*parts, key=key, train=train, gather=self.gather)
 
     def classify(self, tokens: Tokens) -> Float[Array, "b c"]:
@@ -160,8 +160,6 @@ class VisionTransformer(nnx.Module):
         `key` feeds drop path (with `train`) and random selection: one key, or one an example, so that what an
         example draws does not depend on the others in its batch.
         """
-        stream = self.layers(self.embed(images), key=key, train=train)
-        tokens = stream.tokens if self.config.global_pool == "avg" else self.norm(stream.tokens)
-        return Output(
-            self.classify(tokens), tokens, stream.selected, stream.aux, scores=stream.scores
-        )
+        state = self.layers(self.embed(images), key=key, train=train)
+        tokens = state.tokens if self.config.global_pool == "avg" else self.norm(state.tokens)
+        return Output(self.classify(tokens), tokens, state.selected, state.aux, scores=state.scores)

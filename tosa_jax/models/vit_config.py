@@ -166,7 +166,7 @@ class ViTConfig:
         return (size, size) if isinstance(size, int) else size
 
     @property
-    def taps(self) -> tuple[int, ...]:
+    def intermediate_layers(self) -> tuple[int, ...]:
         """Layers, counted from 0, whose tokens the head reads beside those of the last one."""
         return ()
 

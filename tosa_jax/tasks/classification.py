@@ -9,15 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from tosa_jax import losses
-from tosa_jax.array_types import Images, PerExample
 from tosa_jax.data.class_names import readable
-from tosa_jax.data.mixing import MixingConfig, erase, mix
 from tosa_jax.errors import ConfigError
-from tosa_jax.metrics import top_k_correct
 from tosa_jax.models.vit import Output
+from tosa_jax.ops.array_types import Images, PerExample
+from tosa_jax.reporting.token_pictures import draw_tokens
+from tosa_jax.tasks import losses
+from tosa_jax.tasks.metrics import top_k_correct
+from tosa_jax.tasks.mixing import MixingConfig, erase, mix
 from tosa_jax.tasks.task import Batch, HostBatch, Task, input_fields
-from tosa_jax.token_pictures import draw_tokens
 
 Targets = Float[Array, "b classes"]
 

@@ -13,14 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from tosa_jax import losses
-from tosa_jax.array_types import Images, PerExample, RawImages
 from tosa_jax.errors import ConfigError, DataError
-from tosa_jax.metrics import depth_errors
 from tosa_jax.models.vit import Output
 from tosa_jax.models.vit_config import check, check_choice
+from tosa_jax.ops.array_types import Images, PerExample, RawImages
+from tosa_jax.reporting.token_pictures import draw_depth
+from tosa_jax.tasks import losses
+from tosa_jax.tasks.metrics import depth_errors
 from tosa_jax.tasks.task import Batch, HostBatch, Task, input_fields
-from tosa_jax.token_pictures import draw_depth
 
 DepthMaps = Float[Array, "b height width"]
 AnyMaps = Float[Array | np.ndarray, "b height width"]

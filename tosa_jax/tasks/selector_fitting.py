@@ -7,8 +7,8 @@ from typing import ClassVar
 import jax
 from jaxtyping import Array, Float
 
-from tosa_jax.array_types import Images, PerExample, RawImages
 from tosa_jax.models.vit import Output
+from tosa_jax.ops.array_types import Images, PerExample, RawImages
 from tosa_jax.tasks.task import Batch, HostBatch, Task
 
 

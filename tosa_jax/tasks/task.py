@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from tosa_jax.array_types import Images, PerExample, RawImages
 from tosa_jax.models.vit import Output
+from tosa_jax.ops.array_types import Images, PerExample, RawImages
 
 Batch = Mapping[str, jax.Array]
 HostBatch = Mapping[str, np.ndarray]

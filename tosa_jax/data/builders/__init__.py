@@ -19,7 +19,7 @@ from tosa_jax.data.builders.preparing import (
 )
 from tosa_jax.data.decoding import BadImageError, pil_errors
 from tosa_jax.errors import ConfigError, DataError
-from tosa_jax.files import is_remote
+from tosa_jax.paths import is_remote
 
 __all__ = [
     "GENERATED",

@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 
 from tosa_jax.data.builders.digits import png_bytes
 from tosa_jax.data.builders.idx import fingerprint, idx_config, read_split
-from tosa_jax.data.clutter import draw_canvas
+from tosa_jax.data.synthetic.clutter import draw_canvas
 from tosa_jax.errors import ConfigError, DataError
 
 NAME = "cluttered_fashion_mnist"  # in `data.name`, before the slash

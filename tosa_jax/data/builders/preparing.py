@@ -23,7 +23,7 @@ from tosa_jax.data.builders.idx import Idx, config_name, idx_config
 from tosa_jax.data.builders.rooms import Rooms, rooms_config
 from tosa_jax.data.builders.shards import Say
 from tosa_jax.errors import ConfigError, DataError
-from tosa_jax.files import AnyPath, as_path, is_remote
+from tosa_jax.paths import AnyPath, as_path, is_remote
 
 GENERATED = {"digits": Digits, "rooms": Rooms}  # sets that need no files
 # Files of a person's own, in a folder.

@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from tosa_jax.data.builders.digits import png_bytes
-from tosa_jax.data.rooms import render_room
+from tosa_jax.data.synthetic.rooms import render_room
 from tosa_jax.errors import ConfigError
 
 _NAME = re.compile(r"(\d+)x(\d+)(?:-(\d+)-(\d+))?")

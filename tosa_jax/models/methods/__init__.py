@@ -5,7 +5,7 @@ from tosa_jax.models.methods.oracles import ClassAttention, PredictedBypass, Tru
 from tosa_jax.models.methods.redundancy import Redundancy
 from tosa_jax.models.methods.standard import Standard
 from tosa_jax.models.methods.tosa import Selective, SelectiveFit
-from tosa_jax.models.stream import LayerKind
+from tosa_jax.models.token_state import LayerKind
 
 LAYER_KINDS: dict[str, type[LayerKind]] = {
     "standard": Standard,

@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tosa_jax.array_types import Heads, Scores, Tokens
-from tosa_jax.attention_ops import attention, attention_logits, column_sums, pool_heads
-from tosa_jax.models.layers import Attend, Block, linear
+from tosa_jax.models.layers import AttentionFn, Block, linear
 from tosa_jax.models.methods.controls import Previous
 from tosa_jax.models.methods.tosa import SelectiveLayer
-from tosa_jax.models.stream import LayerCall, Place, Stream
+from tosa_jax.models.token_state import LayerContext, LayerSpec, TokenState
 from tosa_jax.models.vit_config import ViTConfig, check
-from tosa_jax.token_ops import select_tokens
+from tosa_jax.ops.array_types import Heads, Scores, Tokens
+from tosa_jax.ops.attention import attention, attention_logits, column_sums, pool_heads
+from tosa_jax.ops.token_selection import select_tokens
 
 
 class ClassAttention(SelectiveLayer):
@@ -25,15 +25,15 @@ class ClassAttention(SelectiveLayer):
     One row of the map, computed once more beside the layer's own attention, which thus stays in its fastest form.
     """
 
-    def needs(self) -> Attend | None:
-        return self._read_class_row if self.place.opens else None
+    def needs(self) -> AttentionFn | None:
+        return self._read_class_row if self.spec.opens else None
 
     def _read_class_row(self, query: Heads, key: Heads, value: Heads) -> tuple[Heads, Scores]:
         row = jax.nn.softmax(attention_logits(query[:, :1], key), axis=-1)
         return attention(query, key, value), pool_heads(column_sums(row), self.head_pool)
 
     def own_macs(self, block: Block) -> int:
-        reading = self.num_tokens * self.width if self.place.opens else 0
+        reading = self.num_tokens * self.width if self.spec.opens else 0
         return super().own_macs(block) + reading
 
 
@@ -43,14 +43,14 @@ class TrueMap(Previous):
     Of a group of layers it reads the first one's map.
     """
 
-    def needs(self) -> Attend | None:
+    def needs(self) -> AttentionFn | None:
         return None
 
-    def apply(self, block: Block, stream: Stream, call: LayerCall) -> Stream:
-        if self.place.opens:
-            _, sums = block.attn_branch(stream.tokens, self._sum_columns)
-            stream = stream._replace(summary=sums)
-        return super().apply(block, stream, call)
+    def apply(self, block: Block, state: TokenState, context: LayerContext) -> TokenState:
+        if self.spec.opens:
+            _, sums = block.attn_branch(state.tokens, self._sum_columns)
+            state = state._replace(summary=sums)
+        return super().apply(block, state, context)
 
 
 class WorstBypass(SelectiveLayer):
@@ -60,14 +60,14 @@ class WorstBypass(SelectiveLayer):
     the choice itself, nor for groups of several layers, whose later updates the first one does not know.
     """
 
-    def __init__(self, config: ViTConfig, place: Place, *, rngs: nnx.Rngs) -> None:
-        name = config.plan[place.layer]
+    def __init__(self, config: ViTConfig, spec: LayerSpec, *, rngs: nnx.Rngs) -> None:
+        name = config.plan[spec.layer]
         kind = f"the layer kind {name!r}"
         check(config.bypass in ("", "identity", "low_rank"),
               f"bypass={config.bypass!r}: {kind} works with 'identity' and 'low_rank'")  # fmt: skip
-        check(place.opens and place.closes,
-              f"plan has layer {place.layer} in a group: {kind} needs a standard layer before each")  # fmt: skip
-        super().__init__(config, place, rngs=rngs)
+        check(spec.opens and spec.closes,
+              f"plan has layer {spec.layer} in a group: {kind} needs a standard layer before each")  # fmt: skip
+        super().__init__(config, spec, rngs=rngs)
 
     def missed(self, block: Block, tokens: Tokens, moved: Tokens) -> Scores:
         """How far [b n] the bypass alone leaves tokens [b n d] from `moved`, where the layer takes them."""
@@ -81,9 +81,9 @@ class WorstBypass(SelectiveLayer):
         """What the choice is made by [b n]: here the truth, which takes the layer itself."""
         return self.missed(block, tokens, block(tokens)[0])
 
-    def apply(self, block: Block, stream: Stream, call: LayerCall) -> Stream:
-        summary = self.expected(block, stream.tokens)
-        return super().apply(block, stream._replace(summary=summary), call)
+    def apply(self, block: Block, state: TokenState, context: LayerContext) -> TokenState:
+        summary = self.expected(block, state.tokens)
+        return super().apply(block, state._replace(summary=summary), context)
 
 
 class PredictedBypass(WorstBypass):
@@ -92,8 +92,8 @@ class PredictedBypass(WorstBypass):
     Chooses by position until `fit_bypass` has fitted that map, in closed form on unlabelled images.
     """
 
-    def __init__(self, config: ViTConfig, place: Place, *, rngs: nnx.Rngs) -> None:
-        super().__init__(config, place, rngs=rngs)
+    def __init__(self, config: ViTConfig, spec: LayerSpec, *, rngs: nnx.Rngs) -> None:
+        super().__init__(config, spec, rngs=rngs)
         zeros = nnx.initializers.zeros_init()
         self.miss = linear(config, config.embed_dim, 1, rngs, kernel_init=zeros)
 

@@ -2,8 +2,8 @@
 
 from flax import nnx
 
-from tosa_jax.models.layers import Attend, Block
-from tosa_jax.models.stream import LayerCall, Place, Stream
+from tosa_jax.models.layers import AttentionFn, Block
+from tosa_jax.models.token_state import LayerContext, LayerSpec, TokenState
 from tosa_jax.models.vit_config import ViTConfig
 
 
@@ -14,26 +14,26 @@ class Standard(nnx.Module):
     nests = False
     fit_kind = "standard"
 
-    def __init__(self, config: ViTConfig, place: Place, *, rngs: nnx.Rngs) -> None:
-        self.place = place
+    def __init__(self, config: ViTConfig, spec: LayerSpec, *, rngs: nnx.Rngs) -> None:
+        self.spec = spec
 
     def block_macs(self, block: Block) -> int:
         """Multiply-adds of the block for one example, on the tokens that this kind runs it on."""
-        return block.macs(self.place.count)
+        return block.macs(self.spec.count)
 
     def own_macs(self, block: Block) -> int:
         """Multiply-adds of what the kind does beside it."""
         return 0
 
-    def needs(self) -> Attend | None:
+    def needs(self) -> AttentionFn | None:
         """The attention that the layer before must run, or None."""
         return None
 
-    def apply(self, block: Block, stream: Stream, call: LayerCall) -> Stream:
-        """The stream after the layer."""
-        tokens, summary = call.run(block, stream.tokens)
-        return stream._replace(tokens=tokens, summary=summary)
+    def apply(self, block: Block, state: TokenState, context: LayerContext) -> TokenState:
+        """The token state after the layer."""
+        tokens, summary = context.run(block, state.tokens)
+        return state._replace(tokens=tokens, summary=summary)
 
-    def restore(self, stream: Stream) -> Stream:
-        """The stream with all tokens back in their places."""
-        return stream.restored()
+    def restore(self, state: TokenState) -> TokenState:
+        """The token state with all tokens back in their places."""
+        return state.restored()

@@ -11,17 +11,23 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tosa_jax.array_types import Heads, Scores
-from tosa_jax.attention_ops import attention, attention_logits, column_sums, pool_heads, walk_map
-from tosa_jax.losses import map_kl
 from tosa_jax.models.bypass import BYPASSES
-from tosa_jax.models.layers import Attend, Block
+from tosa_jax.models.layers import AttentionFn, Block
 from tosa_jax.models.methods.standard import Standard
 from tosa_jax.models.selector import TokenSelector
-from tosa_jax.models.stream import LayerCall, Place, Stream
+from tosa_jax.models.token_state import LayerContext, LayerSpec, TokenState
 from tosa_jax.models.vit_config import ViTConfig
-from tosa_jax.stand_ins import weigh_redundancy
-from tosa_jax.token_ops import overlap, select_tokens, with_one_hot
+from tosa_jax.ops.array_types import Heads, Scores
+from tosa_jax.ops.attention import (
+    attention,
+    attention_logits,
+    column_sums,
+    map_kl,
+    pool_heads,
+    walk_map,
+)
+from tosa_jax.ops.token_matching import weigh_redundancy
+from tosa_jax.ops.token_selection import overlap, select_tokens, with_one_hot
 
 
 class SelectiveLayer(Standard):
@@ -30,47 +36,47 @@ class SelectiveLayer(Standard):
     selects = True
     default_bypass = "identity"
 
-    def __init__(self, config: ViTConfig, place: Place, *, rngs: nnx.Rngs) -> None:
-        super().__init__(config, place, rngs=rngs)
+    def __init__(self, config: ViTConfig, spec: LayerSpec, *, rngs: nnx.Rngs) -> None:
+        super().__init__(config, spec, rngs=rngs)
         self.num_prefix_tokens = config.num_prefix_tokens
         self.head_pool, self.map_chunk = config.head_pool, config.map_chunk or None
         path = BYPASSES[config.bypass or self.default_bypass]
-        self.bypass = path(config, place, rngs=rngs) if place.opens else None
+        self.bypass = path(config, spec, rngs=rngs) if spec.opens else None
         self.size_bias, self.redundancy_weight = config.bypass_size_bias, config.redundancy_weight
         self.one_hot = config.gather == "one_hot"
         self.num_tokens, self.width = config.num_tokens, config.embed_dim
 
-    def scores(self, stream: Stream, call: LayerCall) -> Scores:
+    def scores(self, state: TokenState, context: LayerContext) -> Scores:
         """Importance [b n] of each token, higher is better; read only where a group opens."""
-        return stream.summary
+        return state.summary
 
-    def apply(self, block: Block, stream: Stream, call: LayerCall) -> Stream:
-        if self.place.opens:
-            scores = self.scores(stream, call)
+    def apply(self, block: Block, state: TokenState, context: LayerContext) -> TokenState:
+        if self.spec.opens:
+            scores = self.scores(state, context)
             if weight := self.redundancy_weight:
-                scores = weigh_redundancy(scores, stream.tokens, weight, self.num_prefix_tokens)
-            chosen = select_tokens(scores, self.place.count, self.num_prefix_tokens)
-            if self.bypass.needs_stand_ins:
-                chosen = self.bypass.match(stream.tokens, chosen)
+                scores = weigh_redundancy(scores, state.tokens, weight, self.num_prefix_tokens)
+            chosen = select_tokens(scores, self.spec.count, self.num_prefix_tokens)
+            if self.bypass.needs_representatives:
+                chosen = self.bypass.match(state.tokens, chosen)
             if self.one_hot:
-                chosen = with_one_hot(chosen, stream.tokens.dtype)
-            stream = stream.opened(*self.bypass.open(block, stream.tokens, chosen), scores)
-        stream = super().apply(block, stream, self.weighing_sizes(stream, call))
-        return stream.restored() if self.place.closes else stream
+                chosen = with_one_hot(chosen, state.tokens.dtype)
+            state = state.opened(*self.bypass.open(block, state.tokens, chosen), scores)
+        state = super().apply(block, state, self.weighing_sizes(state, context))
+        return state.restored() if self.spec.closes else state
 
-    def weighing_sizes(self, stream: Stream, call: LayerCall) -> LayerCall:
+    def weighing_sizes(self, state: TokenState, context: LayerContext) -> LayerContext:
         """The call with an attention in which a token counts as often as it stands for others."""
-        if stream.sizes is None or not self.size_bias:
-            return call
-        bias = jnp.log(stream.sizes)
+        if state.sizes is None or not self.size_bias:
+            return context
+        bias = jnp.log(state.sizes)
         # Inside a group nobody reads a map: the next layer has its tokens already, or is a standard one.
-        return call._replace(attend=lambda q, k, v: (attention(q, k, v, bias), None))
+        return context._replace(attention_fn=lambda q, k, v: (attention(q, k, v, bias), None))
 
     def own_macs(self, block: Block) -> int:
-        if not self.place.opens:
+        if not self.spec.opens:
             return 0
         weighing = self.num_tokens**2 * self.width if self.redundancy_weight else 0
-        return self.bypass.macs(self.place) + weighing
+        return self.bypass.macs(self.spec) + weighing
 
 
 class Selective(SelectiveLayer):
@@ -78,12 +84,12 @@ class Selective(SelectiveLayer):
 
     fit_kind = "selective_fit"
 
-    def __init__(self, config: ViTConfig, place: Place, *, rngs: nnx.Rngs) -> None:
-        super().__init__(config, place, rngs=rngs)
-        self.selector = TokenSelector(config) if place.opens else None
+    def __init__(self, config: ViTConfig, spec: LayerSpec, *, rngs: nnx.Rngs) -> None:
+        super().__init__(config, spec, rngs=rngs)
+        self.selector = TokenSelector(config) if spec.opens else None
 
-    def needs(self) -> Attend | None:
-        return self._predict if self.place.opens else None
+    def needs(self) -> AttentionFn | None:
+        return self._predict if self.spec.opens else None
 
     def _predict(self, query: Heads, key: Heads, value: Heads) -> tuple[Heads, Scores]:
         """Attention of the layer before, and the scores [b n] of the map it lets the selector predict."""
@@ -96,7 +102,7 @@ class Selective(SelectiveLayer):
         return out, pool_heads(sums, self.head_pool)
 
     def own_macs(self, block: Block) -> int:
-        predicting = self.selector.macs(self.num_tokens) if self.place.opens else 0
+        predicting = self.selector.macs(self.num_tokens) if self.spec.opens else 0
         return super().own_macs(block) + predicting
 
 
@@ -112,36 +118,36 @@ class SelectiveFit(Selective):
     def block_macs(self, block: Block) -> int:
         return block.macs(self.num_tokens)
 
-    def needs(self) -> Attend | None:
-        return self._hand_over if self.place.opens else None
+    def needs(self) -> AttentionFn | None:
+        return self._hand_over if self.spec.opens else None
 
     def _hand_over(self, query: Heads, key: Heads, value: Heads) -> tuple[Heads, Any]:
         out, _ = walk_map(query, key, value, lambda *_: None, chunk=self.map_chunk)
         return out, jax.lax.stop_gradient((query, key))
 
-    def apply(self, block: Block, stream: Stream, call: LayerCall) -> Stream:
-        if not self.place.opens:
-            return Standard.apply(self, block, stream, call)
-        before = stream.summary
+    def apply(self, block: Block, state: TokenState, context: LayerContext) -> TokenState:
+        if not self.spec.opens:
+            return Standard.apply(self, block, state, context)
+        before = state.summary
 
         def attend(query, key, value):
             out, sums = self._compare(query, key, value, before)
             # What the next layer needs is reported by the attention it asked for.
-            return out, (call.attend(query, key, value)[1], sums)
+            return out, (context.attention_fn(query, key, value)[1], sums)
 
-        tokens, (summary, sums) = call._replace(attend=attend).run(block, stream.tokens)
+        tokens, (summary, sums) = context._replace(attention_fn=attend).run(block, state.tokens)
         n = tokens.shape[1]
         scores = {name: pool_heads(sums[name], self.head_pool) for name in ("true", "found", "own")}
 
         def recall(name):
-            return overlap(scores[name], scores["true"], self.place.count, self.num_prefix_tokens)
+            return overlap(scores[name], scores["true"], self.spec.count, self.num_prefix_tokens)
 
         aux = {
-            f"selector/kl/{self.place.layer}": sums["kl"] / n,
-            f"selector/recall/{self.place.layer}": recall("found"),
-            f"previous/recall/{self.place.layer}": recall("own"),
+            f"selector/kl/{self.spec.layer}": sums["kl"] / n,
+            f"selector/recall/{self.spec.layer}": recall("found"),
+            f"previous/recall/{self.spec.layer}": recall("own"),
         }
-        return stream._replace(tokens=tokens, summary=summary, aux=stream.aux | aux)
+        return state._replace(tokens=tokens, summary=summary, aux=state.aux | aux)
 
     def _compare(self, query, key, value, before):
         before_query, before_key = before

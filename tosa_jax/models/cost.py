@@ -1,0 +1,63 @@
+"""What a model costs, by arithmetic: multiply-adds and parameters. Each layer kind speaks for itself."""
+
+import functools
+import math
+
+import jax
+from flax import nnx
+
+from tosa_jax.models.factory import build
+from tosa_jax.models.vit import VisionTransformer
+from tosa_jax.models.vit_config import ViTConfig
+
+
+def macs(model: VisionTransformer) -> int:
+    """Multiply-adds of one example's forward pass: patch projection, layers, selectors, head.
+
+    Norms, softmax and element-wise work are left out, as usual. Abstract models will do.
+    """
+    return model.macs()
+
+
+def macs_by_part(model: VisionTransformer) -> dict[str, int]:
+    """`macs` in three parts: backbone, selection (what layer kinds do besides running blocks), head (or decoder)."""
+    selection = sum(
+        kind.own_macs(block) for kind, block in zip(model.kinds, model.blocks, strict=True)
+    )
+    head = model.head_macs()
+    return {"backbone": macs(model) - selection - head, "selection": selection, "head": head}
+
+
+def gmacs(config: ViTConfig) -> float:
+    """Multiply-adds / 1e9 of one example's forward pass through a network of this configuration."""
+    return macs(abstract_model(config)) / 1e9
+
+
+def num_params(model: VisionTransformer) -> int:
+    """Number of parameters, selectors included."""
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+@functools.lru_cache(maxsize=64)
+def abstract_model(config: ViTConfig) -> VisionTransformer:
+    """The model with shapes for arrays: nothing is allocated.
+
+    One for all callers, since a run asks for each of its networks many times, at half a second each: read it, do not
+    change it.
+    """
+    return nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0)))
+
+
+def training_macs(model: VisionTransformer, *, only_selectors: bool = False) -> int:
+    """Multiply-adds of one training example: forward, and twice as much backward for the part that gets gradients.
+
+    That is everything but the selectors, or with `only_selectors` nothing else: the backbone then runs forward only.
+    What is computed again to save memory does not count.
+    """
+    forward = macs(model)
+    selectors = sum(
+        kind.selector.macs(model.config.num_tokens)
+        for kind in model.kinds
+        if getattr(kind, "selector", None) is not None
+    )
+    return forward + 2 * (selectors if only_selectors else forward - selectors)

@@ -1,0 +1,118 @@
+"""Whether what a file holds, and what it says of itself, is what a model computes."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from tosa_jax.errors import WeightsError
+from tosa_jax.models.vit_config import VARIANTS, ViTConfig
+from tosa_jax.models.weights import google_names
+from tosa_jax.models.weights.readers import WeightFile
+
+WEIGHTS_FORMAT = "tosa_jax weights"  # under "format" in the header of what `save_weights` writes
+# Fields that change the function and leave no (or no readable) trace in the shapes of its
+# parameters.
+SILENT_FIELDS = ("num_heads", "mlp", "norm_eps", "patch_size", "max_depth")
+# transformers' `hidden_act` -> `ViTConfig.mlp`.
+_ACTIVATIONS = {
+    **dict.fromkeys(("gelu", "gelu_python"), "gelu"),
+    **dict.fromkeys(
+        ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh"),
+        "gelu_tanh",
+    ),
+}
+# LayerNorm's epsilon where a config.json leaves it out, by `model_type`.
+_DEFAULT_EPS = {"vit": 1e-12, "deit": 1e-12, "vit_mae": 1e-12}
+_DEFAULT_EPS |= {"dinov2": 1e-6, "dinov2_with_registers": 1e-6}
+
+
+def check_fit(path: str, arrays: Mapping[str, np.ndarray], own: Mapping[str, Any]) -> None:
+    """Raise a WeightsError that lists names missing, left over or of another shape, if any are."""
+    shapes = {
+        f"{name} (file {list(arrays[name].shape)}, model {list(own[name].shape)})"
+        for name in arrays.keys() & own.keys()
+        if arrays[name].shape != own[name].shape
+    }
+    faults = {
+        "missing": own.keys() - arrays.keys(),
+        "left over": arrays.keys() - own.keys(),
+        "of another shape": shapes,
+    }
+    lines = [f"{what}: {_listed(names)}" for what, names in faults.items() if names]
+    if lines:
+        raise WeightsError(
+            f"{path} does not fit the model; {'; '.join(lines)}. Is it the right variant?"
+        )
+
+
+def _listed(names: Iterable[str], most: int = 8) -> str:
+    """At most `most` names in order, then a count."""
+    names = sorted(names)
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
+
+
+def silent_fields(config: ViTConfig) -> dict[str, Any]:
+    """The `SILENT_FIELDS` that a configuration has; `max_depth` is of depth networks alone."""
+    return {name: getattr(config, name) for name in SILENT_FIELDS if hasattr(config, name)}
+
+
+def stated_fields(file: WeightFile) -> dict[str, Any]:
+    """The `SILENT_FIELDS` that the file, its metadata or the config.json beside it state.
+
+    Raises WeightsError for an activation that no model here has.
+    """
+    if google_names.is_google(file.arrays):
+        return google_names.stated_by(file.arrays)
+    if file.metadata.get("format") == WEIGHTS_FORMAT:
+        return json.loads(file.metadata.get("fields", "{}"))
+    config = file.config
+    if config.get("architecture") in VARIANTS:  # timm's folders
+        return silent_fields(ViTConfig(**VARIANTS[config["architecture"]]))
+    if config.get("model_type") not in _DEFAULT_EPS:
+        return {}
+    # transformers writes every field; the defaults are those of its versions that did not.
+    activation = config.get("hidden_act", "gelu")
+    if activation not in _ACTIVATIONS and not config.get("use_swiglu_ffn"):
+        raise WeightsError(
+            f"{file.path}: the config.json beside it says hidden_act={activation!r}, which no model "
+            f"here computes; known: {', '.join(_ACTIVATIONS)}"
+        )
+    return {
+        "num_heads": config.get("num_attention_heads", 12),
+        "mlp": "swiglu" if config.get("use_swiglu_ffn") else _ACTIVATIONS[activation],
+        "norm_eps": config.get("layer_norm_eps", _DEFAULT_EPS[config["model_type"]]),
+        "patch_size": config.get("patch_size", 16),
+    }
+
+
+def check_config(file: WeightFile, config: ViTConfig, say: Callable[[str], None]) -> None:
+    """Raise a WeightsError that names the fields to pass, where a file states another function.
+
+    Two LayerNorm epsilons of at most 1e-5 are a message only: activations have a variance near 1. So are two ranges of
+    depth: a decoder may start another's training.
+    """
+    own = silent_fields(config)
+    stated = {name: value for name, value in stated_fields(file).items() if name in own}
+    differing = {name: value for name, value in stated.items() if value != own[name]}
+    if (most := differing.pop("max_depth", None)) is not None:
+        say(
+            f"trained with max_depth={most:g}, the model has {own['max_depth']:g}: its depths are "
+            f"scaled by that; pass max_depth={most:g} to create_model for the same"
+        )
+    eps = differing.get("norm_eps")
+    if eps is not None and max(eps, config.norm_eps) <= 1e-5:
+        del differing["norm_eps"]
+        say(
+            f"trained with norm_eps={eps:g}, the model has {config.norm_eps:g}: outputs may differ "
+            f"in the last digits; pass norm_eps={eps:g} to create_model for the same"
+        )
+    if differing:
+        has = ", ".join(f"{name}={own[name]!r}" for name in differing)
+        wants = ", ".join(f"{name}={value!r}" for name, value in differing.items())
+        raise WeightsError(
+            f"{file.path} is for another network than the model: pass {wants} to create_model (it "
+            f"has {has})"
+        )

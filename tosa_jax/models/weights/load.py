@@ -1,0 +1,285 @@
+"""Released weights into a model, and this project's own out of it and back.
+
+A loader changes parameters and nothing else. What a file cannot say (LayerNorm epsilon, GELU form,
+number of heads, how positions are resampled) is a field of the model: timm, DeiT and DINOv2 use
+`norm_eps=1e-6`, transformers' ViT and DeiT 1e-12; both resample positions of another grid, timm and
+DINOv2 with registers as "bicubic_antialias", the rest of transformers as "bicubic". Where a
+config.json lies beside the file, those fields are checked against it.
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from tosa_jax.errors import WeightsError
+from tosa_jax.models.params import Params, get_params, nest
+from tosa_jax.models.vit import VisionTransformer
+from tosa_jax.models.vit_config import ViTConfig
+from tosa_jax.models.weights import google_names, names
+from tosa_jax.models.weights.checks import (
+    WEIGHTS_FORMAT,
+    check_config,
+    check_fit,
+    silent_fields,
+)
+from tosa_jax.models.weights.readers import read_weights, write_safetensors
+
+Say = Callable[[str], None]
+
+_SELECTORS = "tosa_jax selectors"
+
+
+def load_pretrained(
+    model: VisionTransformer,
+    path: str | Path | None = None,
+    *,
+    selectors: str | Path | None = None,
+    on_message: Say = print,
+) -> VisionTransformer:
+    """Loads released weights into `model`, in place, and returns it.
+
+    path        a `.pth` of DeiT, timm, DINOv2 or MAE (plain, or under `model`, `state_dict`,
+                `model_ema`); a `.safetensors`; either with the names of Hugging Face transformers
+                (ViT, DeiT, Dinov2 with registers or not, ViTMAE), or a folder that
+                `save_pretrained` wrote; an `.npz` of Google's ViT (AugReg); a file of
+                `save_weights`; a work directory of a run, or one of its checkpoints;
+                `hf:owner/name[/file]`.
+    selectors   a file of `save_selectors`.
+    on_message  is told, a line each, what did not go over as it was: a head that stays random
+                because the file has none of that class count, or no decoder; positions that were
+                resampled; parts of the file that only pretraining uses (MAE's decoder, mask tokens).
+
+    Parameters take the dtype and the sharding of the model's own. Selectors are in no released file
+    and stay as they are.
+
+    Raises WeightsError, with the model as it was: an unreadable file; names that are missing, left
+    over or of another shape; a config.json that describes another function (the message names the
+    field of `create_model` to pass).
+    """
+    if path is None and selectors is None:
+        raise WeightsError("load_pretrained needs a path to weights, or selectors=, or both")
+    params: Params = {}
+    if path is not None:
+        params |= pretrained_params(model, path, on_message=on_message)
+    if selectors is not None:
+        params |= selector_params(model, selectors)
+    own = get_params(model)
+
+    def place(name, value):
+        old = own[name]
+        return (
+            jax.device_put(value, old.sharding)
+            if isinstance(old, jax.Array)
+            else jnp.asarray(value)
+        )
+
+    nnx.update(model, nest({name: place(name, value) for name, value in params.items()}))
+    return model
+
+
+def pretrained_params(
+    model: VisionTransformer, path: str | Path, *, on_message: Say = print
+) -> dict[str, np.ndarray]:
+    """What `load_pretrained(model, path)` would set, by path; abstract models will do.
+
+    Left out is what stays as the model has it: selectors, and a head of another class count. Raises
+    WeightsError likewise.
+    """
+    file, messages = read_weights(path), []
+    if file.metadata.get("format") == _SELECTORS:
+        raise WeightsError(
+            f"{file.path} holds selectors alone: pass it as selectors, beside weights"
+        )
+    config, own = model.config, get_params(model)
+    check_config(file, config, messages.append)
+    if file.under in ("model_ema", "state_dict_ema"):
+        messages.append(f"the averaged weights are taken ({file.under})")
+    elif "/" in file.under:
+        messages.append(f"weights of the stage {file.under.split('/')[0]}")
+    arrays = _to_ours(file.arrays, config, messages.append)
+    arrays, moved = names.fit_positions(arrays, config)
+    if moved:
+        theirs = names.resampling_of(file.arrays, config)
+        same = f"; pass pos_resample={theirs!r} to create_model for what transformers computes"
+        messages.append(moved + (same if theirs not in (None, config.pos_resample) else ""))
+    kept = _kept_head(arrays, own, messages.append) | _kept_kinds(arrays, own, messages.append)
+    kept |= _kept_norm(file.path, arrays, own, "head/kernel" in kept, messages.append)
+    kept |= _other_heads(arrays, own, messages.append)
+    arrays = {name: x for name, x in arrays.items() if name not in kept}
+    check_fit(file.path, arrays, {name: x for name, x in own.items() if name not in kept})
+    for message in messages:  # only now: a file that is refused says one line, the error
+        on_message(f"{file.path}: {message}")
+    return {name: np.asarray(x).astype(own[name].dtype) for name, x in arrays.items()}
+
+
+def _to_ours(arrays: names.Arrays, config: ViTConfig, say: Say) -> names.Arrays:
+    """A file's arrays under this project's paths, in its layouts."""
+    if google_names.is_google(arrays):
+        if config.mlp == "gelu":
+            say("Google's own code computes GELU by tanh, timm and transformers do not: pass "
+                "mlp='gelu_tanh' to create_model for the former")  # fmt: skip
+        return google_names.to_ours(arrays)
+    if any("/" in name for name in arrays):
+        return arrays
+    arrays, unused = names.to_timm(arrays)
+    if unused:
+        say(f"left out, as only pretraining uses them: {', '.join(unused)}")
+    return names.to_ours(arrays)
+
+
+def _kept_head(arrays: Mapping[str, np.ndarray], own: Params, say: Say) -> set[str]:
+    """Names of the heads that stay the model's own, said in one message."""
+    kept, reasons = set(), []
+    for head in ("head", "head_dist"):
+        kernel, bias = f"{head}/kernel", f"{head}/bias"
+        if kernel not in own or own[kernel].shape == getattr(arrays.get(kernel), "shape", None):
+            continue
+        width, classes = own[kernel].shape
+        if kernel not in arrays:
+            reasons.append("the file has none")
+        elif arrays[kernel].ndim != 2 or arrays[kernel].shape[0] not in (width, 2 * width):
+            continue  # a network of another width, which check_fit reports
+        elif arrays[kernel].shape[0] == 2 * width:
+            reasons.append("the file's reads the class token and the mean of the patches")
+        else:
+            reasons.append(f"the file's has {arrays[kernel].shape[1]} classes, the model {classes}")
+        kept |= {kernel, bias}
+    if kept:
+        say(f"the head stays as the model has it, untrained: {reasons[0]}")
+    return kept
+
+
+def _kept_norm(
+    path: str, arrays: Mapping[str, np.ndarray], own: Params, no_head: bool, say: Say
+) -> set[str]:
+    """The last norm's names, of both sides, where pretrained weights get a head on the mean.
+
+    As in MAE's fine-tuning. Raises WeightsError where the file's head is taken over and reads
+    another pooling than the model's.
+    """
+    norms = ("norm/scale", "norm/bias", "fc_norm/scale", "fc_norm/bias")
+    theirs, ours = ({name for name in norms if name in x} for x in (arrays, own))
+    if theirs == ours or len(theirs) != 2 or len(ours) != 2:
+        return set()
+    if "fc_norm/scale" in theirs:
+        raise WeightsError(
+            f"{path} classifies the patches' mean (it has fc_norm, as MAE's fine-tuned models): "
+            "pass global_pool='avg' to create_model"
+        )
+    if not no_head:
+        raise WeightsError(
+            f"{path} classifies the class token, the model the patches' mean: pass "
+            "global_pool='token' to create_model"
+        )
+    say("fc_norm stays as the model has it, untrained: the file has none (its norm is left out)")
+    return theirs | ours
+
+
+def _other_heads(arrays: Mapping[str, np.ndarray], own: Params, say: Say) -> set[str]:
+    """Names of heads and decoders that only the file or only the model has: it was made for another task."""
+
+    def of(names, part):
+        return {name for name in names if name.startswith(f"{part}/")}
+
+    # A head_dist that a classifier lacks is another variant, which is refused.
+    heads = ("decoder",) if of(own, "head") else ("head", "head_dist", "decoder")
+    unused = {p: of(arrays, p) for p in heads if not of(own, p)}
+    if any(unused.values()):
+        say(f"its {' and '.join(p for p in unused if unused[p])} is not used: the model has none")
+    fresh = of(own, "decoder") if not of(arrays, "decoder") else set()
+    if fresh:
+        say("the decoder stays as the model has it, untrained: the file has none")
+    return set().union(fresh, *unused.values())
+
+
+def _kept_kinds(arrays: Mapping[str, np.ndarray], own: Params, say: Say) -> set[str]:
+    """Names under `kinds/` where only one side has any, as with released files."""
+    theirs = {name for name in arrays if name.startswith("kinds/")}
+    ours = {name for name in own if name.startswith("kinds/")}
+    if theirs and not ours:
+        say("its selectors are not used: no layer of the model has one")
+    return theirs | ours if not (theirs and ours) else set()
+
+
+def save_weights(
+    model: VisionTransformer, path: str | Path, *, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes all parameters, selectors too, to a whole `.safetensors` for `load_pretrained`.
+
+    metadata  further texts to write into its header.
+    """
+    facts = {"format": WEIGHTS_FORMAT, "fields": json.dumps(silent_fields(model.config))}
+    write_safetensors(path, _to_host(get_params(model)), {**(metadata or {}), **facts})
+
+
+def save_selectors(model: VisionTransformer, path: str | os.PathLike) -> None:
+    """Writes the selectors and fitted bypasses alone to a `.safetensors`, with their plan and sizes as metadata.
+
+    Raises WeightsError if the model has none.
+    """
+    params = _selectors_of(model)
+    if not params:
+        raise WeightsError(
+            "the model has no selectors to save; create it with a keep_rate or a plan"
+        )
+    write_safetensors(
+        path, _to_host(params), {"format": _SELECTORS} | _selector_facts(model, params)
+    )
+
+
+def selector_params(model: VisionTransformer, path: str | Path) -> dict[str, np.ndarray]:
+    """The parameters of a file of `save_selectors`, checked against the model's.
+
+    Raises WeightsError: another kind of file, or selectors at other layers, of other heads, width
+    or kernel, or a bypass of another rank.
+    """
+    file, own = read_weights(path), _selectors_of(model)
+    if file.metadata.get("format") != _SELECTORS:
+        raise WeightsError(
+            f"{file.path} holds no selectors (save_selectors writes them); pass it as path"
+        )
+    ours = _selector_facts(model, own)
+    ours.pop("plan", None)
+    theirs = {key: file.metadata.get(key, "none") for key in ours}
+    if theirs != ours:
+        faults = [
+            f"{key} is {theirs[key]} in the file and {ours.get(key)} in the model"
+            for key in theirs
+            if theirs[key] != ours.get(key)
+        ]
+        raise WeightsError(
+            f"{file.path} holds the selectors of another model: {'; '.join(faults)} (the file's "
+            f"plan: {file.metadata.get('plan')})"
+        )
+    check_fit(file.path, file.arrays, own)
+    return {name: x.astype(own[name].dtype) for name, x in file.arrays.items()}
+
+
+def _selectors_of(model: VisionTransformer) -> Params:
+    """What layer kinds added to the network: selectors, and bypasses that are fitted."""
+    return {name: x for name, x in get_params(model).items() if name.startswith("kinds/")}
+
+
+def _selector_facts(model: VisionTransformer, params: Params) -> dict[str, str]:
+    """What selectors and bypasses must agree in, as text; "none" for what is not there."""
+    kernel = next((x for name, x in params.items() if name.endswith("conv1/kernel")), None)
+    down = next((x for name, x in params.items() if name.endswith("bypass/down/kernel")), None)
+    layers = sorted({int(name.split("/")[1]) for name in params})
+    return {
+        "layers": ",".join(map(str, layers)) or "none",
+        "plan": ",".join(model.config.plan),
+        "num_heads": str(model.config.num_heads),
+        "kernel_size": "none" if kernel is None else str(kernel.shape[0]),
+        "hidden": "none" if kernel is None else str(kernel.shape[2]),
+        "bypass_rank": "none" if down is None else str(down.shape[1]),
+    }
+
+
+def _to_host(params: Params) -> dict[str, np.ndarray]:
+    return {name: np.asarray(x) for name, x in params.items()}

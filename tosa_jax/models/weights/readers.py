@@ -1,0 +1,283 @@
+"""Weights as NumPy arrays, from local files and folders, the hub and checkpoints of runs.
+
+Nothing here knows a model; names are as the file has them (`weight_names.py` translates).
+"""
+
+import json
+import os
+import zipfile
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from tosa_jax.errors import WeightsError
+from tosa_jax.models.weights.torch_pickle import LEGACY_START, read_torch_file
+from tosa_jax.paths import as_path, write_atomically
+
+# What a folder of transformers, timm or the hub may hold, the preferred first.
+_FOLDER_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+)
+# Stages of a run, the furthest first: what a work directory stands for.
+_STAGES = ("finetune", "selector", "pretrain")
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """What was read.
+
+    path      of the file or folder, for messages.
+    arrays    by the names of the file.
+    under     key of the state dict within a `.pth`, or the stage and step of a checkpoint; "" if
+              neither.
+    metadata  of a `.safetensors`.
+    config    the config.json beside it, {} if there is none.
+    """
+
+    path: str
+    arrays: dict[str, np.ndarray]
+    under: str = ""
+    metadata: dict[str, str] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+def read_weights(path: str | Path) -> WeightFile:
+    """Reads a file, a folder of transformers or of a run, or `hf:owner/name[/file]`.
+
+    What a file is follows from its first bytes, never from its name.
+
+    Raises WeightsError (one line): nothing there, damaged, not weights, or no network.
+    """
+    path = fetch_from_hub(str(path)) if str(path).startswith("hf:") else Path(path).expanduser()
+    if path.is_dir():
+        for name in _FOLDER_FILES:
+            if (path / name).exists():
+                path = path / name
+                break
+        else:
+            return _read_checkpoint(path)
+    if not path.exists():
+        raise WeightsError(
+            f"{path} does not exist; give a .pth, .safetensors or .npz file, a work directory of a run, or "
+            "hf:owner/name"
+        )
+    config = _read_json(path.parent / "config.json")
+    if path.name.endswith(".index.json"):
+        return _read_shards(path, config)
+    kind = _kind(path)
+    if kind == "torch":
+        arrays, under = read_torch_file(path)
+        return WeightFile(str(path), arrays, under, {}, config)
+    arrays, metadata = (_read_npz(path), {}) if kind == "npz" else _read_safetensors(path)
+    return WeightFile(str(path), arrays, "", metadata, config)
+
+
+def _kind(path: Path) -> str:
+    """Says "torch", "npz" or "safetensors", by the content; a WeightsError says what else it is."""
+    with open(path, "rb") as file:
+        start = file.read(256)
+    if not start:
+        raise WeightsError(f"{path} is empty; get it again")
+    if start.startswith(b"PK\x03\x04"):
+        return "npz" if _holds_npy(path) else "torch"
+    if start.startswith(LEGACY_START):
+        return "torch"
+    if start[8:9] == b"{":
+        return "safetensors"
+    text = start.lstrip().lower()
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        raise WeightsError(
+            f"{path} is a web page, not weights: its link may need a log-in, or be gone"
+        )
+    if text.startswith(b"version https://git-lfs"):
+        raise WeightsError(
+            f"{path} is a git-lfs pointer, not the weights; run `git lfs pull` in its repository"
+        )
+    if start[:1] == b"\x80":
+        raise WeightsError(f"{path} is a pickle, but not one that torch.save wrote")
+    raise WeightsError(
+        f"{path} is neither a .pth, a .safetensors nor an .npz file (it starts with {start[:12]!r})"
+    )
+
+
+def _holds_npy(path: Path) -> bool:
+    """Whether a zip file is NumPy's; a broken one is not, and `read_torch_file` says how."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return all(name.endswith(".npy") for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return False
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        reason = str(error).splitlines()[0][:160]
+        raise WeightsError(
+            f"{path} is damaged or holds more than numbers ({reason}); get it again"
+        ) from error
+    # NumPy has no bfloat16 of its own and stores it as two bytes without a type.
+    return {
+        name: x.view(ml_dtypes.bfloat16) if x.dtype == np.dtype("V2") else x
+        for name, x in arrays.items()
+    }
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}
+            return arrays, dict(file.metadata() or {})
+    except (safetensors.SafetensorError, OSError, TypeError) as error:
+        reason = str(error).splitlines()[0][:160]
+        raise WeightsError(f"{path} is damaged or cut short ({reason}); get it again") from error
+
+
+def _read_shards(index: Path, config: dict[str, Any]) -> WeightFile:
+    """All files that an index of transformers names."""
+    arrays = {}
+    for name in sorted(set(_read_json(index).get("weight_map", {}).values())):
+        shard = index.parent / Path(name).name
+        if not shard.exists():
+            raise WeightsError(f"{index} names {name}, which is not beside it")
+        arrays |= _read_safetensors(shard)[0]
+    return WeightFile(str(index), arrays, "", {}, config)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; {} if there is no such file."""
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise WeightsError(f"{path} is no JSON ({error})") from error
+    return value if isinstance(value, dict) else {}
+
+
+def write_safetensors(
+    path: str | os.PathLike, arrays: dict[str, np.ndarray], metadata: dict[str, str]
+) -> None:
+    """Writes a whole `.safetensors` file or none; folders on the way are made."""
+    path = as_path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    contiguous = {name: np.ascontiguousarray(x).reshape(x.shape) for name, x in arrays.items()}
+    write_atomically(path, safetensors.numpy.save(contiguous, metadata))
+
+
+def fetch_from_hub(address: str) -> Path:
+    """`hf:owner/name[@revision][/file]` -> the local copy of the file.
+
+    Its config.json is fetched too, if there is one. Without a file name, the first there is of
+    model.safetensors (whole or in shards) and pytorch_model.bin.
+
+    Raises WeightsError: huggingface_hub is not installed, no network, no such repository or file.
+    """
+    owner, _, rest = address.removeprefix("hf:").partition("/")
+    name, _, file = rest.partition("/")
+    name, _, revision = name.partition("@")
+    if not owner or not name:
+        raise WeightsError(f"{address!r} is not hf:owner/name or hf:owner/name/file")
+    try:
+        import huggingface_hub
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise WeightsError(
+            f"{address} needs the package huggingface_hub, which is not installed: "
+            "pip install huggingface_hub, or download the file and give its path"
+        ) from error
+
+    def fetch(wanted: str) -> Path | None:
+        try:
+            return Path(
+                huggingface_hub.hf_hub_download(
+                    f"{owner}/{name}", wanted, revision=revision or None
+                )
+            )
+        except EntryNotFoundError as error:
+            if isinstance(error, LocalEntryNotFoundError):
+                raise
+            return None
+
+    try:
+        fetch("config.json")
+        for wanted in [file] if file else _FOLDER_FILES:
+            if (path := fetch(wanted)) is not None:
+                if wanted.endswith(".index.json"):
+                    for shard in set(_read_json(path).get("weight_map", {}).values()):
+                        fetch(shard)
+                return path
+    except WeightsError:
+        raise
+    except Exception as error:  # every HTTP library that the hub's client has used has its own
+        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        raise WeightsError(
+            f"{address} cannot be had from the hub ({reason}); check the name and the network, or "
+            "download the file and give its path"
+        ) from error
+    raise WeightsError(f"{address}: the repository holds no {file or ' or '.join(_FOLDER_FILES)}")
+
+
+def _read_checkpoint(folder: Path) -> WeightFile:
+    """The network of a run: its work directory, `checkpoints/<stage>` or `.../<step>` in it."""
+    if not (folder / "state").is_dir():
+        stages = folder / "checkpoints"
+        if stages.is_dir():
+            found = [stages / name for name in _STAGES if _steps(stages / name)]
+            if not found:
+                raise WeightsError(f"{stages} holds no checkpoint of {', '.join(_STAGES)}")
+            folder = found[0]
+        if not _steps(folder):
+            raise WeightsError(
+                f"{folder} is a folder without {_FOLDER_FILES[0]}, {_FOLDER_FILES[2]} or "
+                "checkpoints of a run"
+            )
+        folder = folder / str(max(_steps(folder)))
+    return WeightFile(
+        str(folder), _restore(folder / "state"), f"{folder.parent.name}/{folder.name}"
+    )
+
+
+def _steps(stage: Path) -> list[int]:
+    """Steps of the finished checkpoints of a stage."""
+    if not stage.is_dir():
+        return []
+    return [int(x.name) for x in stage.iterdir() if x.name.isdigit() and (x / "state").is_dir()]
+
+
+def _restore(state: Path) -> dict[str, np.ndarray]:
+    """The network in a saved `steps.TrainState`: average over trained over frozen parameters.
+
+    Optimizer and teacher are not read. The same rule as `steps.trained_params`, which stands some
+    floors higher.
+    """
+    import orbax.checkpoint as ocp  # slow to import, and only needed here
+
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            saved = checkpointer.metadata(state.absolute()).item_metadata.tree
+            wanted = {part: saved[part] for part in ("frozen", "params", "ema") if saved.get(part)}
+            kinds = {
+                part: {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in tree}
+                for part, tree in wanted.items()
+            }
+            args = ocp.args.PyTreeRestore(item=wanted, restore_args=kinds, partial_restore=True)
+            parts = checkpointer.restore(state.absolute(), args=args)
+    except (ValueError, KeyError, TypeError, OSError, AttributeError) as error:
+        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        raise WeightsError(
+            f"{state.parent} is no checkpoint that can be read ({reason})"
+        ) from error
+    trained = parts.get("params", {})
+    average = {name: x.astype(trained[name].dtype) for name, x in parts.get("ema", {}).items()}
+    return parts.get("frozen", {}) | trained | average

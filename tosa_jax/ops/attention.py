@@ -1,0 +1,121 @@
+"""Attention in pure functions: the fused form, and the walk over a map that somebody reads.
+
+No function here returns an attention map: what is wanted of it is summed up on the way.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from tosa_jax.ops.array_types import AttnLogits, AttnMap, Heads, PerExample, Scores
+
+
+def pool_heads(values: Float[Array, "b h n"], how: str) -> Scores:
+    """One value a token from one a head; `how` is "mean" or "max"."""
+    return {"mean": jnp.mean, "max": jnp.max}[how](values, axis=1)
+
+
+def column_sums(attn_map: AttnMap) -> Float[Array, "b h k"]:
+    """How much attention each token is paid by these query rows."""
+    return attn_map.sum(axis=2)
+
+
+def attention(
+    query: Heads, key: Heads, value: Heads, key_bias: Float[Array, "b k"] | None = None
+) -> Heads:
+    """Softmax attention whose map nobody reads; logits and softmax in float32.
+
+    `key_bias` is added to every logit of a key. Half-precision inputs without it go through cuDNN's fused attention
+    where the program is compiled for an NVIDIA GPU.
+    """
+    if key_bias is not None:
+        bias = key_bias.astype(query.dtype)[:, None, None, :]
+        return jax.nn.dot_product_attention(query, key, value, bias=bias)
+    plain = jax.nn.dot_product_attention
+    head_dim = query.shape[-1]
+    # cuDNN takes these shapes alone, and can be named only where it is installed.
+    if query.dtype == jnp.float32 or head_dim % 8 or head_dim > 128 or not _has_cuda():
+        return plain(query, key, value)
+    fused = functools.partial(plain, implementation="cudnn")
+    return jax.lax.platform_dependent(query, key, value, cuda=fused, default=plain)
+
+
+@functools.cache
+def _has_cuda() -> bool:
+    try:
+        return bool(jax.devices("cuda"))
+    except RuntimeError:
+        return False
+
+
+def attention_logits(query: Float[Array, "b q h dh"], key: Float[Array, "b k h dh"]) -> AttnLogits:
+    """Scaled attention logits `q k^T / sqrt(dh)` in float32."""
+    scale = query.shape[-1] ** -0.5
+    return jnp.einsum("bqhc,bkhc->bhqk", query * scale, key, preferred_element_type=jnp.float32)
+
+
+def walk_map(
+    query: Heads,
+    key: Heads,
+    value: Heads,
+    summarise: Callable[[AttnLogits, AttnMap, Any], PyTree],
+    *,
+    rows: PyTree = None,
+    chunk: int | None = None,
+) -> tuple[Heads, PyTree]:
+    """Exact attention, and a sum over its map, without the map ever leaving this function.
+
+    The walk goes over query rows in chunks. `summarise(logits, attn_map, rows)` sees the float32 logits and map
+    `[b h q k]` of a chunk with the same rows of `rows` (a tree of `[b n ...]`), and returns a tree of arrays
+    that are added up over the chunks. Memory is `h * chunk * n` an example, also backward, where each chunk
+    is computed again (Rabe and Staats 2021, arXiv 2112.05682); `chunk=None` takes all rows at once and recomputes
+    nothing.
+    """
+
+    def step(query_rows, other_rows):
+        logits = attention_logits(query_rows, key)
+        attn_map = jax.nn.softmax(logits, axis=-1)
+        out = jnp.einsum("bhqk,bkhc->bqhc", attn_map.astype(value.dtype), value)
+        return out, summarise(logits, attn_map, other_rows)
+
+    num_rows = query.shape[1]
+    if chunk is None or chunk >= num_rows:
+        return step(query, rows)
+
+    step = jax.checkpoint(step)
+    full = num_rows // chunk * chunk
+
+    def split(x):
+        chunks = x[:, :full].reshape(len(x), full // chunk, chunk, *x.shape[2:])
+        return jnp.moveaxis(chunks, 1, 0)
+
+    def body(total, chunk_rows):
+        out, part = step(*chunk_rows)
+        return jax.tree.map(jnp.add, total, part), out
+
+    head = jax.tree.map(split, (query, rows))
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype),
+        jax.eval_shape(lambda: step(*jax.tree.map(lambda x: x[0], head))[1]),
+    )
+    total, out = jax.lax.scan(body, zeros, head)
+    out = jnp.moveaxis(out, 0, 1).reshape(len(query), full, *query.shape[2:])
+    if full < num_rows:
+        tail, part = step(*jax.tree.map(lambda x: x[:, full:], (query, rows)))
+        out = jnp.concatenate([out, tail], axis=1)
+        total = jax.tree.map(jnp.add, total, part)
+    return out, total
+
+
+def map_kl(true_logits: AttnLogits, log_predicted: Float[Array, "b h q k"]) -> PerExample:
+    """Forward KL in nats from a true attention map, given by its logits, to the log of a predicted one.
+
+    Mean over heads, summed over the query rows given.
+    """
+    log_true = jax.nn.log_softmax(true_logits, axis=-1)
+    divergence = (jnp.exp(log_true) * (log_true - log_predicted)).sum(axis=-1)
+    return divergence.mean(axis=1).sum(axis=-1)

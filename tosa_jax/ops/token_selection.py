@@ -1,0 +1,153 @@
+"""The idea in pure functions: select tokens by score, gather them, put them back.
+
+All counts are Python ints, so that every shape is static under `jit`. Nothing here knows a model.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32
+
+from tosa_jax.ops.array_types import PerExample, Scores, Tokens
+
+
+class Selection(NamedTuple):
+    """One chosen set of tokens an example, in the three forms that gather and scatter read.
+
+    indices  int32 [b s], ascending, prefix tokens included.
+    mask     bool  [b n], true for selected tokens.
+    slot     int32 [b n], the place of a selected token among the selected ones; of a bypassed token, the place of
+             the one that stands in for it, where representatives were looked for. In [0, s) everywhere.
+    hot      [b s n], one where a token has a place: where it is there, gather and scatter are matrix products, which
+             suits the matrix units of TPUs.
+    """
+
+    indices: Int32[Array, "b s"]
+    mask: Bool[Array, "b n"]
+    slot: Int32[Array, "b n"]
+    hot: Float[Array, "b s n"] | None = None
+
+
+def with_one_hot(selection: Selection, dtype: jnp.dtype) -> Selection:
+    """The selection with its one-hot matrix, in the dtype of the tokens."""
+    hot = jax.nn.one_hot(selection.indices, selection.mask.shape[1], dtype=dtype)
+    return selection._replace(hot=hot)
+
+
+def num_selected(
+    num_patches: int, num_prefix_tokens: int, keep_rate: float, multiple: int = 1
+) -> int:
+    """Static token count `prefix + ceil(keep_rate * patches)`; rounding first keeps .7 * 10 at 7.
+
+    `keep_rate` in (0, 1]. The count is rounded up to a multiple, as far as there are tokens.
+    """
+    count = num_prefix_tokens + math.ceil(round(keep_rate * num_patches, 6))
+    return min(math.ceil(count / multiple) * multiple, num_prefix_tokens + num_patches)
+
+
+def selection_from_indices(indices: Int32[Array, "b s"], num_tokens: int) -> Selection:
+    """A selection of given tokens: `indices` unique and ascending in each row, in [0, num_tokens)."""
+    mask = (indices[:, :, None] == jnp.arange(num_tokens)[None, None]).any(axis=1)
+    slot = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+    return Selection(indices, mask, slot)
+
+
+def select_tokens(scores: Scores, count: int, num_prefix_tokens: int) -> Selection:
+    """The prefix tokens and the `count - prefix` patches of highest score, in raster order.
+
+    scores [b n], higher is better; ties go to the lower index. `count` in [prefix, n]. No gradient passes.
+    """
+    patch_scores = jax.lax.stop_gradient(scores)[:, num_prefix_tokens:]
+    # Not lax.top_k: on CPU and GPU its program first gathers the scores of all devices' examples.
+    best = jnp.argsort(-patch_scores, axis=1)[:, : count - num_prefix_tokens]
+    patches = jnp.sort(best, axis=1) + num_prefix_tokens
+    prefix = jnp.broadcast_to(jnp.arange(num_prefix_tokens), (len(scores), num_prefix_tokens))
+    indices = jnp.concatenate([prefix, patches], axis=1).astype(jnp.int32)
+    return selection_from_indices(indices, scores.shape[1])
+
+
+def complement(selection: Selection) -> Selection:
+    """The tokens that are not selected, as a selection of their own."""
+    n, s = selection.mask.shape[1], selection.indices.shape[1]
+    mask = ~selection.mask
+    indices = jnp.sort(jnp.where(mask, jnp.arange(n, dtype=jnp.int32)[None], n), axis=1)
+    slot = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+    others = Selection(indices[:, : n - s], mask, slot)
+    return others if selection.hot is None else with_one_hot(others, selection.hot.dtype)
+
+
+# Gather and scatter are each other's transpose. Written with their own derivatives, each is a gather in both
+# directions: the scatter-add that differentiating a gather would give is slow on GPUs and never compiled.
+
+
+def gather_tokens(tokens: Tokens, selection: Selection) -> Float[Array, "b s d"]:
+    """tokens [b n d] -> the selected ones [b s d], in raster order."""
+    if selection.hot is not None:
+        return jnp.einsum("bsn,bnd->bsd", selection.hot, tokens)
+    return _gather(tokens, selection)
+
+
+def scatter_tokens(
+    base: Float[Array, "..."], selected: Float[Array, "b s d"], selection: Selection
+) -> Tokens:
+    """`base` [b n d] (or a scalar) with the selected rows replaced by `selected` [b s d].
+
+    Rows that are not selected are bit-identical to those of `base`.
+    """
+    if selection.hot is not None:
+        placed = jnp.einsum("bsn,bsd->bnd", selection.hot, selected)
+        return jnp.where(selection.mask[:, :, None], placed, base)
+    return _scatter(base, selected, selection)
+
+
+@jax.custom_vjp
+def _gather(tokens, selection):
+    return jnp.take_along_axis(
+        tokens, selection.indices[:, :, None], axis=1, mode="promise_in_bounds"
+    )
+
+
+def _gather_forward(tokens, selection):
+    return _gather(tokens, selection), selection
+
+
+def _gather_backward(selection, grad):
+    return _place(jnp.zeros((), grad.dtype), grad, selection), None
+
+
+def _place(base, selected, selection):
+    placed = jnp.take_along_axis(
+        selected, selection.slot[:, :, None], axis=1, mode="promise_in_bounds"
+    )
+    return jnp.where(selection.mask[:, :, None], placed, base)
+
+
+@jax.custom_vjp
+def _scatter(base, selected, selection):
+    return _place(base, selected, selection)
+
+
+def _scatter_forward(base, selected, selection):
+    return _place(base, selected, selection), (selection, base.ndim)
+
+
+def _scatter_backward(residuals, grad):
+    selection, ndim = residuals
+    bypassed = jnp.where(selection.mask[:, :, None], 0, grad)
+    return bypassed if ndim else bypassed.sum(), _gather(grad, selection), None
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+_scatter.defvjp(_scatter_forward, _scatter_backward)
+
+
+def overlap(found: Scores, truth: Scores, count: int, num_prefix_tokens: int) -> PerExample:
+    """Share in [0, 1] of the patches that `truth` would select which `found` selects too."""
+    if count == num_prefix_tokens:
+        return jnp.ones(len(found))
+    chosen = select_tokens(found, count, num_prefix_tokens).mask
+    wanted = select_tokens(truth, count, num_prefix_tokens).mask
+    both = (chosen & wanted)[:, num_prefix_tokens:].sum(axis=1)
+    return both / (count - num_prefix_tokens)

@@ -1,0 +1,276 @@
+"""A recipe's real training and evaluation steps, compiled for devices that need not be there; nothing is run.
+
+The TPU compiler in libtpu works on any machine, so that what a step takes on a slice is known before one is rented:
+bytes, operations, collectives.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from tosa_jax.config import RunConfig
+from tosa_jax.data.pipeline import DatasetFacts
+from tosa_jax.distributed.devices import accelerator
+from tosa_jax.distributed.mesh import batch_sharding, batch_ways, tree_shardings
+from tosa_jax.distributed.preemption import StopRequest
+from tosa_jax.errors import ConfigError
+from tosa_jax.models import cost
+from tosa_jax.models.params import Params, get_params, split
+from tosa_jax.models.vit_config import ViTConfig
+from tosa_jax.performance.collectives import collectives, totals
+from tosa_jax.train.checkpoints import with_shardings
+from tosa_jax.train.loop import compile_step
+from tosa_jax.train.runner import Runner
+from tosa_jax.train.stages import plan_stages, uses_labels
+from tosa_jax.train.step import trained_params
+
+MISSING = 'the TPU compiler is not installed: pip install "tosa-jax[tpu]"'
+"""What is said where libtpu is needed and not there."""
+
+_USED = re.compile(r"[Uu]sed ([\d.]+)([KMGT]?)i?B? of [\d.]+[KMGT]?i?B? hbm")
+_TEMPORARIES = re.compile(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM")
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclass(frozen=True)
+class Program:
+    """A step before it is compiled.
+
+    name         "train STAGE" or "evaluate ROW".
+    lower        traces it for the mesh.
+    state_bytes  of the parameters, and in training the optimizer's state and the average: one device's share, summed
+                 over their arrays.
+    batch_size   images of all devices together.
+    flops        operations of one device, by arithmetic.
+    """
+
+    name: str
+    lower: Callable[[], jax.stages.Lowered]
+    state_bytes: int
+    batch_size: int
+    flops: float
+
+
+def tpu_devices(topology: str, slices: int = 1) -> list[jax.Device]:
+    """The devices of `slices` TPU slices such as "v5e:4x4", for compiling only. Raises ConfigError."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise ConfigError(MISSING)
+    settings = {
+        # Without a TPU beside it libtpu complains of what it cannot find out.
+        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        # Its lock is for chips; compilers may stand side by side.
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+    try:
+        found = topologies.get_topology_desc(topology, "tpu", num_slices=slices)
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"--topology={topology}: {error}; known are for example v5e:2x4, v5e:16x16, v5p:4x4x4, v6e:4x4"
+        ) from error
+    return found.devices
+
+
+def abstract_init(run: RunConfig) -> Params:
+    """Shapes of what a run starts from, were `init_from` and `init_selectors` read."""
+    if run.has_stage("pretrain") and not run.init_from:
+        return {}
+    params = get_params(cost.abstract_model(run.model))
+    return {k: x for k, x in params.items() if run.init_selectors or not k.startswith("kinds/")}
+
+
+def programs(run: RunConfig, mesh: Mesh) -> Iterator[Program]:
+    """The steps of a run on this mesh, in order: the training of each stage, then what is evaluated.
+
+    Without weights to start from and without a pretraining stage, released weights are assumed.
+    """
+    if not run.has_stage("pretrain"):
+        run = dataclasses.replace(run, init_from=run.init_from or "released weights")
+    facts = DatasetFacts(
+        run.batch_size,
+        run.eval.batch_size,
+        run.model.num_classes,
+        (),
+        run.task,
+        run.model.image_shape,
+    )
+    runner = Runner(run, Path(), StopRequest(), mesh=mesh, dataset=facts, init=abstract_init(run))
+    stages, rows = plan_stages(run)
+    for stage in stages:
+        stage_run = runner.stage_run(stage)
+        state = jax.eval_shape(stage_run.init, *stage_run.init_args)
+        shardings = tree_shardings(state, mesh)
+        state = with_shardings(state, shardings)
+        step = compile_step(stage_run.setup, shardings, mesh)
+        batch = abstract_batch(run.model, run.batch_size, mesh)
+        yield Program(
+            f"train {stage.name}",
+            functools.partial(step.lower, state, batch),
+            _device_bytes(state),
+            run.batch_size,
+            stage_run.flops_per_image * run.batch_size / mesh.size,
+        )
+        network = jax.eval_shape(trained_params, state)
+        runner.networks[stage.name] = runner.networks[stage.start] | network
+        if stage.kind == "selector":
+            yield _evaluation(runner, stage.name, stage.model, stage_run.setup.task, network)
+    seen = []
+    for row in rows if uses_labels(run) else ():
+        if row.model not in seen:
+            seen.append(row.model)
+            network = runner.networks[row.network]
+            yield _evaluation(runner, row.name, row.model, runner.task(), network)
+
+
+def _evaluation(runner: Runner, name: str, model: ViTConfig, task: Any, network: Params) -> Program:
+    run, mesh = runner.run, runner.mesh
+    abstract = cost.abstract_model(model)
+    params = {name: network[name] for name in split(abstract)[1]}
+    params = with_shardings(params, tree_shardings(params, mesh))
+    batch = abstract_batch(model, run.eval.batch_size, mesh)
+    mask = jax.ShapeDtypeStruct((run.eval.batch_size,), jnp.float32, sharding=batch_sharding(mesh))
+    number = jax.ShapeDtypeStruct((), jnp.uint32)
+    step = runner.evaluator(model, task).step
+    return Program(
+        f"evaluate {name}",
+        functools.partial(step.lower, params, batch | {"mask": mask}, number),
+        _device_bytes(params),
+        run.eval.batch_size,
+        2.0 * cost.macs(abstract) * run.eval.batch_size / mesh.size,
+    )
+
+
+def abstract_batch(model: ViTConfig, batch_size: int, mesh: Mesh) -> dict[str, Any]:
+    """Shapes and sharding of a global batch: images, and labels or depth."""
+    images = (batch_size, *model.image_shape, model.in_chans)
+    sharding = batch_sharding(mesh)
+    target = (
+        ("depth", images[:3], jnp.float32)
+        if model.task == "depth"
+        else ("label", images[:1], jnp.int32)
+    )
+    kinds = (("image", images, jnp.uint8), target)
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, shape, dtype in kinds
+    }
+
+
+def _device_bytes(tree: Any) -> int:
+    shards = [(x.sharding.shard_shape(x.shape), x.dtype) for x in jax.tree.leaves(tree)]
+    return sum(int(jnp.prod(jnp.asarray(shape, int))) * dtype.itemsize for shape, dtype in shards)
+
+
+def compile_program(program: Program, mesh: Mesh) -> dict[str, Any]:
+    """Compiles a step and says what it takes; numbers are one device's, those of the compiler but for:
+
+    compile_*         seconds to trace and compile, by the clock and of all this machine's cores together.
+    flops_arithmetic  by `models/cost.py`; the compiler's `flops` count the body of a loop once.
+    state_bytes       the sum over the arrays of parameters, optimizer and average.
+    total_bytes       arguments, temporaries, code, and results that take no argument's place.
+    collectives       by kind: how many one run executes and the bytes of their buffers.
+
+    Where the compiler itself finds that memory does not suffice, `fits` is False, `total_bytes` what it says is
+    needed, or None, and the rest None.
+    """
+    device = mesh.devices.flat[0]
+    known = accelerator(device.device_kind)
+    record = {
+        "name": program.name,
+        "platform": device.platform,
+        "device": device.device_kind,
+        "devices": mesh.size,
+        "mesh": dict(mesh.shape),
+        "batch_size": program.batch_size,
+        "device_batch_size": program.batch_size // batch_ways(mesh),
+        "memory_bytes": known.memory if known else None,
+        "state_bytes": program.state_bytes,
+        "flops_arithmetic": program.flops,
+    }
+    found = dict.fromkeys(
+        ("argument_bytes", "temp_bytes", "total_bytes", "flops", "collectives", "custom_calls")
+    )
+    start, start_cpu = time.perf_counter(), time.process_time()
+    try:
+        compiled = program.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        found |= {"fits": False, "total_bytes": _bytes_wanted(str(error))}
+    else:
+        found |= _facts(compiled)
+        found["fits"] = known is None or found["total_bytes"] <= known.memory
+    record["compile_seconds"] = time.perf_counter() - start
+    record["compile_cpu_seconds"] = time.process_time() - start_cpu
+    return record | found
+
+
+def _facts(compiled: jax.stages.Compiled) -> dict[str, Any]:
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + results
+    return {
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temp_bytes": memory.temp_size_in_bytes,
+        "total_bytes": total + memory.generated_code_size_in_bytes,
+        "flops": compiled.cost_analysis().get("flops"),
+        "collectives": totals(collectives(text)),
+        "custom_calls": sorted(set(re.findall(r'custom_call_target="([^"]+)"', text))),
+    }
+
+
+def _bytes_wanted(message: str) -> int | None:
+    """What a TPU program that does not fit would need, from the compiler's words: all, or its temporaries."""
+    match = _USED.search(message) or _TEMPORARIES.search(message)
+    return int(float(match.group(1)) * _UNITS[match.group(2)]) if match else None
+
+
+def following(batch: int) -> int:
+    """The next larger batch worth trying: 1, 2, 4, then multiples of 8, which fill a TPU's tiles."""
+    return max(1, 2 * batch) if batch < 8 else batch + 8
+
+
+def preceding(batch: int) -> int:
+    """The largest batch worth trying below this one; 0 below 1."""
+    if batch > 8:
+        return (batch - 1) // 8 * 8
+    return 2 ** ((batch - 1).bit_length() - 1) if batch > 1 else 0
+
+
+def largest_batch(needed: Callable[[int], tuple[bool, int | None]], memory: int, start: int) -> int:
+    """The largest batch that fits in `memory` bytes, 0 if none does.
+
+    `needed(batch)` says whether one fits and, if known, how many bytes it takes; these grow about linearly, which
+    guides the search.
+    """
+    fits, fails, known = 0, None, {}
+    batch = preceding(start + 1)
+    while following(fits) != fails:
+        good, known[batch] = needed(batch)
+        fits, fails = (batch, fails) if good else (fits, batch)
+        highest = preceding(fails) if fails else 16 * fits
+        guess = _where_full(known, memory) or (fits + highest) // 2
+        batch = preceding(min(max(guess, following(fits)), highest) + 1)
+    return fits
+
+
+def _where_full(known: dict[int, int | None], memory: int) -> int | None:
+    """The batch that would take `memory` bytes, on the line through what the two largest take."""
+    points = sorted((batch, used) for batch, used in known.items() if used is not None)
+    if len(points) < 2:
+        return int(points[0][0] * memory / points[0][1]) if points else None
+    (a, at_a), (b, at_b) = points[-2:]
+    return a + int((memory - at_a) * (b - a) / max(at_b - at_a, 1))

@@ -1,0 +1,155 @@
+"""Who takes turns in the benchmark: the dense network, ToSA and the controls, each a compiled JAX program.
+
+A candidate is little more than a callable and what waits for its result, so that networks of other frameworks
+(`performance/torch_candidates.py`) take part as well.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tosa_jax.config import OptimConfig
+from tosa_jax.distributed import memory
+from tosa_jax.models import cost
+from tosa_jax.models.factory import build, redundant
+from tosa_jax.models.params import set_params, split
+from tosa_jax.models.vit import Output
+from tosa_jax.models.vit_config import ViTConfig
+from tosa_jax.tasks.losses import silog, smoothed_targets, soft_cross_entropy
+from tosa_jax.train.optim import make_optimizer
+
+CONTROLS = ("random", "previous", "class_attention", "redundancy", "skip")
+"""Layer kinds that may stand beside ToSA. `random` runs the fused attention and no selector; `redundancy` selects in
+every layer, without a map."""
+
+
+def networks(
+    make_config: Callable[..., ViTConfig], keep_rates: Sequence[float], controls: Sequence[str]
+) -> Iterator[tuple[str, float | None, ViTConfig]]:
+    """Name, keep rate and network: dense, then ToSA and each control at each keep rate, `skip` once.
+
+    At a keep rate `redundancy` gets the GMACs that ToSA has there.
+    """
+    yield "dense", None, make_config()
+    for name in dict.fromkeys(["tosa", *controls]):
+        for rate in keep_rates if name != "skip" else [None]:
+            budget = {} if rate is None else {"keep_rate": rate}
+            if name == "redundancy":
+                yield name, rate, redundant(make_config(plan="selective", **budget))
+            else:
+                plan = "selective" if name == "tosa" else name
+                yield name, rate, make_config(plan=plan, **budget)
+
+
+class Candidate(NamedTuple):
+    """One of those that take turns.
+
+    name        as in the records: "dense", "tosa", one of `CONTROLS`, or the library whose dense network it is.
+    keep_rate   None where nothing is selected.
+    config      the network, which says what it costs.
+    run         starts one pass over a batch; what it returns may not be there yet.
+    wait        returns when what `run` returned is there.
+    xla_gmacs   multiply-adds / 1e9 of an image by XLA's count of the program; None if there is none.
+    temp_bytes  of the program's temporaries by XLA's analysis; None if there is none.
+    rest        seconds after its turn in which nobody runs: its threads may stay awake for a while.
+    """
+
+    name: str
+    keep_rate: float | None
+    config: ViTConfig
+    run: Callable[[], Any]
+    wait: Callable[[Any], Any]
+    xla_gmacs: float | None = None
+    temp_bytes: int | None = None
+    rest: float = 0.0
+
+
+def candidate(
+    name: str, keep_rate: float | None, config: ViTConfig, batch_size: int, *, train: bool
+) -> Candidate:
+    """A network with random weights and images: its forward pass, or forward, backward and AdamW's update.
+
+    A training step takes its state's memory for the new one, as `train/loop.py` does.
+
+    Raises DeviceError if the program does not fit the device, before it allocates anything.
+    """
+    graphdef, params = split(cost.abstract_model(config))
+    optimizer = make_optimizer(OptimConfig(steps=100, learning_rate=1e-3))
+    key, shape = jax.random.key(0), (batch_size, *config.image_shape, config.in_chans)
+    state = (params, jax.eval_shape(optimizer.init, params)) if train else params
+    function = _training_step(graphdef, optimizer) if train else _forward_pass(graphdef)
+    jitted = jax.jit(function, donate_argnums=0 if train else ())
+    program = jitted.lower(state, jax.ShapeDtypeStruct(shape, config.dtype), key).compile()
+    check_fits(program, state, f"{name} at image_size={config.image_size}", batch_size)
+    images = jax.random.normal(key, shape, config.dtype)
+    state = params = split(build(config, rngs=nnx.Rngs(0)))[1]
+    if train:
+        state = (params, optimizer.init(params))
+
+    def step():
+        nonlocal state
+        state, loss = program(state, images, key)
+        return state, loss
+
+    return Candidate(
+        name,
+        keep_rate,
+        config,
+        run=step if train else lambda: program(state, images, key),
+        wait=jax.block_until_ready,
+        xla_gmacs=_gmacs_by_xla(program, batch_size),
+        temp_bytes=getattr(program.memory_analysis(), "temp_size_in_bytes", None),
+    )
+
+
+def _forward_pass(graphdef: nnx.GraphDef) -> Callable:
+    return lambda params, images, key: set_params(graphdef, params)(images, key=key).prediction
+
+
+def _training_step(graphdef: nnx.GraphDef, optimizer: Any) -> Callable:
+    def step(state, images, key):
+        params, opt = state
+
+        def loss(p):
+            return _task_loss(set_params(graphdef, p)(images, key=key)).mean()
+
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, opt = optimizer.update(grads, opt, params)
+        return (jax.tree.map(jnp.add, params, updates), opt), value
+
+    return step
+
+
+def _task_loss(out: Output) -> jax.Array:
+    """The loss of the network's task against made-up targets."""
+    if out.depth is not None:
+        return silog(out.depth, jnp.full_like(out.depth, 2.0), jnp.ones(out.depth.shape, bool))
+    batch_size, num_classes = out.logits.shape
+    labels = jnp.zeros(batch_size, jnp.int32)
+    return soft_cross_entropy(out.logits, smoothed_targets(labels, num_classes, 0.1))
+
+
+def _gmacs_by_xla(program: jax.stages.Compiled, batch_size: int) -> float | None:
+    flops = program.cost_analysis().get("flops")
+    return None if flops is None else flops / 2e9 / batch_size
+
+
+def check_fits(program: jax.stages.Compiled, state: Any, what: str, batch_size: int) -> None:
+    """Raise a DeviceError that names the largest batch that probably fits, if this one does not.
+
+    `state` holds the arguments, or their shapes, that do not grow with the batch; all else is taken to.
+    """
+    fixed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    an_image = (memory.needed_bytes(program) - fixed) / batch_size
+    fitting = int((memory.device_bytes(jax.local_devices()[0]) - fixed) / an_image)
+    fitting -= fitting % 8 if fitting > 8 else 0
+    memory.check_fits(
+        program,
+        f"{what}, batch_size={batch_size}",
+        f"--batch_size={fitting} probably fits"
+        if fitting > 0
+        else "not even one image does; --map_chunk=64 walks attention maps in parts, or take a smaller --image_size",
+    )

@@ -1,0 +1,187 @@
+"""The curves of a run as SVG that takes its colours from the page it stands in."""
+
+import io
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from tosa_jax.paths import AnyPath
+from tosa_jax.reporting.report import MODEL_NAMES
+
+INK, MUTED, RULE = "#010101", "#020202", "#030303"
+"""Representatives that `_themed` replaces by the page's own colours, like those of the series below."""
+SERIES = {
+    "dense": 1, "tosa": 2, "random": 3, "previous": 4, "skip": 5, "class_attention": 6, "true_map": 7,
+    "worst_bypass": 8, "redundancy": 9,
+}  # fmt: skip
+"""Network -> number of its colour `--series-<number>`."""
+_DASHES = ("-", "--", ":", "-.")  # budgets of one network, in order
+
+
+class Curve(NamedTuple):
+    """One line of a chart: its label, its network (`SERIES`), which of its budgets, and its points."""
+
+    label: str
+    network: str
+    budget: int
+    points: list[tuple[float, float]]
+
+
+def read_metrics(workdir: AnyPath) -> list[dict[str, Any]]:
+    """The records of `metrics.jsonl`, in order; lines that hold none are passed over."""
+    try:
+        lines = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    records = []
+    for line in lines:
+        try:
+            record = json.loads(line)
+            records.append(record | {"stage": str(record["stage"]), "step": int(record["step"])})
+        except (ValueError, KeyError, TypeError):
+            continue
+    return records
+
+
+def stage_groups(stages: Sequence[str]) -> dict[str, list[str]]:
+    """Stages that belong into one chart: all fine-tunes start from one network and take as long."""
+    groups: dict[str, list[str]] = {}
+    for stage in dict.fromkeys(stages):
+        groups.setdefault(stage.partition("_")[0], []).append(stage)
+    return groups
+
+
+def stage_network(stage: str) -> tuple[str, str]:
+    """The network that a stage trains, and its budget: "finetune_random_0.5" -> ("random", "0.5").
+
+    >>> stage_network("finetune"), stage_network("finetune_0.25"), stage_network("pretrain")
+    (('tosa', ''), ('tosa', '0.25'), ('dense', ''))
+    >>> stage_network("finetune_true_map"), stage_network("finetune_true_map_0.5")
+    (('true_map', ''), ('true_map', '0.5'))
+    """
+    kind, _, rest = stage.partition("_")
+    if kind != "finetune":
+        return "tosa" if kind == "selector" else "dense", ""
+    if rest in SERIES:
+        return rest, ""
+    name, _, budget = rest.rpartition("_")
+    return (name, budget) if name in SERIES else ("tosa", rest)
+
+
+def curves(
+    records: Sequence[Mapping[str, Any]], stages: Sequence[str], metric: str, factor: float = 1.0
+) -> list[Curve]:
+    """A metric of each stage against its step; none where no stage has two points of it to connect."""
+    found, budgets = [], dict[str, int]()
+    for stage in stages:
+        network, budget = stage_network(stage)
+        number = budgets[network] = budgets.get(network, -1) + 1
+        own = [r for r in records if r["stage"] == stage and r.get(metric) is not None]
+        points = [(r["step"], r[metric] * factor) for r in own]
+        label = MODEL_NAMES.get(network, network).partition(",")[0]
+        if points:
+            found.append(Curve(f"{label} {budget}".strip(), network, number, points))
+    return found if any(len(curve.points) > 1 for curve in found) else []
+
+
+def line_chart(lines: Sequence[Curve], *, log: bool = False) -> str:
+    """Curves over steps as an `<svg>`."""
+    from matplotlib.figure import Figure
+
+    with _style():
+        figure = Figure(figsize=(3.5, 2.3), layout="constrained")
+        axes = figure.subplots()
+        for line in lines:
+            few = len(line.points) <= 12
+            axes.plot(
+                *zip(*line.points, strict=True),
+                color=_colour(line.network),
+                linestyle=_DASHES[line.budget % len(_DASHES)],
+                marker="o" if few else None,
+                label=line.label,
+            )
+        if log and all(y > 0 for line in lines for _, y in line.points):
+            axes.set_yscale("log")
+        axes.set_xlabel("step", loc="right")
+        _tidy(axes)
+        return _svg(figure)
+
+
+def scatter_chart(points: Sequence[tuple[float, float, str, str]], *, ylabel: str) -> str:
+    """(x, y, network, text) of each row as an `<svg>`: what a network costs against how good it is."""
+    from matplotlib.figure import Figure
+
+    with _style():
+        figure = Figure(figsize=(10, 3.1), layout="constrained")
+        axes = figure.subplots()
+        placed: list[tuple[float, float]] = []
+        ys = [y for _, y, _, _ in points]
+        height = (max(ys) - min(ys)) or 1.0
+        for x, y, network, text in sorted(points, key=lambda p: -p[1]):
+            axes.plot([x], [y], "o", color=_colour(network), markersize=8)
+            close = sum(abs(x - a) < 0.1 and abs(y - b) < 0.09 * height for a, b in placed)
+            placed.append((x, y))
+            axes.annotate(
+                text, (x, y), xytext=(9, -4 - 11 * close), textcoords="offset points", color=INK
+            )
+        axes.set_xlim(0, max(x for x, *_ in points) * 1.3)
+        axes.margins(y=0.2)
+        axes.set_xlabel("multiply-adds, share of the dense network's")
+        axes.set_ylabel(ylabel)
+        _tidy(axes)
+        return _svg(figure)
+
+
+def _style():
+    import matplotlib
+
+    return matplotlib.rc_context(
+        {
+            "svg.fonttype": "none",
+            "svg.hashsalt": "tosa_jax",  # equal ids mean equal shapes, in every chart of a page,
+            "font.size": 9.5,
+            "text.color": INK,
+            "axes.edgecolor": RULE,
+            "axes.labelcolor": MUTED,
+            "axes.facecolor": "none",
+            "figure.facecolor": "none",
+            "xtick.color": RULE,
+            "ytick.color": RULE,
+            "xtick.labelcolor": MUTED,
+            "ytick.labelcolor": MUTED,
+            "grid.color": RULE,
+            "grid.linewidth": 0.6,
+            "lines.linewidth": 1.8,
+            "lines.markersize": 4.5,
+            "axes.formatter.useoffset": False,
+        }
+    )
+
+
+def _tidy(axes: Any) -> None:
+    axes.grid(axis="y")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(length=0)
+
+
+def _colour(network: str) -> str:
+    return f"#f0f0f{SERIES[network]}"
+
+
+def _svg(figure: Any) -> str:
+    """The figure as an element for a page: no prologue, no metadata, colours by custom property."""
+    data = io.StringIO()
+    figure.savefig(data, format="svg", metadata={"Date": None, "Creator": None})
+    text = data.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    for name, value in {"ink": INK, "muted": MUTED, "rule": RULE}.items():
+        text = text.replace(value, f"var(--{name})")
+    return re.sub(r"#f0f0f(\d)", r"var(--series-\1)", text).strip()
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value can be drawn."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,189 @@
+"""The closing report of a run: `report.json`, and the table that a person reads."""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tosa_jax.errors import WorkdirError
+from tosa_jax.paths import as_path, write_atomically
+
+# Names in the file and for people, in the order of the table.
+MODEL_NAMES = {
+    "dense_pretrained": "dense, as pretrained",
+    "dense": "dense, fine-tuned as long",
+    "tosa": "ToSA",
+    "random": "random selection",
+    "previous": "previous layer's map",
+    "class_attention": "class token's attention",
+    "redundancy": "redundancy, every layer",
+    "true_map": "oracle: the true next map",
+    "worst_bypass": "oracle: what the bypass misses",
+    "skip": "selective layers skipped",
+}
+_TABLE_WIDTH = 100
+_GAP = "  "
+
+
+def write_report(workdir: str | os.PathLike, report: Mapping[str, Any]) -> None:
+    """Writes `report.json`; a reader finds the old report or the new one, never a part of it.
+
+    Args:
+        workdir: the work directory; it must exist.
+        report: "config", "device", "versions", "stages" and "results" as in the contract; array
+            scalars become numbers.
+
+    Raises:
+        ValueError: a number is not finite, which JSON cannot say.
+    """
+    text = json.dumps(report, indent=2, allow_nan=False, default=lambda scalar: scalar.item())
+    write_atomically(as_path(workdir) / "report.json", (text + "\n").encode())
+
+
+def read_report(workdir: str | os.PathLike) -> dict[str, Any] | None:
+    """Reads `report.json`; None if there is none.
+
+    Raises:
+        WorkdirError: the file is not a report.
+    """
+    path = as_path(workdir) / "report.json"
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise WorkdirError(f"{path} is not JSON ({error}): remove it and run again") from error
+    if not isinstance(report, dict) or "results" not in report:
+        raise WorkdirError(f"{path} is not a report: remove it and run again")
+    return report
+
+
+def format_table(report: Mapping[str, Any]) -> str:
+    """The results as a plain text table of at most 100 columns; no line ends in blanks.
+
+    The dense network is the reference of both ratios, fine-tuned if the report has it so. `acc1` is
+    shown in per cent; without it the metrics are shown as they are, as many as fit.
+    """
+    rows = sorted(report["results"], key=_order)
+    if not rows:
+        return "no results"
+    columns, left_out = _columns(rows)
+    widths = [max(map(len, column)) for column in columns]
+    lines = []
+    for cells in zip(*columns, strict=True):
+        first, *others = zip(cells, widths, strict=True)
+        line = first[0].ljust(first[1]) + "".join(_GAP + cell.rjust(w) for cell, w in others)
+        lines.append(line.rstrip())
+    lines.insert(1, "-" * (sum(widths) + len(_GAP) * (len(widths) - 1)))
+    splits = dict.fromkeys((row.get("split"), row.get("count")) for row in rows)
+    lines += [f"split {split}, {count} examples" for split, count in splits if split is not None]
+    if left_out:
+        lines.append(f"report.json has also: {', '.join(left_out)}"[:_TABLE_WIDTH])
+    return "\n".join(lines)
+
+
+def table_columns(
+    report: Mapping[str, Any],
+) -> tuple[list[Mapping[str, Any]], list[list[str]]]:
+    """The rows in the order of the table, and all its columns of cells, each with its title first."""
+    rows = sorted(report["results"], key=_order)
+    return rows, _columns(rows, width=10**6)[0] if rows else []
+
+
+def _order(row: Mapping[str, Any]) -> tuple:
+    """Dense first, then each budget with its controls, the largest budget first."""
+    names = list(MODEL_NAMES)
+    place = names.index(row["name"]) if row["name"] in names else len(names)
+    if place < 2:
+        return 0, 0.0, place
+    rate = row.get("keep_rate")
+    if isinstance(rate, Sequence):
+        rate = sum(rate) / max(len(rate), 1)
+    return 1, math.inf if rate is None else -rate, place
+
+
+def _columns(
+    rows: Sequence[Mapping[str, Any]], width: int = _TABLE_WIDTH
+) -> tuple[list[list[str]], list[str]]:
+    """Columns of cells, the title first, and the names of the metrics that did not fit."""
+    splits = {row.get("split") for row in rows}
+    names = [MODEL_NAMES.get(row["name"], row["name"]) for row in rows]
+    if len(splits) > 1:
+        names = [f"{name} ({row.get('split')})" for name, row in zip(names, rows, strict=True)]
+    gmacs = [row.get("gmacs") for row in rows]
+    speeds = [row.get("img_per_sec") for row in rows]
+    small = max((value for value in gmacs if value is not None), default=1.0) < 0.1
+    before = [
+        ["model", *names],
+        ["keep rate", *(_keep_rate(row.get("keep_rate")) for row in rows)],
+    ]
+    after = [
+        ["MMACs", *_numbers([None if value is None else value * 1e3 for value in gmacs])]
+        if small
+        else ["GMACs", *_numbers(gmacs)],
+        ["MACs ratio", *_ratios(rows, "gmacs", ".3f")],
+        ["img/s", *_numbers(speeds)],
+        ["speed-up", *_ratios(rows, "img_per_sec", ".2f", "x")],
+    ]
+    metrics, left_out = _metric_columns(rows), []
+    fixed = sum(max(map(len, column)) + len(_GAP) for column in before + after) - len(_GAP)
+    while len(metrics) and fixed + _width(metrics) > width:
+        left_out.insert(0, metrics.pop()[0])
+    return before + metrics + after, left_out
+
+
+def _width(columns: list[list[str]]) -> int:
+    return sum(max(map(len, column)) + len(_GAP) for column in columns)
+
+
+def _metric_columns(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    metrics = [row.get("metrics") or {} for row in rows]
+    names = dict.fromkeys(name for values in metrics for name in values)
+    if "acc1" in names:
+        return [["top-1 %", *(_number(values.get("acc1"), ".2f", 100.0) for values in metrics)]]
+    return [[name, *(_number(values.get(name), ".4g") for values in metrics)] for name in names]
+
+
+def _keep_rate(rate: float | Sequence[float] | None) -> str:
+    if not isinstance(rate, Sequence):
+        return _number(rate, ".4g")
+    ends = [_number(rate[0], ".4g"), _number(rate[-1], ".4g")] if rate else ["-"]
+    return " to ".join(dict.fromkeys(ends))
+
+
+def _ratios(rows: Sequence[Mapping[str, Any]], key: str, spec: str, unit: str = "") -> list[str]:
+    """Each row's value over the dense one's; "-" where one of them is not known."""
+    dense = {row["name"]: row[key] for row in rows if row.get(key)}
+    reference = dense.get("dense", dense.get("dense_pretrained"))
+    if reference is None:
+        return ["-"] * len(rows)
+    cells = [_number(row.get(key), spec, 1 / reference) for row in rows]
+    return [cell if cell == "-" else cell + unit for cell in cells]
+
+
+def _numbers(values: Sequence[float | None]) -> list[str]:
+    """One column: as many decimals in every cell as the largest needs for four digits."""
+    largest = max((value for value in values if value is not None), default=0.0)
+    decimals = 3 if largest < 10 else 2 if largest < 100 else 1 if largest < 1000 else 0
+    return [_number(value, f".{decimals}f") for value in values]
+
+
+def _number(value: float | None, spec: str, factor: float = 1.0) -> str:
+    return "-" if value is None else format(value * factor, spec)
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration for people: "4.2s", "37s", "3m12s", "3h12m", "2d04h"; "--" if not finite."""
+    if not math.isfinite(seconds):
+        return "--"
+    if round(seconds, 1) < 10:
+        return f"{max(seconds, 0):.1f}s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    if whole < 86400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"

@@ -1,0 +1,133 @@
+"""Orbax checkpoints of a stage, on one process or many, here or in a bucket.
+
+Precedence when a run starts: the newest readable checkpoint of the stage, else what the stage before left, else
+`init_from`, else random weights.
+"""
+
+import contextlib
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
+
+from tosa_jax.distributed.coordination import are_several
+from tosa_jax.distributed.preemption import Stopped
+from tosa_jax.errors import WorkdirError
+from tosa_jax.paths import AnyPath, is_remote
+
+log = logging.getLogger(__name__)
+
+
+class Manager(ocp.CheckpointManager):
+    """Orbax's manager, which leaves it to the training loop to ask whether a preemption is due.
+
+    It would ask with step numbers, which start anew with each stage; the service compares them.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
+class Checkpoints(contextlib.AbstractContextManager):
+    """Checkpoints `<directory>/<step>/` of one stage, written in the background; the newest and the best are kept.
+
+    The best is that of highest `best_metric`, or of lowest where `lower_is_better`.
+    """
+
+    def __init__(self, directory: AnyPath, best_metric: str, lower_is_better: bool = False) -> None:
+        def score(metrics):
+            if best_metric not in metrics:
+                return float("-inf")
+            return -metrics[best_metric] if lower_is_better else metrics[best_metric]
+
+        keep = policies.AnyPreservationPolicy(
+            [
+                policies.LatestN(1),
+                policies.BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False),
+            ]
+        )
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=keep,
+            best_fn=score,
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=True,
+        )
+        directory = directory if is_remote(directory) else directory.absolute()
+        self.manager = Manager(directory, options=options)
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        facts: Mapping[str, Any],
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Starts writing state and facts (JSON values); a step that is there already is left as it is.
+
+        metrics   what the best is chosen by, among others; None: the network was not scored at this step.
+
+        Raises RuntimeError: Orbax does not save.
+        """
+        if step in self.manager.all_steps():
+            return
+        args = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(state), facts=ocp.args.JsonSave(dict(facts))
+        )
+        if not self.manager.save(step, args=args, metrics=dict(metrics) if metrics else None):
+            raise RuntimeError(f"orbax refused to save step {step} under {self.manager.directory}")
+
+    def restore(self, abstract: Any) -> tuple[Any, dict[str, Any]] | None:
+        """The newest state that can be read, as `abstract` (shapes with shardings) has it, with its facts.
+
+        None if there is no checkpoint.
+
+        Directory names alone prove nothing: a checkpoint that was damaged is passed over with a warning.
+
+        Raises WorkdirError: there are checkpoints, and none of them can be read.
+        """
+        restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+        args = ocp.args.Composite(
+            state=ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args),
+            facts=ocp.args.JsonRestore(),
+        )
+        failures = []
+        for step in sorted(self.manager.all_steps(), reverse=True):
+            try:
+                restored = self.manager.restore(step, args=args)
+            except (ValueError, KeyError, OSError) as error:
+                failures.append(f"step {step}: {str(error).splitlines()[0][:200]}")
+                log.warning("checkpoint passed over: %s", failures[-1])
+                continue
+            if failures:
+                for bad in [s for s in self.manager.all_steps() if s > step]:
+                    self.manager.delete(bad)
+            return restored["state"], restored["facts"]
+        if failures:
+            raise WorkdirError(
+                f"no checkpoint under {self.manager.directory} can be read ({failures[0]}); delete that "
+                "directory to start the stage again"
+            )
+        return None
+
+    def wait(self) -> None:
+        """Blocks until everything is on disk, and raises what went wrong in the background."""
+        self.manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for what is being written, and lets go."""
+        self.manager.close()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # Closing waits for what is being written, and that for other processes: after a failure they may not come.
+        if kind is None or kind is Stopped or not are_several():
+            self.close()
+
+
+def with_shardings(tree: Any, shardings: Any) -> Any:
+    """Shapes that say where each leaf lives."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
+    )

@@ -1,0 +1,124 @@
+"""Exact evaluation: every example of a split is scored once, whatever the batch size and the number of devices."""
+
+import functools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from tosa_jax.data.pipeline import DataConfig, eval_batches
+from tosa_jax.distributed.memory import check_fits
+from tosa_jax.distributed.mesh import process_rows, replicated, to_global, tree_shardings
+from tosa_jax.models.factory import with_image_size
+from tosa_jax.models.params import Params, set_params
+from tosa_jax.models.vit import Output
+from tosa_jax.tasks.metrics import add, means
+from tosa_jax.train.step import Batch, eval_step
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Scores parameters of one network on a split.
+
+    graphdef    structure of the network, as `models.params.split` gives it.
+    task        what is scored: a `tasks.Task`, or what has its methods.
+    batch_size  global; the last batch is filled up, and what fills it does not count.
+    seed        of random selections.
+    """
+
+    graphdef: nnx.GraphDef
+    task: Any
+    data: DataConfig
+    mesh: Mesh
+    batch_size: int
+    seed: int = 0
+
+    @functools.cached_property
+    def step(self):
+        """The jitted `eval_step`: (params, batch, number of the batch) -> totals."""
+        step = functools.partial(
+            eval_step, graphdef=self.graphdef, task=self.task, seed=self.seed, mesh=self.mesh
+        )
+        return jax.jit(step, out_shardings=replicated(self.mesh))
+
+    def check(self, params: Params, batch: Batch | None = None) -> None:
+        """Raises DeviceError, with both numbers, if the step on a global batch (None: the first) does not fit."""
+        batch = next(self.batches()) if batch is None else batch
+        check_fits(
+            # Kept by JAX: the call of the step that follows compiles nothing.
+            self.step.lower(params, batch, np.uint32(0)).compile(),
+            f"an evaluation step of eval.batch_size={self.batch_size}",
+            "set --config.eval.batch_size lower, or --config.model.map_chunk=64",
+        )
+
+    def batches(self):
+        """Global batches of the split. Raises DataError at an example that cannot be scored."""
+        index, count = process_rows(self.mesh)
+        host = eval_batches(
+            self.data, batch_size=self.batch_size, process_index=index, process_count=count
+        )
+        for number, batch in enumerate(host):
+            first = number * self.batch_size + index * (self.batch_size // count)
+            self.task.check_batch(batch, first)
+            yield to_global(batch, self.mesh)
+
+    @functools.cached_property
+    def _first_batch(self):
+        return next(self.batches())
+
+    @functools.cached_property
+    def _look(self):
+        def look(params, batch, count):
+            model = with_image_size(set_params(self.graphdef, params), batch["image"].shape[1:3])
+            key = jax.random.key(self.seed)
+            out = self.task.predict(model, batch["image"], key)
+            return jax.tree.map(lambda x: x[:count], (dict(batch), out))
+
+        # A copy on each device, so that every process can read all of it.
+        return jax.jit(look, static_argnums=2, out_shardings=replicated(self.mesh))
+
+    def look(self, params: Params, count: int) -> tuple[dict[str, np.ndarray], Output]:
+        """The first `count` examples of the split, at most a batch, and what the network makes of them."""
+        return jax.device_get(self._look(params, self._first_batch, count))
+
+    def __call__(self, params: Params) -> tuple[dict[str, float], int]:
+        """Mean of each metric, and the number of examples.
+
+        Raises DeviceError before the first batch if the step does not fit the device; DataError as `batches`.
+        """
+        sums = None
+        for number, batch in enumerate(self.batches()):
+            if number == 0:
+                self.check(params, batch)
+            sums = add(sums, self.step(params, batch, np.uint32(number)))
+        sums = jax.device_get(sums)
+        return means(sums), int(next(iter(sums.values()))[1])
+
+
+def shard(params: Params, mesh: Mesh) -> Params:
+    """Parameters placed on the mesh."""
+    return jax.device_put(params, tree_shardings(params, mesh))
+
+
+def throughput(candidates: Sequence[tuple[Evaluator, Params]], rounds: int = 7) -> list[float]:
+    """Images/s of each candidate's evaluation step on the same batch.
+
+    Candidates take turns, so that what else the machine does hits all alike; the median of `rounds` counts.
+
+    Raises DeviceError if a step does not fit the device.
+    """
+    batch = next(iter(candidates[0][0].batches()))
+    for evaluator, params in candidates:
+        evaluator.check(params, batch)
+    seconds = np.zeros((rounds + 1, len(candidates)))
+    for i in range(rounds + 1):
+        for j, (evaluator, params) in enumerate(candidates):
+            start = time.perf_counter()
+            jax.block_until_ready(evaluator.step(params, batch, np.uint32(0)))
+            seconds[i, j] = time.perf_counter() - start
+    return list(candidates[0][0].batch_size / np.median(seconds[1:], axis=0))

@@ -1,0 +1,283 @@
+"""The training loop of one stage. Its order is fixed: evaluate, checkpoint, next batch, step."""
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from tosa_jax.config import RunConfig, profile_range
+from tosa_jax.data.pipeline import train_batches
+from tosa_jax.distributed.coordination import is_main
+from tosa_jax.distributed.devices import peak_flops
+from tosa_jax.distributed.memory import check_fits
+from tosa_jax.distributed.mesh import (
+    batch_sharding,
+    process_rows,
+    replicated,
+    to_global,
+    tree_shardings,
+)
+from tosa_jax.distributed.preemption import Stopped, StopRequest
+from tosa_jax.errors import NonFiniteLossError
+from tosa_jax.models.params import Params
+from tosa_jax.train.checkpoints import Checkpoints, with_shardings
+from tosa_jax.train.evaluate import Evaluator
+from tosa_jax.train.metric_writer import MetricWriter
+from tosa_jax.train.profiling import StepTrace
+from tosa_jax.train.progress import Chrono, Progress
+from tosa_jax.train.step import StepSetup, TrainState, train_step, trained_params
+
+STEPS_AHEAD = 3
+"""Steps the host may be ahead of the devices: enough to keep them busy, few enough to stop soon after a signal."""
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """Everything the loop needs to know of a stage; it does not know which layer kinds exist.
+
+    init             makes the state at step 0 of `init_args`, already sharded when jitted so. Arrays are
+                     arguments, not closed over: a program would hold them as constants.
+    evaluate_first   also score the network before the first step.
+    budgets          the step at each of several budgets, of which every update draws one; empty: `setup` alone.
+    flops_per_image  operations that training needs for an image, by arithmetic.
+    profile_dir      where traces of steps go.
+    draw             the pictures for TensorBoard, by name, of parameters; None where there are none.
+    """
+
+    name: str
+    total_steps: int
+    eval_steps: int
+    checkpoint_steps: int
+    setup: StepSetup
+    init: Callable[..., TrainState]
+    init_args: tuple[Any, ...]
+    evaluator: Evaluator
+    evaluate_first: bool
+    flops_per_image: float
+    profile_dir: str
+    budgets: tuple[StepSetup, ...] = ()
+    draw: Callable[[Params], dict[str, np.ndarray]] | None = None
+
+    def is_due(self, step: int, every: int) -> bool:
+        """Whether something done every so many steps, and at the end, is due before the next step."""
+        return step == self.total_steps or (every > 0 and step > 0 and step % every == 0)
+
+    def evaluates_at(self, step: int) -> bool:
+        """Whether the network is scored before the next step."""
+        return self.is_due(step, self.eval_steps) or (step == 0 and self.evaluate_first)
+
+
+def compile_step(setup: StepSetup, shardings: Any, mesh: Mesh) -> Callable:
+    """The jitted training step: state donated, and sharded going in and coming out."""
+    return jax.jit(
+        functools.partial(train_step, setup=setup, mesh=mesh),
+        donate_argnums=0,
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+    )
+
+
+class Log:
+    """Metrics of steps are fetched one interval late, so that the device never waits for the log."""
+
+    def __init__(
+        self,
+        stage: str,
+        writer: MetricWriter,
+        progress: Progress,
+        chrono: Chrono,
+        peak_share: float,
+    ) -> None:
+        self.stage, self.writer, self.progress, self.chrono = stage, writer, progress, chrono
+        self.peak_share = peak_share  # of all devices' operations in a second, that an image needs
+        self.fresh: list[tuple[int, dict]] = []
+        self.ready: list[tuple[int, dict]] = []
+
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Metrics of the update that led to `step`; waits for the update `STEPS_AHEAD` before it."""
+        self.fresh.append((step, metrics))
+        if len(self.fresh) > STEPS_AHEAD:
+            jax.block_until_ready(self.fresh[-1 - STEPS_AHEAD][1])
+
+    def flush(self, *, everything: bool = False) -> None:
+        """Write the interval before this one; with `everything`, this one too. Raises NonFiniteLossError."""
+        due = self.ready + self.fresh if everything else self.ready
+        self.ready, self.fresh = [] if everything else self.fresh, []
+        if not due:
+            return
+        values = jax.device_get([metrics for _, metrics in due])
+        self.chrono.tick(due[-1][0])
+        for (step, _), step_metrics in zip(due, values, strict=True):
+            if not math.isfinite(step_metrics["loss"]):
+                raise NonFiniteLossError(
+                    f"{self.stage}: the loss of step {step} is {step_metrics['loss']}; the last good checkpoint "
+                    "is kept. Lower the learning rate or set clip_norm, and start again in a new --workdir"
+                )
+        last = due[-1][0]
+        record = {name: float(x) for name, x in values[-1].items()}
+        record["loss"] = sum(float(v["loss"]) for v in values) / len(values)
+        mfu = self.chrono.images_per_second * self.peak_share
+        self.writer.write(
+            self.stage,
+            last,
+            {f"train/{name}": x for name, x in record.items()}
+            | {
+                "perf/img_per_sec": self.chrono.images_per_second,
+                "perf/data_wait_frac": self.chrono.data_wait_fraction,
+                "perf/mfu": mfu,
+            },
+        )
+        self.progress.update(last, record["loss"], self.chrono, mfu)
+
+
+def restore_or_init(
+    stage: StageRun, mesh: Mesh, checkpoints: Checkpoints
+) -> tuple[Any, TrainState, dict[str, Any], bool]:
+    """Shardings, state and facts to go on from, and whether they come from a checkpoint.
+
+    Raises WorkdirError: there are checkpoints, and none of them can be read.
+    """
+    abstract = jax.eval_shape(stage.init, *stage.init_args)
+    shardings = tree_shardings(abstract, mesh)
+    restored = checkpoints.restore(with_shardings(abstract, shardings))
+    if restored is not None:
+        return shardings, *restored, True
+    return shardings, jax.jit(stage.init, out_shardings=shardings)(*stage.init_args), {}, False
+
+
+def compile_fitting(step_fn: Any, state: TrainState, batch: Any, batch_size: int) -> Any:
+    """The step compiled for these arguments. Raises DeviceError if it does not fit the device."""
+    compiled = step_fn.lower(state, batch).compile()
+    check_fits(
+        compiled,
+        f"a training step of batch_size={batch_size}",
+        "set --config.batch_size lower, --config.model.map_chunk=64, or spread the state with --config.mesh.fsdp=N",
+    )
+    return compiled
+
+
+def draw_budget(seed: int, stage_id: int, step: int, count: int) -> int:
+    """Which of `count` budgets the update after `step` has: the same in every process, and after a restart.
+
+    Each once in `count` updates, in an order drawn anew each time: none waits long.
+    """
+    draw = np.random.default_rng([seed, stage_id, step // count])
+    return int(draw.permutation(count)[step % count])
+
+
+class Updates:
+    """The compiled updates of a stage: one, or one for each budget, of which every step draws its own."""
+
+    def __init__(self, stage: StageRun, shardings: Any, mesh: Mesh, batch_size: int) -> None:
+        self.setups = stage.budgets or (stage.setup,)
+        self.shardings, self.mesh, self.batch_size = shardings, mesh, batch_size
+        self.compiled: dict[int, Any] = {}
+
+    def __call__(self, step: int, state: TrainState, batch: Any) -> tuple[TrainState, Any]:
+        """The state after an update on `batch`, and its metrics. Raises DeviceError if it does not fit."""
+        setup = self.setups[0]
+        i = draw_budget(setup.seed, setup.stage_id, step, len(self.setups))
+        if i not in self.compiled:
+            step_fn = compile_step(self.setups[i], self.shardings, self.mesh)
+            self.compiled[i] = compile_fitting(step_fn, state, batch, self.batch_size)
+        return self.compiled[i](state, batch)
+
+
+def evaluate(stage: StageRun, step: int, params: Params, writer: MetricWriter) -> dict[str, float]:
+    """Scores the network, and writes its metrics and pictures of what it makes of the first examples.
+
+    Raises DeviceError or DataError, as the evaluator.
+    """
+    metrics, _ = stage.evaluator(params)
+    writer.write(stage.name, step, {f"val/{k}": x for k, x in metrics.items()})
+    for name, figure in stage.draw(params).items() if stage.draw else ():
+        writer.image(stage.name, step, name, figure)
+    return metrics
+
+
+def stage_batches(run: RunConfig, setup: StepSetup, mesh: Mesh, first: int = 0) -> Iterator[Any]:
+    """This process's rows of a stage's batches, from the update `first` on."""
+    index, count = process_rows(mesh)
+    return train_batches(
+        run.data,
+        batch_size=run.batch_size,
+        seed=run.seed + setup.stage_id,
+        start_step=first,
+        process_index=index,
+        process_count=count,
+    )
+
+
+def train_stage(
+    stage: StageRun,
+    run: RunConfig,
+    mesh: Mesh,
+    checkpoints: Checkpoints,
+    writer: MetricWriter,
+    stop: StopRequest,
+) -> tuple[TrainState, dict[str, Any]]:
+    """Trains a stage to its end, from its newest checkpoint if there is one.
+
+    Returns the state and what the report tells of the stage: `steps`, `seconds`, and the metrics `before` and `after`.
+    Raises Stopped (a signal) or NonFiniteLossError after a checkpoint; DeviceError (too large) at the first step.
+    """
+    shardings, state, facts, restored = restore_or_init(stage, mesh, checkpoints)
+    first = int(state.step)
+    writer.truncate(stage.name, first)
+    if restored and first == stage.total_steps:
+        return state, facts
+
+    update = Updates(stage, shardings, mesh, run.batch_size)
+    chrono = Chrono(first, stage.total_steps, run.batch_size)
+    seconds_before = facts.get("seconds", 0.0)
+    batches = stage_batches(run, stage.setup, mesh, first)
+    trace = StepTrace(profile_range(run.profile_steps), stage.profile_dir)
+    bar = Progress(stage.name, first, stage.total_steps, main_process=is_main())
+    with contextlib.closing(batches), bar as progress, trace:
+        peak_share = stage.flops_per_image / peak_flops(mesh.devices.ravel().tolist())
+        log = Log(stage.name, writer, progress, chrono, peak_share)
+        for step in range(first, stage.total_steps + 1):
+            trace.at(step, state)
+            fresh = not restored or step > first  # else evaluated and saved before the restart
+            metrics, stopped_by = None, stop.agreed()
+            if fresh and stage.evaluates_at(step):
+                log.flush(everything=True)
+                with chrono.pause("evaluate"):
+                    metrics = evaluate(stage, step, trained_params(state), writer)
+                progress.message(f"{stage.name} step {step}: {summary_line(metrics)}")
+                facts["before" if step == 0 else "after"] = metrics
+            if fresh and (stage.is_due(step, stage.checkpoint_steps) or stopped_by):
+                log.flush(everything=True)
+                facts |= {"steps": step, "seconds": seconds_before + chrono.elapsed_seconds}
+                with chrono.pause("checkpoint"):
+                    writer.flush()
+                    checkpoints.save(step, state, facts, metrics)
+            if stopped_by:
+                checkpoints.wait()
+                raise Stopped(stopped_by)
+            if step == stage.total_steps:
+                break
+            with chrono.data_wait():
+                batch = to_global(next(batches), mesh)
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                state, step_metrics = update(step, state, batch)
+            log.add(step + 1, step_metrics)
+            if step == first and metrics is None:
+                stage.evaluator.check(trained_params(state))  # not after all of the training
+            if (step + 1) % run.log_steps == 0:
+                log.flush()
+    checkpoints.wait()
+    return state, facts
+
+
+def summary_line(metrics: dict[str, float]) -> str:
+    """Metrics on one line, without those of single layers."""
+    return ", ".join(
+        f"{k} {x:.4f}" for k, x in metrics.items() if not k.rpartition("/")[2].isdigit()
+    )

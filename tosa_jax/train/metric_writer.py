@@ -1,0 +1,134 @@
+"""Metric records of a run: JSON lines for scripts, TensorBoard for people."""
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from typing import Any, SupportsFloat
+
+import numpy as np
+import tensorboardX.summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+
+from tosa_jax.paths import Mirror, as_path, write_atomically
+
+
+class MetricWriter(contextlib.AbstractContextManager):
+    """Appends records to `metrics.jsonl` and scalars to `tensorboard/<stage>` of a work directory.
+
+    What a method is given is on the disk when it returns: a killed run loses nothing, and TensorBoard can be watched.
+    Where the work directory is in a bucket, files grow in a local folder and are copied there every minute and in
+    `flush`.
+
+    Args:
+        workdir: the work directory; made if missing.
+        main_process: False makes every method do nothing, so that callers need not ask.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, main_process: bool = True) -> None:
+        self._main_process = main_process
+        self._boards: dict[str, EventsWriter] = {}
+        self._purge_steps: dict[str, int] = {}
+        if main_process:
+            self._files = Mirror(as_path(workdir))
+            self._files.fetch("metrics.jsonl")
+            self._path = self._files.folder / "metrics.jsonl"
+            # A killed process may leave half a line; the next record would be glued to it.
+            with self._path.open("ab+") as file:
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+
+    def write(
+        self, stage: str, step: int, metrics: Mapping[str, SupportsFloat], **extra: Any
+    ) -> None:
+        """Appends one record.
+
+        Args:
+            metrics: scalars by name; one that is not finite becomes null in JSON and is kept from TensorBoard.
+            **extra: further JSON values of the record, which TensorBoard does not get.
+
+        Raises:
+            ValueError: two values of the record have the same name.
+        """
+        if not self._main_process:
+            return
+        record = {"stage": stage, "step": int(step)}
+        values = {name: float(value) for name, value in metrics.items()}
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        if twice := values.keys() & (record.keys() | extra.keys()):
+            raise ValueError(f"the record has {sorted(twice)} twice")
+        record |= {name: finite.get(name) for name in values} | extra
+        line = json.dumps(record, allow_nan=False) + "\n"
+        with self._path.open("a", encoding="utf-8") as file:  # closing it flushes the line
+            file.write(line)
+        if finite:
+            scalars = [
+                Summary.Value(tag=name, simple_value=value) for name, value in finite.items()
+            ]
+            self._show(stage, step, Summary(value=scalars))
+        self._files.push(now=False)
+
+    def image(self, stage: str, step: int, name: str, hwc_uint8: np.ndarray) -> None:
+        """Shows a picture, uint8 [height, width, 1 or 3], in TensorBoard."""
+        if self._main_process:
+            picture = tensorboardX.summary.image(name, hwc_uint8, dataformats="HWC")
+            self._show(stage, step, picture)
+
+    def truncate(self, stage: str, step: int) -> None:
+        """Removes the records of `stage` after `step`: a resumed run writes them once more.
+
+        Lines that hold no record go too. TensorBoard hides the events after `step`.
+        """
+        if not self._main_process:
+            return
+        if stage in self._boards:
+            self._boards.pop(stage).close()
+        self._purge_steps[stage] = step + 1
+        lines = self._path.read_bytes().splitlines(keepends=True)
+        kept = [line for line in lines if _is_record_until(line, stage, step)]
+        write_atomically(self._path, b"".join(kept))
+
+    def flush(self) -> None:
+        """Everything is in the bucket too when this returns: what a checkpoint follows must not be lost."""
+        if self._main_process:
+            self._files.push()
+
+    def close(self) -> None:
+        """Flushes and closes everything."""
+        while self._boards:
+            self._boards.popitem()[1].close()
+        if self._main_process:
+            self._files.close()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _show(self, stage: str, step: int, summary: Summary) -> None:
+        board = self._board(stage)
+        board.write_event(Event(step=int(step), wall_time=time.time(), summary=summary))
+        board.flush()
+
+    def _board(self, stage: str) -> EventsWriter:
+        """The event file of a stage. tensorboardX's `SummaryWriter` queues events, and its flush leaves them there."""
+        if stage not in self._boards:
+            folder = self._files.folder / "tensorboard" / stage
+            folder.mkdir(parents=True, exist_ok=True)
+            # The name has whole seconds: a second file within one would replace the first.
+            board = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
+            if (first := self._purge_steps.pop(stage, None)) is not None:
+                start = SessionLog(status=SessionLog.START)
+                board.write_event(Event(step=first, wall_time=time.time(), session_log=start))
+            self._boards[stage] = board
+        return self._boards[stage]
+
+
+def _is_record_until(line: bytes, stage: str, step: int) -> bool:
+    try:
+        record = json.loads(line)
+        return record["stage"] != stage or record["step"] <= step
+    except (ValueError, KeyError, TypeError):
+        return False

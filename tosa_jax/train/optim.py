@@ -1,0 +1,88 @@
+"""How parameters change: AdamW and its schedules, weight decay, rates and freezing by path, the moving average."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from tosa_jax.config import OptimConfig
+from tosa_jax.models.params import Params
+
+NO_DECAY = r"(bias|gamma|scale|cls_token|dist_token|reg_token|pos_embed)$"
+"""Paths without weight decay: biases, norms, layer scales, tokens and positions, as in DeiT (timm)."""
+
+
+HEAD = r"^(head|head_dist|decoder)/"
+"""Paths of what turns tokens into the prediction, which may learn faster than the backbone."""
+
+
+def learning_rate(config: OptimConfig) -> optax.Schedule:
+    """Update count -> learning rate: a linear warm-up, and a cosine or (1 - share)^power down to `min_learning_rate`.
+
+    As in timm's scheduler, which DeiT uses, the cosine counts from step 0, the warm-up included; the polynomial is
+    that of BTS and NeWCRFs.
+    """
+
+    def rate(step):
+        share = jnp.minimum(step / max(config.steps, 1), 1.0)
+        span = config.learning_rate - config.min_learning_rate
+        left = {
+            "cosine": (1 + jnp.cos(jnp.pi * share)) / 2,
+            "polynomial": (1 - share) ** config.schedule_power,
+        }[config.schedule]
+        decayed = config.min_learning_rate + span * left
+        climb = config.learning_rate - config.warmup_learning_rate
+        warmup = config.warmup_learning_rate + climb * step / max(config.warmup_steps, 1)
+        return jnp.where(step < config.warmup_steps, warmup, decayed)
+
+    return rate
+
+
+def decay_mask(params: Params) -> dict[str, bool]:
+    """Which parameters decay, by path."""
+    return {path: re.search(NO_DECAY, path) is None for path in params}
+
+
+def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
+    """AdamW with the schedule, the decay mask and, if asked for, clipping by global norm and a rate for the head."""
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    adamw = optax.adamw(
+        learning_rate(config),
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=decay_mask,
+    )
+    if config.head_lr_scale == 1:
+        return optax.chain(clip, adamw)
+
+    def scale_head(updates, params=None):
+        return {
+            path: x * config.head_lr_scale if re.search(HEAD, path) else x
+            for path, x in updates.items()
+        }
+
+    return optax.chain(clip, adamw, optax.stateless(scale_head))
+
+
+def split_trainable(params: Mapping[str, Any], trainable: str) -> tuple[Params, Params]:
+    """Parameters whose path matches the regular expression `trainable`, and the frozen rest."""
+    chosen = {path: x for path, x in params.items() if re.search(trainable, path)}
+    return chosen, {path: x for path, x in params.items() if path not in chosen}
+
+
+def update_ema(ema: Params, params: Params, decay: float) -> Params:
+    """`decay * ema + (1 - decay) * params`, in float32; an empty `ema` stays empty."""
+    return {
+        path: (decay * average + (1 - decay) * params[path].astype(jnp.float32))
+        for path, average in ema.items()
+    }
+
+
+def global_norm(tree: Any) -> jax.Array:
+    """Euclidean norm of all leaves together, in float32."""
+    return optax.tree.norm(jax.tree.map(lambda x: x.astype(jnp.float32), tree))

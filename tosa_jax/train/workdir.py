@@ -1,0 +1,174 @@
+"""The work directory of a run, here or in a bucket: whose it is, and that one run at a time works in it."""
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+
+import fsspec
+
+from tosa_jax.config import RunConfig, differences, to_json
+from tosa_jax.distributed import coordination
+from tosa_jax.errors import WorkdirError
+from tosa_jax.paths import AnyPath, as_path, is_remote, write_atomically
+
+BEAT_SECONDS = 20.0
+"""How often a run renews its lease on a bucket; three times as long without a beat, and another run takes over."""
+
+VISIBLE_SECONDS = 20.0
+"""How long a network file system may take to show one machine what another has written."""
+
+
+@contextlib.contextmanager
+def open_workdir(workdir: str | os.PathLike, run: RunConfig) -> Iterator[AnyPath]:
+    """Makes or re-opens the work directory of a run and locks it; all processes of the run call this.
+
+    Raises WorkdirError on all of them if another run works in it, if it cannot be made, if it holds a run of another
+    configuration (the fields that differ are named), or if one of them does not see it. A run that came to no
+    checkpoint leaves it free.
+    """
+    workdir = as_path(workdir)
+    with contextlib.ExitStack() as held:
+
+        def claim() -> None:
+            if not coordination.is_main():
+                _wait_for(workdir / "config.json")
+                return
+            if not is_remote(workdir) and workdir.exists() and not workdir.is_dir():
+                raise WorkdirError(f"{workdir} is a file; give another --workdir")
+            begun = any(workdir.glob("checkpoints/*/*/state")) or (workdir / "report.json").exists()
+            if begun:
+                _check_config(workdir / "config.json", run)
+            try:
+                workdir.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise WorkdirError(
+                    f"{workdir} cannot be made ({error.strerror}); give another --workdir"
+                ) from error
+            held.enter_context(lease(workdir) if is_remote(workdir) else lock(workdir))
+            if not (begun and (workdir / "config.json").exists()):
+                text = json.dumps(_as_json(run), indent=2)
+                write_atomically(workdir / "config.json", text.encode())
+
+        coordination.together(claim)
+        yield workdir
+
+
+def _as_json(run: RunConfig) -> dict:
+    return json.loads(json.dumps(to_json(run)))
+
+
+def _check_config(path: AnyPath, run: RunConfig) -> None:
+    if not path.exists():
+        return
+    try:
+        lines = differences(json.loads(path.read_text()), _as_json(run))
+    except json.JSONDecodeError as error:
+        raise WorkdirError(f"{path} cannot be read ({error}); delete {path.parent}") from error
+    if lines:
+        more = f"; and {len(lines) - 6} more" if len(lines) > 6 else ""
+        raise WorkdirError(
+            f"{path.parent} holds a run of another configuration ({'; '.join(lines[:6])}{more}); "
+            "give another --workdir, or set these fields back"
+        )
+
+
+def _wait_for(path: AnyPath) -> None:
+    end = time.monotonic() + VISIBLE_SECONDS
+    while not path.exists():
+        if time.monotonic() > end:
+            raise WorkdirError(
+                f"{path.parent} is not what process 0 sees under that name; --workdir must be in a bucket or on a "
+                "file system that all machines share"
+            )
+        time.sleep(0.2)
+
+
+@contextlib.contextmanager
+def lock(workdir: AnyPath) -> Iterator[None]:
+    """A lock that the kernel lets go when the process ends, however it ends. Raises WorkdirError if it is held."""
+    with open(workdir / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise WorkdirError(
+                f"{workdir} is in use by another process; wait for it, or give another --workdir"
+            ) from None
+        yield
+
+
+@contextlib.contextmanager
+def lease(workdir: AnyPath, beat: float = BEAT_SECONDS) -> Iterator[None]:
+    """The lock of a bucket: an object that only one can create, rewritten every `beat` seconds while it is held.
+
+    One that has not changed for three beats, on this machine's clock, belongs to a run that was killed, and is taken
+    over. Two that take over at once: the later one wins, and the other finds another's name at the end of its first
+    beat, before it has done anything; should one ever find that later, it saves and stops as by SIGTERM.
+
+    Raises WorkdirError if another run holds it.
+    """
+    fs, path = fsspec.url_to_fs(f"{workdir}/.lease")
+    owner = f"{socket.gethostname()} {os.getpid()} {uuid.uuid4()}"
+
+    def write(mode: str) -> None:
+        fs.pipe_file(path, json.dumps({"owner": owner, "beat": time.time()}).encode(), mode=mode)
+
+    def is_ours() -> bool:
+        fs.invalidate_cache()
+        return fs.exists(path) and json.loads(fs.cat_file(path))["owner"] == owner
+
+    try:
+        write("create")
+    except FileExistsError:
+        _outlast(fs, path, workdir, beat)
+        write("overwrite")
+        time.sleep(beat)
+        if not is_ours():
+            raise WorkdirError(
+                f"{workdir} has just been taken by another run; wait for it"
+            ) from None
+    stop = threading.Event()
+
+    def keep() -> None:
+        while not stop.wait(beat):
+            if not is_ours():
+                print(f"error: {workdir} was taken by another run; stopping", file=sys.stderr)
+                signal.raise_signal(signal.SIGTERM)
+                return
+            write("overwrite")
+
+    thread = threading.Thread(target=keep, name="lease", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        if is_ours():
+            fs.rm_file(path)
+
+
+def _outlast(fs: fsspec.AbstractFileSystem, path: str, workdir: AnyPath, beat: float) -> None:
+    """Returns when a lease has not been renewed for three beats; raises WorkdirError as soon as it is."""
+
+    def read() -> bytes:
+        fs.invalidate_cache()
+        return fs.cat_file(path) if fs.exists(path) else b""
+
+    found, end = read(), time.monotonic() + 3 * beat
+    print(
+        f"{workdir}: a lease is there; waiting {3 * beat:.0f} s for a sign of life", file=sys.stderr
+    )
+    while time.monotonic() < end:
+        time.sleep(beat / 4)
+        if read() != found:
+            raise WorkdirError(
+                f"{workdir} is in use by another run; wait for it, or give another --workdir"
+            )
