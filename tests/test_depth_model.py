@@ -87,9 +87,14 @@ def test_at_keep_rate_one_it_is_the_dense_network():
 
 
 def test_twelve_layers_are_read_where_dpt_reads_them():
-    assert network_config("depth", "deit_small_patch16_224").taps == (2, 5, 8, 11)
-    assert network_config("depth", "vit_large_patch14_dinov2").taps == (5, 11, 17, 23)
-    assert network_config("depth", "vit", depth=2).taps == (0, 0, 1, 1)
+    assert network_config("depth", "deit_small_patch16_224").intermediate_layers == (2, 5, 8, 11)
+    assert network_config("depth", "vit_large_patch14_dinov2").intermediate_layers == (
+        5,
+        11,
+        17,
+        23,
+    )
+    assert network_config("depth", "vit", depth=2).intermediate_layers == (0, 0, 1, 1)
 
 
 def test_the_class_token_is_read_out_or_ignored():

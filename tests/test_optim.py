@@ -10,9 +10,7 @@ from tosa_jax.cli.flags import parse
 from tosa_jax.config import StageConfig, make_run_config
 from tosa_jax.errors import ConfigError
 from tosa_jax.models.cost import abstract_model
-from tosa_jax.models.params import get_params
-from tosa_jax.models.vit_config import variant_config
-from tosa_jax.train.optim import (
+from tosa_jax.models.optim import (
     OptimConfig,
     decay_mask,
     learning_rate,
@@ -20,6 +18,8 @@ from tosa_jax.train.optim import (
     split_trainable,
     update_ema,
 )
+from tosa_jax.models.params import get_params
+from tosa_jax.models.vit_config import variant_config
 
 
 def test_schedule_warms_up_linearly_and_falls_as_a_cosine():

@@ -98,7 +98,7 @@ def wheel(tmp_path_factory):
 
 def test_the_wheel_holds_the_package_and_its_data_alone(wheel):
     assert sorted(p.name for p in wheel.iterdir()) == ["tosa_jax", "tosa_jax-0.1.0.dist-info"]
-    for name in ("data/imagenet_classes.txt", "report_page.css", "models/methods/tosa.py"):
+    for name in ("data/imagenet_classes.txt", "reporting/page.css", "models/methods/tosa.py"):
         assert (wheel / "tosa_jax" / name).exists(), name
     metadata = (wheel / "tosa_jax-0.1.0.dist-info/METADATA").read_text()
     assert (

@@ -8,7 +8,6 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from small import small_model
 
-from tosa_jax.config import OptimConfig
 from tosa_jax.distributed.mesh import (
     MeshConfig,
     check_batch,
@@ -19,12 +18,12 @@ from tosa_jax.distributed.mesh import (
     tree_shardings,
 )
 from tosa_jax.errors import ConfigError
+from tosa_jax.models.optim import OptimConfig, learning_rate, make_optimizer, split_trainable
 from tosa_jax.models.params import split
 from tosa_jax.performance.collectives import collectives, totals
 from tosa_jax.tasks.classification import Classification
 from tosa_jax.tasks.mixing import MixingConfig
 from tosa_jax.train.loop import compile_step
-from tosa_jax.train.optim import learning_rate, make_optimizer, split_trainable
 from tosa_jax.train.step import StepSetup, init_state
 
 MESHES = {

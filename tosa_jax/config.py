@@ -17,6 +17,7 @@ from tosa_jax.data.pipeline import DataConfig
 from tosa_jax.distributed.mesh import MeshConfig
 from tosa_jax.errors import ConfigError
 from tosa_jax.models.factory import NETWORKS, network_config
+from tosa_jax.models.optim import SCHEDULES, OptimConfig
 from tosa_jax.models.vit_config import ViTConfig, check, check_choice
 from tosa_jax.tasks import TASKS
 from tosa_jax.tasks.mixing import MixingConfig
@@ -26,33 +27,6 @@ CONTROLS = (
 )  # fmt: skip
 """What may stand beside ToSA in the closing table: the values of `eval.controls`. `redundancy` selects in every layer,
 at ToSA's GMACs for each budget. The last two are oracles."""
-
-
-SCHEDULES = ("cosine", "polynomial")
-"""How the learning rate falls after the warm-up: see `learning_rate`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    """AdamW (Loshchilov & Hutter 2019) over `steps` updates; the first `warmup_steps` rise linearly.
-
-    Rates and norms are not negative, `b1`, `b2` and `ema_decay` in [0, 1).
-    """
-
-    steps: int
-    learning_rate: float  # peak
-    warmup_steps: int = 0
-    warmup_learning_rate: float = 0.0  # where the warm-up starts
-    min_learning_rate: float = 0.0  # where the schedule ends
-    schedule: str = "cosine"  # a value of `SCHEDULES`
-    schedule_power: float = 0.9  # of the polynomial
-    head_lr_scale: float = 1.0  # the learning rate of `HEAD` over that of the backbone
-    weight_decay: float = 0.05
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    clip_norm: float = 0.0  # global norm of the gradient; 0: no clipping
-    ema_decay: float = 0.0  # moving average of the parameters; 0: none
 
 
 @dataclass(frozen=True, kw_only=True)

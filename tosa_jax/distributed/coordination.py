@@ -120,7 +120,7 @@ def check_same(
 def code_versions() -> dict[str, str]:
     """What this process runs: a digest of the project's source files, and the packages that decide results."""
     digest = hashlib.sha256()
-    root = Path(__file__).parent
+    root = Path(__file__).parents[1]
     for path in sorted(root.rglob("*.py")):
         digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
     return {"code": digest.hexdigest()[:12]} | {name: metadata.version(name) for name in PACKAGES}

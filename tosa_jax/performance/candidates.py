@@ -11,15 +11,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tosa_jax.config import OptimConfig
 from tosa_jax.distributed import memory
 from tosa_jax.models import cost
 from tosa_jax.models.factory import build, redundant
+from tosa_jax.models.optim import OptimConfig, make_optimizer
 from tosa_jax.models.params import set_params, split
 from tosa_jax.models.vit import Output
 from tosa_jax.models.vit_config import ViTConfig
 from tosa_jax.tasks.losses import silog, smoothed_targets, soft_cross_entropy
-from tosa_jax.train.optim import make_optimizer
 
 CONTROLS = ("random", "previous", "class_attention", "redundancy", "skip")
 """Layer kinds that may stand beside ToSA. `random` runs the fused attention and no selector; `redundancy` selects in

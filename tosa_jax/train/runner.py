@@ -24,6 +24,7 @@ from tosa_jax.errors import ConfigError
 from tosa_jax.models import cost
 from tosa_jax.models.bypass_fit import fit_bypass
 from tosa_jax.models.factory import build
+from tosa_jax.models.optim import HEAD, learning_rate, make_optimizer, split_trainable
 from tosa_jax.models.params import Params, get_params, set_params, split
 from tosa_jax.models.plan import layer_specs
 from tosa_jax.models.vit_config import ViTConfig, with_plan
@@ -37,7 +38,6 @@ from tosa_jax.train.checkpoints import Checkpoints
 from tosa_jax.train.evaluate import Evaluator, shard, throughput
 from tosa_jax.train.loop import StageRun, stage_batches, train_stage
 from tosa_jax.train.metric_writer import MetricWriter
-from tosa_jax.train.optim import HEAD, learning_rate, make_optimizer, split_trainable
 from tosa_jax.train.stages import Row, Stage, plan_stages, uses_labels
 from tosa_jax.train.step import StepSetup, init_state, trained_params
 

@@ -17,9 +17,9 @@ from jax.sharding import Mesh
 
 from tosa_jax.distributed.mesh import gather_params
 from tosa_jax.models.factory import with_image_size
+from tosa_jax.models.optim import global_norm, update_ema
 from tosa_jax.models.params import Params, set_params
 from tosa_jax.tasks.metrics import Totals, totals
-from tosa_jax.train.optim import global_norm, update_ema
 
 Batch = Mapping[str, jax.Array]
 

@@ -2,13 +2,13 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from tosa_jax.config import OptimConfig
 from tosa_jax.models.params import Params
 
 NO_DECAY = r"(bias|gamma|scale|cls_token|dist_token|reg_token|pos_embed)$"
@@ -17,6 +17,33 @@ NO_DECAY = r"(bias|gamma|scale|cls_token|dist_token|reg_token|pos_embed)$"
 
 HEAD = r"^(head|head_dist|decoder)/"
 """Paths of what turns tokens into the prediction, which may learn faster than the backbone."""
+
+
+SCHEDULES = ("cosine", "polynomial")
+"""How the learning rate falls after the warm-up: see `learning_rate`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW (Loshchilov & Hutter 2019) over `steps` updates; the first `warmup_steps` rise linearly.
+
+    Rates and norms are not negative, `b1`, `b2` and `ema_decay` in [0, 1).
+    """
+
+    steps: int
+    learning_rate: float  # peak
+    warmup_steps: int = 0
+    warmup_learning_rate: float = 0.0  # where the warm-up starts
+    min_learning_rate: float = 0.0  # where the schedule ends
+    schedule: str = "cosine"  # a value of `SCHEDULES`
+    schedule_power: float = 0.9  # of the polynomial
+    head_lr_scale: float = 1.0  # the learning rate of `HEAD` over that of the backbone
+    weight_decay: float = 0.05
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    clip_norm: float = 0.0  # global norm of the gradient; 0: no clipping
+    ema_decay: float = 0.0  # moving average of the parameters; 0: none
 
 
 def learning_rate(config: OptimConfig) -> optax.Schedule:
