@@ -9,10 +9,10 @@
 Without `dense`: selectors for the released backbone, then ToSA at keep .5 and the dense network, each fine-tuned for
 depth as long; `dense` trains the dense network alone. With patch 14 images are resized to 490x644 and depth back.
 
-Which recipe the paper used for depth is not known. This one mixes those that are: images, augmentation, loss, crop and
-polynomial decay of BTS and NeWCRFs (cleinc/bts, aliyun/NeWCRFs: AbsRel .095 with a far larger network), rates of DPT
-(Ranftl et al. 2021: 1e-5 for the backbone, 1e-4 for the decoder; AbsRel .110). Not run on NYU yet: there is no result
-file.
+Which recipe the paper used for depth is not known. This one mixes published ones: augmentation, loss, crop and
+polynomial decay are those of BTS and NeWCRFs (cleinc/bts, aliyun/NeWCRFs: AbsRel .095 with a far larger network), the
+learning rates those of DPT (Ranftl et al. 2021: 1e-5 for the backbone, 1e-4 for the decoder; AbsRel .110). The training
+frames are TFDS's 47,584, not the 24,231 of BTS or the 36,253 of NeWCRFs. Not run on NYU yet: there is no result file.
 """
 
 from tosa_jax.config import default_config

@@ -14,6 +14,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from test_house import FLOOR, FLOORS
 from trained import make_depth_workdir, make_pictures, make_workdir
 
 import tosa_jax
@@ -225,3 +226,45 @@ def test_links_between_pages_lead_somewhere():
         )
         for name in named:
             assert (ROOT / name).exists(), f"{page.name} names {name}, which is not there"
+
+
+ARCHITECTURE = (ROOT / "docs/architecture.md").read_text()
+
+
+def walks() -> dict[str, list[tuple[str, str, list[str]]]]:
+    """(package, file, names) of each row of each table of a walk, by the walk's first row."""
+    found, package = {}, ""
+    for table in re.findall(r"\| package \| file .*?\n\n", ARCHITECTURE + "\n", re.DOTALL):
+        rows = []
+        for line in table.strip().splitlines()[2:]:
+            first, file, names, *_ = (cell.strip() for cell in line.strip("|").split("|"))
+            package = first.strip("`") or package
+            rows.append((package, file.strip("`"), re.findall(r"`(\w+)`", names)))
+        found["/".join(rows[0][:2])] = rows
+    return found
+
+
+@pytest.mark.parametrize("rows", walks().values(), ids=walks())
+def test_a_walk_names_what_is_there_and_enters_each_package_once(rows):
+    for package, file, names in rows:
+        assert file.split("/")[0].removesuffix(".py") == package, file
+        module = importlib.import_module(
+            "tosa_jax." + file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        )
+        for name in names:
+            assert hasattr(module, name), f"{file} has no {name}"
+    entered = [
+        package for i, (package, *_) in enumerate(rows) if i == 0 or package != rows[i - 1][0]
+    ]
+    assert len(entered) == len(set(entered)) > 1, entered
+
+
+def test_arrows_of_the_diagram_go_down_and_no_package_is_missing():
+    diagram = ARCHITECTURE.split("```mermaid")[1].split("```")[0]
+    arrows = re.findall(r"(\w+)(?:\[.*?\])? --> (\w+)", diagram)
+    floor = FLOOR | {"entries": len(FLOORS)}
+    assert all(floor[lower] < floor[upper] for upper, lower in arrows), arrows
+    assert len(walks()) == 4
+    assert {name for arrow in arrows for name in arrow} == {*FLOOR, "entries"} - set(
+        FLOORS[-1].split()
+    )
