@@ -13,7 +13,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from tosa_jax.data import pipeline, sources
+from tosa_jax.data import sources, streams
 from tosa_jax.data.labelled import LabelledImages
 from tosa_jax.data.pipeline import DataConfig, eval_batches, train_batches
 from tosa_jax.errors import DataError
@@ -101,7 +101,7 @@ def test_bad_images_are_named_and_the_next_takes_their_place(pictures, augment, 
     assert_same(take(config, 1, batch_size=20, start_step=2), batches[2:])
     if augment == "none":  # never a wrong label
         for image, label in zip(batches[0]["image"], batches[0]["label"], strict=True):
-            np.testing.assert_array_equal(image, config.form.decode(Pictures.encoded[label]))
+            np.testing.assert_array_equal(image, config.preprocess.decode(Pictures.encoded[label]))
     else:
         assert len({image.tobytes() for image in batches[0]["image"]}) == 20
 
@@ -123,7 +123,7 @@ def test_too_many_bad_images_and_any_in_evaluation_are_errors(pictures, in_memor
 def test_large_images_read_one_by_one_are_the_same_batches(pictures, change, monkeypatch):
     config = dataclasses.replace(pictures, augment="deit", repeats=3)
     wanted = take(config, 3, batch_size=8)
-    monkeypatch.setattr(pipeline, "_LARGE_IMAGE", 1)
+    monkeypatch.setattr(streams, "_LARGE_EXAMPLE_BYTES", 1)
     assert_same(take(config, 3, batch_size=8), wanted)
     assert_same(take(dataclasses.replace(config, **change), 3, batch_size=8), wanted)
 
@@ -139,7 +139,7 @@ def test_copies_of_an_image_are_decoded_once(pictures, workers, monkeypatch):
 
     decode = LabelledImages.training_example
     monkeypatch.setattr(LabelledImages, "training_example", spy)
-    monkeypatch.setattr(pipeline, "_LARGE_IMAGE", 1)
+    monkeypatch.setattr(streams, "_LARGE_EXAMPLE_BYTES", 1)
     good = "train[:7]+train[12:]"
     config = dataclasses.replace(pictures, train_split=good, augment="deit", repeats=3)
     config = dataclasses.replace(config, workers=workers, prefetch_batches=1)

@@ -164,7 +164,7 @@ def test_data_is_found_in_a_bucket(bucket, digits_dir):
     )
     facts = open_dataset(
         DataConfig(name="digits", data_dir=f"{address}/data", image_size=8, channels=1)
-    )
+    ).facts
     assert (facts.num_train, facts.num_eval, facts.num_classes) == (1437, 360, 10)
     with pytest.raises(ConfigError, match="launch/prepare_data.sh"):
         prepare("digits", f"{address}/data")

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from tosa_jax.data import builders
-from tosa_jax.data.builders import idx, open_builder, prepare_own, prepared_dir
+from tosa_jax.data.builders import idx, prepare_own, prepared_dir
 from tosa_jax.data.builders.digits import load_digits_split
+from tosa_jax.data.builders.generated import png_bytes
+from tosa_jax.data.pipeline import DataConfig, open_dataset
 from tosa_jax.errors import ConfigError, DataError
 
 
@@ -159,7 +160,7 @@ def test_an_error_half_way_leaves_nothing(tmp_path, monkeypatch):
         calls.append(image)
         if len(calls) == 4:
             raise OSError("disk full")
-        return builders.digits.png_bytes(image)
+        return png_bytes(image)
 
     monkeypatch.setattr(idx, "png_bytes", failing)
     with pytest.raises(DataError, match="cannot prepare letters there.*disk full"):
@@ -215,4 +216,4 @@ def test_a_set_without_labels_is_refused(tmp_path, digits_dir):
     with pytest.raises(
         DataError, match="no feature 'image' with a 'label' of kind ClassLabel or a 'depth'"
     ):
-        open_builder("birds", str(tmp_path))
+        open_dataset(DataConfig(name="birds", data_dir=str(tmp_path), image_size=8, channels=1))

@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from tosa_jax.data import pipeline
+from tosa_jax.data import streams
 from tosa_jax.data.builders import prepare_own
 from tosa_jax.data.builders.digits import load_digits_split
 from tosa_jax.data.pipeline import (
@@ -53,9 +53,9 @@ def assert_same(got, wanted):
 
 def test_facts(config):
     names = tuple(str(i) for i in range(10))
-    assert open_dataset(config) == DatasetFacts(1437, 360, 10, names, "classification", (8, 8))
+    assert open_dataset(config).facts == DatasetFacts(1437, 360, 10, names, "classification")
     part = dataclasses.replace(config, train_split="train[:100]", eval_split="train[100:]")
-    assert open_dataset(part) == DatasetFacts(100, 1337, 10, names, "classification", (8, 8))
+    assert open_dataset(part).facts == DatasetFacts(100, 1337, 10, names, "classification")
 
 
 def test_train_batches_have_the_declared_form(config):
@@ -198,7 +198,7 @@ def test_the_cache_cannot_be_written(config):
 )
 def test_bad_configs(config, change, message):
     with pytest.raises(ConfigError, match=message) as caught:
-        open_dataset(dataclasses.replace(config, **change))
+        _ = open_dataset(dataclasses.replace(config, **change)).facts
     assert "\n" not in str(caught.value)
 
 
@@ -258,10 +258,10 @@ def test_repeats_stand_together_are_drawn_anew_and_reach_their_share(config, rep
 )
 def test_prefetch_is_bounded_in_bytes(config, monkeypatch, change, batch_size, threads, buffer):
     change, seen = dict(change), []
-    monkeypatch.setattr(pipeline, "_LARGE_IMAGE", 1 if change.pop("large", False) else 2**40)
-    options = pipeline.grain.ReadOptions
+    monkeypatch.setattr(streams, "_LARGE_EXAMPLE_BYTES", 1 if change.pop("large", False) else 2**40)
+    options = streams.grain.ReadOptions
     monkeypatch.setattr(
-        pipeline.grain, "ReadOptions", lambda **kwargs: seen.append(kwargs) or options(**kwargs)
+        streams.grain, "ReadOptions", lambda **kwargs: seen.append(kwargs) or options(**kwargs)
     )
     small = dataclasses.replace(config, image_size=224, channels=3, in_memory=False, **change)
     train_batches(small, batch_size=batch_size, seed=0).close()

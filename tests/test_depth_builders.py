@@ -13,16 +13,10 @@ from PIL import Image
 from tensorflow_datasets.core import hashing
 
 from tests.depth_files import write_nyu_files, write_pair
-from tosa_jax.data import builders
-from tosa_jax.data.builders import (
-    kind_of,
-    open_builder,
-    picture_size,
-    prepare,
-    prepare_own,
-    tfrecord,
-)
+from tosa_jax.data.builders import folders, open_builder, prepare, prepare_own, tfrecord
 from tosa_jax.data.builders.rooms import rooms_config
+from tosa_jax.data.depth.maps import DepthMaps
+from tosa_jax.data.pipeline import DataConfig, open_dataset
 from tosa_jax.data.synthetic.rooms import render_room
 from tosa_jax.errors import ConfigError, DataError
 
@@ -36,13 +30,21 @@ def nyu(tmp_path_factory):
     return source, data, said
 
 
+def image_size(name: str, data_dir) -> tuple[int, int]:
+    """Height and width of the training images of a depth set."""
+    config = DataConfig(name=name, data_dir=str(data_dir), image_size=8, channels=3)
+    dataset = open_dataset(config)
+    assert dataset.kind is DepthMaps
+    return dataset.image_size("train")
+
+
 def examples(path, split: str) -> list[dict]:
     return list(tfds.builder_from_directory(str(path)).as_data_source(split))
 
 
 def test_rooms_are_what_the_renderer_gives(tmp_path):
     builder = open_builder("rooms/24x32-5-3", str(tmp_path))
-    assert kind_of(builder) == "depth" and picture_size(builder, "train") == (24, 32)
+    assert image_size("rooms/24x32-5-3", tmp_path) == (24, 32)
     for number, (split, count) in enumerate((("train", 5), ("validation", 3))):
         found = {e["image"].tobytes(): e["depth"] for e in builder.as_data_source(split)}
         assert len(found) == count
@@ -88,7 +90,7 @@ def test_nyu_files_become_the_stock_set(nyu):
     }
     builder = tfds.builder_from_directory(str(path))
     assert str(builder.info.features) == str(stock.features)
-    assert kind_of(builder) == "depth" and picture_size(builder, "train") == (480, 640)
+    assert image_size("nyu_depth_v2", data) == (480, 640)
     # As TFDS orders them: by the hash of scene and file.
     keys = {
         "train": {f"room_{i % 2}_{i // 2:05d}.h5": (9, i) for i in range(4)},
@@ -180,7 +182,7 @@ def test_a_folder_of_splits_keeps_its_files(tmp_path):
         "train": 3,
         "validation": 1,
     }
-    assert kind_of(builder) == "depth" and picture_size(builder, "validation") == (24, 32)
+    assert image_size(f"depth_folder/{path.parent.name}", tmp_path / "tfds") == (24, 32)
     raw_bytes = {key: tfds.decode.SkipDecoding() for key in ("image", "depth")}
     for record in builder.as_data_source("train", decoders=raw_bytes):
         rgb = raw / record["file_name"].decode()
@@ -270,7 +272,7 @@ def test_folders_that_do_not_fit(tmp_path):
 def test_large_folders_are_prepared_only_when_asked_for(tmp_path, monkeypatch):
     write_pair(tmp_path / "home", "a")
     write_pair(tmp_path / "home", "b")
-    monkeypatch.setattr(builders.image_folder, "AUTOMATIC_BYTES", 100)
+    monkeypatch.setattr(folders, "AUTOMATIC_BYTES", 100)
     with pytest.raises(DataError, match="are not prepared on the way: run"):
         open_builder("depth_folder", str(tmp_path / "tfds"), str(tmp_path / "home"))
     prepare("depth_folder", tmp_path / "tfds", tmp_path / "home", say=lambda line: None)

@@ -67,9 +67,9 @@ def assert_same(got, wanted):
 
 
 def test_facts(config):
-    facts = DatasetFacts(12, 5, 0, (), "depth", (24, 32))
-    assert open_dataset(config) == facts
-    assert open_dataset(dataclasses.replace(config, eval_split="train[:4]")).num_eval == 4
+    facts = DatasetFacts(12, 5, 0, (), "depth")
+    assert open_dataset(config).facts == facts
+    assert open_dataset(dataclasses.replace(config, eval_split="train[:4]")).facts.num_eval == 4
 
 
 def test_training_batches_have_the_declared_form(config):
@@ -138,7 +138,7 @@ def test_a_whole_image_loses_the_depth_outside_of_the_box(config):
 
 
 def test_nyu_goes_the_same_way(nyu):
-    assert open_dataset(nyu) == DatasetFacts(3, 2, 0, (), "depth", (480, 640))
+    assert open_dataset(nyu).facts == DatasetFacts(3, 2, 0, (), "depth")
     (batch,) = take(nyu, 1, batch_size=2)
     assert batch["image"].shape == (2, 480, 640, 3) and batch["depth"].shape == (2, 480, 640)
     assert not batch["depth"][:, :20].any() and not batch["depth"][:, :, 630:].any()
@@ -162,7 +162,7 @@ def test_png_depth_is_divided_by_its_scale(tmp_path):
     with pytest.raises(
         ConfigError, match="data.depth_scale is missing.*NYU Depth V2 1000, KITTI 256"
     ):
-        open_dataset(DataConfig(**settings))
+        _ = open_dataset(DataConfig(**settings)).facts
     config = DataConfig(**settings, depth_scale=1000.0)
     rooms = dict(image_and_depth(i) for i in range(4))
     (batch,) = eval_batches(config, batch_size=4)
@@ -290,7 +290,7 @@ def test_files_of_unequal_sizes(tmp_path, monkeypatch):
 def test_settings_that_do_not_go_with_a_set(config, digits_dir):
     def refused(message: str, of: DataConfig = config, **change) -> None:
         with pytest.raises(ConfigError, match=message):
-            open_dataset(dataclasses.replace(of, **change))
+            _ = open_dataset(dataclasses.replace(of, **change)).facts
 
     refused(
         "augment='deit' is not for a depth set such as 'rooms/24x32-12-5'; known are none, flip, nyu",
@@ -311,7 +311,7 @@ def test_settings_that_do_not_go_with_a_set(config, digits_dir):
     for size in (0, (0, 8), (8, -1)):
         refused("image_size=.* must be at least 1", image_size=size)
     digits = DataConfig(name="digits", data_dir=digits_dir, image_size=(8, 8), channels=1)
-    assert open_dataset(digits).eval_size == (8, 8)
+    assert open_dataset(digits).image_size("test") == (8, 8)
     refused("augment='nyu' is not for a classification set such as 'digits'", digits, augment="nyu")
     refused(
         r"image_size=\(8, 10\): images of a classification set become squares",

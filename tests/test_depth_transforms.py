@@ -6,9 +6,9 @@ import math
 import numpy as np
 import pytest
 
-from tosa_jax.data import depth_transforms
 from tosa_jax.data.decoding import BadImageError
-from tosa_jax.data.depth_transforms import (
+from tosa_jax.data.depth import transforms as depth_transforms
+from tosa_jax.data.depth.transforms import (
     DEPTH_AUGMENTATIONS,
     DepthAugment,
     change_colours,

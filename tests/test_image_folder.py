@@ -9,7 +9,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from tosa_jax.data.builders import image_folder, open_builder, prepare_own, shards
+from tosa_jax.data.builders import folders, image_folder, open_builder, prepare_own, shards
 from tosa_jax.errors import ConfigError, DataError
 
 
@@ -158,7 +158,7 @@ def test_a_split_that_is_complete_is_not_done_again(tmp_path, monkeypatch):
 
 def test_large_folders_are_prepared_only_on_request(tmp_path, monkeypatch):
     fill(tmp_path / "raw", 3)
-    monkeypatch.setattr(image_folder, "AUTOMATIC_BYTES", 100)
+    monkeypatch.setattr(folders, "AUTOMATIC_BYTES", 100)
     args = ("image_folder", str(tmp_path / "tfds"), str(tmp_path / "raw"))
     with pytest.raises(DataError, match="not prepared on the way: run `python -m tosa_jax.prepare"):
         open_builder(*args)

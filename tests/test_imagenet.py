@@ -108,8 +108,8 @@ def test_schema_and_facts_are_tfds_own(tmp_path, source):
 
 @pytest.mark.filterwarnings("ignore")
 def test_order_is_tfds_own(tmp_path, source):
-    names = [item.name for item in imagenet.list_images(
-        source / imagenet.TARS["train"], "train", list(CLASSES), print)]  # fmt: skip
+    tar = source / imagenet.TARS["train"]
+    names = [item.name for item in imagenet.list_images(tar, "train", list(CLASSES), print)]
 
     class Stock(tfds.core.GeneratorBasedBuilder):
         VERSION = tfds.core.Version("1.0.0")

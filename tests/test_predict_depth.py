@@ -13,7 +13,7 @@ from small import forward, small_model
 from trained import DEPTH_SIZES, make_depth_workdir, make_workdir
 
 from tosa_jax import predict
-from tosa_jax.data.depth_maps import depth_of_png
+from tosa_jax.data.depth.maps import depth_of_png
 from tosa_jax.errors import ConfigError
 from tosa_jax.inference.predictor import Predictor
 from tosa_jax.models.factory import with_image_size

@@ -136,7 +136,7 @@ def outside(solid, points: np.ndarray) -> np.ndarray:
             1,
         )
     else:
-        over = np.abs(local) - solid.half
+        over = np.abs(local) - solid.half_extent()
     return np.linalg.norm(np.maximum(over, 0), axis=1) + np.minimum(over.max(1), 0)
 
 
@@ -252,7 +252,7 @@ def lowest(solid) -> float:
     if isinstance(solid, Sphere):
         return solid.centre[2] - solid.radius
     if isinstance(solid, Box):
-        local = solid.half * np.array(list(itertools.product((-1, 1), repeat=3)))
+        local = solid.half_extent() * np.array(list(itertools.product((-1, 1), repeat=3)))
     else:
         angle = np.linspace(0, 2 * np.pi, 1000)
         rim = np.stack([np.cos(angle) * solid.radius, np.sin(angle) * solid.radius], 1)

@@ -11,14 +11,13 @@ from PIL import Image
 from tosa_jax.data.decoding import (
     BadImageError,
     Preprocess,
-    decode_image,
     open_image,
     resize_and_crop,
 )
 from tosa_jax.data.transforms import (
-    AUGMENTATIONS,
     CROPS,
     draw_crop,
+    make_augmentation,
     random_resized_crop,
     shift_image,
     warp_image,
@@ -39,15 +38,19 @@ def pixels(data: bytes, channels: int = 3, **options) -> np.ndarray:
     return np.asarray(open_image(data, channels=channels, **options))
 
 
+def squeezed(data: bytes, image_size: int, channels: int) -> np.ndarray:
+    return Preprocess(image_size=image_size, channels=channels).decode(data)
+
+
 def test_decoding():
     colour = np.zeros((4, 4, 3), np.uint8)
     colour[..., 0] = 200
-    np.testing.assert_array_equal(decode_image(encoded(colour), image_size=4, channels=3), colour)
-    assert (decode_image(encoded(colour), image_size=4, channels=1) == 60).all()  # 0.299 * 200
+    np.testing.assert_array_equal(squeezed(encoded(colour), image_size=4, channels=3), colour)
+    assert (squeezed(encoded(colour), image_size=4, channels=1) == 60).all()  # 0.299 * 200
     # Antialiased: single-pixel stripes become their mean; plain bilinear would alias.
     stripes = np.zeros((32, 32), np.uint8)
     stripes[:, ::4] = 200
-    small = decode_image(encoded(stripes), image_size=8, channels=1)
+    small = squeezed(encoded(stripes), image_size=8, channels=1)
     assert abs(small[2:-2, 2:-2].astype(int) - 50).max() <= 15
 
 
@@ -100,7 +103,7 @@ def test_extreme_sizes(size, resize):
     assert (form.decode(data) == (10, 200, 30)).all()
     for name in CROPS:
         element = {"image": form.open(data)}
-        out = AUGMENTATIONS[name](24).random_map(element, np.random.default_rng(0))["image"]
+        out = make_augmentation(name, 24).random_map(element, np.random.default_rng(0))["image"]
         assert out.shape == (24, 24, 3) and out.dtype == np.uint8
 
 
@@ -195,7 +198,7 @@ def test_crop_flip_flips_half():
     rng = np.random.default_rng(0)
     flips = 0
     for _ in range(400):
-        out = AUGMENTATIONS["crop_flip"](16).random_map({"image": ramp}, rng)["image"]
+        out = make_augmentation("crop_flip", 16).random_map({"image": ramp}, rng)["image"]
         assert out.shape == (16, 16, 1)
         flips += int(out[8, 0, 0]) > int(out[8, -1, 0])
     assert 160 < flips < 240
@@ -218,7 +221,7 @@ def test_shift_image():
 def test_shift_moves_at_most_an_eighth_and_that_far():
     rng, spots = np.random.default_rng(0), []
     for _ in range(300):
-        moved = AUGMENTATIONS["shift"]().random_map({"image": bright_pixel()}, rng)["image"]
+        moved = make_augmentation("shift", 8).random_map({"image": bright_pixel()}, rng)["image"]
         assert moved.sum() == 255
         spots.append(np.argwhere(moved[..., 0])[0] - 8)
     assert np.unique(spots, axis=0).shape == (25, 2)  # -2..2 each way, for a side of 17
@@ -231,7 +234,7 @@ def test_shift_flip_flips_half():
     image[3:5, 2:4], image[3:5, 4:6] = 100, 200
     flips = 0
     for _ in range(400):
-        moved = AUGMENTATIONS["shift_flip"]().random_map({"image": image}, rng)["image"]
+        moved = make_augmentation("shift_flip", 8).random_map({"image": image}, rng)["image"]
         flips += np.argwhere(moved == 200)[:, 1].mean() < np.argwhere(moved == 100)[:, 1].mean()
     assert 160 < flips < 240
 
@@ -257,6 +260,8 @@ def test_warp_is_the_identity_a_shift_and_a_rotation():
 def test_shift_rotate_stays_within_its_bounds():
     rng = np.random.default_rng(0)
     for _ in range(300):
-        moved = AUGMENTATIONS["shift_rotate"]().random_map({"image": bright_pixel()}, rng)["image"]
+        moved = make_augmentation("shift_rotate", 8).random_map({"image": bright_pixel()}, rng)[
+            "image"
+        ]
         spots = np.argwhere(moved[..., 0])
         assert np.abs(spots - 8).max() <= 3  # an eighth of 17, and bilinear smear

@@ -4,6 +4,9 @@ The command line entries print the line and exit with status 2. Nothing else is 
 project keeps its traceback.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """Base of everything a user can mend; its text is one line."""
@@ -38,3 +41,10 @@ class WeightsError(UserError):
 
 class ProcessError(UserError):
     """The processes of a run cannot join, differ, or one of them failed."""
+
+
+def nearest(value: str, known: Iterable[str]) -> str:
+    """The end of an error text: the known value most like `value`, or all known values if none is alike."""
+    known = list(known)
+    close = difflib.get_close_matches(value, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from tosa_jax.data.decoding import BadImageError
-from tosa_jax.data.depth_maps import depth_of_png
+from tosa_jax.data.depth.maps import depth_of_png
 from tosa_jax.errors import ConfigError, DataError
 from tosa_jax.inference.predictions import Prediction
 from tosa_jax.inference.predictor import Predictor

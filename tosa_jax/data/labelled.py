@@ -1,51 +1,95 @@
-"""Labelled images: how the records of a classification set become {"image": uint8 [s s c], "label": int32}."""
+"""Labelled images: records of a classification set -> {"image": uint8 [s s c], "label": int32}."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
+import tensorflow_datasets as tfds
 
 from tosa_jax.data.decoding import Preprocess, to_array
+from tosa_jax.data.examples import Augmentation, Example, ExampleKind, Record
+from tosa_jax.data.settings import DataConfig
+from tosa_jax.data.transforms import AUGMENTATIONS, CROPS, make_augmentation
+from tosa_jax.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class LabelledImages:
-    """An `ExampleKind` (`data.sources`): images in one form, or whole, as PIL's, for augmentations that crop."""
+class LabelledImages(ExampleKind):
+    """Images with one class each.
 
-    form: Preprocess
+    preprocess  what an image becomes: a square.
+    whole       training examples hold whole PIL images instead, for augmentations that crop.
+    """
+
+    preprocess: Preprocess
     whole: bool = False
     name: ClassVar[str] = "classification"
-    encoded: ClassVar[tuple[str, ...]] = ("image",)
+    augmentations: ClassVar[Iterable[str]] = AUGMENTATIONS
 
-    def fields(self, features: dict) -> dict:
-        """What a record keeps of a set's features."""
+    @classmethod
+    def matches(cls, features: Mapping[str, Any]) -> bool:
+        return isinstance(features.get("label"), tfds.features.ClassLabel)
+
+    @classmethod
+    def check_settings(cls, config: DataConfig) -> None:
+        if config.augment == "deit" and config.channels != 3:
+            raise ConfigError("augment='deit' is for channels=3: use 'crop_flip' for grey images")
+
+    @classmethod
+    def of_split(
+        cls,
+        config: DataConfig,
+        features: Mapping[str, Any],
+        image_size: tuple[int, int],
+        *,
+        train: bool,
+    ) -> ExampleKind:
+        del features, image_size
+        return cls(config.preprocess, train and config.augment in CROPS)
+
+    @classmethod
+    def augmentation(cls, config: DataConfig) -> Augmentation | None:
+        return make_augmentation(config.augment, config.size[0])
+
+    @classmethod
+    def example_bytes(cls, config: DataConfig) -> int:
+        return config.size[0] * config.size[1] * config.channels
+
+    @classmethod
+    def class_names(cls, features: Mapping[str, Any]) -> tuple[str, ...]:
+        return tuple(features["label"].names)
+
+    @property
+    def encoded(self) -> tuple[str, ...]:
+        return ("image",)
+
+    def fields(self, features: Record) -> Record:
         return {"image": features["image"], "label": np.int32(features["label"])}
 
-    def cached(self, record: dict) -> dict:
-        """The record with an array that cannot be written. Raises BadImageError."""
+    def cached(self, record: Record) -> Record:
         encoded = record["image"]
-        image = to_array(self.form.open(encoded)) if self.whole else self.form.decode(encoded)
-        # Shared by every stream of this process: a transform that wrote would spoil it.
+        if self.whole:
+            image = to_array(self.preprocess.open(encoded))
+        else:
+            image = self.preprocess.decode(encoded)
+        # Every stream of this process shares the array: a transform that wrote to it would spoil it.
         image.flags.writeable = False
         return {**record, "image": image}
 
-    def training_example(self, record: dict) -> dict:
-        """The example before its augmentation; PIL's image where those crop. Raises BadImageError."""
+    def training_example(self, record: Record) -> Example:
         image = record["image"]
         if self.whole:
-            image = self.form.open(image)
+            image = self.preprocess.open(image)
         elif not isinstance(image, np.ndarray):
-            image = self.form.decode(image)
+            image = self.preprocess.decode(image)
         return {"image": image, "label": record["label"]}
 
-    def evaluation_example(self, record: dict) -> dict:
-        """The example as it is scored. Raises BadImageError."""
+    def evaluation_example(self, record: Record) -> Example:
         return self.training_example(record)
 
-    def blank(self) -> dict:
-        """Zeros in the form of `evaluation_example`."""
-        size = self.form.image_size
-        return {
-            "image": np.zeros((size, size, self.form.channels), np.uint8),
-            "label": np.int32(0),
-        }
+    def blank(self) -> Example:
+        size = self.preprocess.image_size
+        assert size is not None, "`DataConfig.preprocess` always resizes"
+        image = np.zeros((size, size, self.preprocess.channels), np.uint8)
+        return {"image": image, "label": np.int32(0)}

@@ -1,37 +1,39 @@
-"""TFDS sets to batches: TFDS holds the examples; Grain orders, augments, batches and prefetches.
+"""Prepared TFDS sets -> batches. Grain orders, augments, batches and prefetches the examples.
 
-Training data is a function of (seed, step) only, whatever the number of threads, workers and
-processes: every draw belongs to an index of the global, infinite stream of examples.
+Training data is a function of (seed, step) alone, whatever the number of threads, workers and
+processes: random draws are keyed by the index in the global, endless stream of examples.
 """
 
-import atexit
 import dataclasses
-import math
-import weakref
-from collections.abc import Iterator
-from typing import ClassVar
+import functools
+import io
+import re
+from typing import Any
 
 import grain
 import numpy as np
-from absl import flags
+import tensorflow_datasets as tfds
+from PIL import Image
 
 from tosa_jax.data import sources
-from tosa_jax.data.builders import num_examples, open_builder
-from tosa_jax.data.settings import DataConfig, augmentation, example_kind
-from tosa_jax.errors import ConfigError
-
-_SPLIT_FIELDS = ("train_split", "eval_split")
-# Images of at least this many bytes are read one by one by the threads; smaller ones a batch at a
-# time, since handing one from thread to thread then costs as much as reading it.
-_LARGE_IMAGE = 2**15
+from tosa_jax.data.builders import open_builder
+from tosa_jax.data.decoding import BadImageError, pil_errors
+from tosa_jax.data.examples import ExampleKind
+from tosa_jax.data.kinds import EXAMPLE_KINDS
+from tosa_jax.data.settings import DataConfig
+from tosa_jax.data.streams import BatchStream, read_ahead
+from tosa_jax.errors import ConfigError, DataError, nearest
 
 
 @dataclasses.dataclass(frozen=True)
 class DatasetFacts:
     """What the model and the schedule need to know of a data set.
 
-    kind       "classification" or "depth", which has no classes.
-    eval_size  height and width of evaluation images.
+    num_train    examples of the training split.
+    num_eval     examples of the evaluation split.
+    num_classes  0 for a set without classes.
+    class_names  in the order of the labels.
+    kind         `ExampleKind.name`: "classification" or "depth".
     """
 
     num_train: int
@@ -39,174 +41,208 @@ class DatasetFacts:
     num_classes: int
     class_names: tuple[str, ...]
     kind: str
-    eval_size: tuple[int, int]
 
 
-class BatchStream(Iterator[dict[str, np.ndarray]]):
-    """An iterator of batches. `close()` ends its threads and workers; so does dropping it.
+class Dataset:
+    """A prepared data set, opened with the settings of a `DataConfig`. `open_dataset` makes one.
 
-    `bad_images` holds those that its threads have skipped; workers count and log their own.
+    config   the settings.
+    builder  TFDS's description of the prepared set.
+    kind     what its examples are.
     """
 
-    open_streams: ClassVar[weakref.WeakSet] = weakref.WeakSet()
+    def __init__(self, config: DataConfig) -> None:
+        self.config = config
+        self.builder = open_builder(config.name, config.data_dir, config.source_dir)
+        self._features: dict[str, Any] = dict(self.builder.info.features.items())  # pyright: ignore
+        self.kind = self._kind()
 
-    def __init__(
-        self, iterator: grain.DatasetIterator, bad_images: sources.BadImages | tuple = ()
-    ) -> None:
-        self.bad_images = bad_images
-        self._iterator: grain.DatasetIterator | None = iterator
-        # Grain's clean-up is loud once Python is being taken down: it must have happened before.
-        self.open_streams.add(self)
+    @functools.cached_property
+    def facts(self) -> DatasetFacts:
+        """What the model and the schedule need to know.
 
-    def __next__(self) -> dict[str, np.ndarray]:
-        if self._iterator is None:
-            raise ValueError("this stream of batches is closed")
-        return next(self._iterator)
+        Raises:
+          ConfigError: `train_split` or `eval_split` does not exist, or a setting does not suit a
+            set of this kind.
+          DataError: the first image of `eval_split` cannot be read.
+        """
+        num_train = self.num_examples(self.config.train_split, "train_split")
+        num_eval = self.num_examples(self.config.eval_split, "eval_split")
+        self.split_kind(self.config.eval_split, train=False)
+        names = self.kind.class_names(self._features)
+        return DatasetFacts(num_train, num_eval, len(names), names, self.kind.name)
 
-    def close(self) -> None:
-        """Ends the stream; a second call does nothing."""
-        if self._iterator is not None:
-            self._iterator.close()
-            self._iterator = None
+    def num_examples(self, split: str, field: str = "split") -> int:
+        """Number of examples of a TFDS split, slice or sum of them: "train", "train[:90%]+test".
+
+        Raises:
+          ConfigError: there is no such split, or it is empty; the text calls it `field`.
+        """
+        splits = self.builder.info.splits
+        for part in split.split("+"):
+            if (base := re.sub(r"\[.*", "", part).strip()) not in splits:
+                raise ConfigError(
+                    f"{field}={split!r}: {self.builder.info.full_name} has no split {base!r}"
+                    f"{nearest(base, splits)}"
+                )
+        try:
+            count = splits[split].num_examples
+        except (ValueError, AssertionError) as error:
+            raise ConfigError(f"{field}={split!r} is no TFDS split: {error}") from None
+        if not count:
+            raise ConfigError(f"{field}={split!r}: holds no examples; take a larger part")
+        return count
+
+    def image_size(self, split: str) -> tuple[int, int]:
+        """Height and width, pixels: of all images if the set fixes them, else of the split's first.
+
+        Raises:
+          DataError: the first image cannot be read.
+        """
+        height, width = self._features["image"].shape[:2]
+        if height is not None and width is not None:
+            return height, width
+        images = {key for key, x in self._features.items() if isinstance(x, tfds.features.Image)}
+        try:
+            with pil_errors():
+                first = sources.undecoded(self.builder, split, images)[0]
+                width, height = Image.open(io.BytesIO(first["image"])).size
+        except BadImageError as error:
+            raise DataError(
+                f"{self.builder.data_path}: the first image of {split} cannot be read: {error}"
+            ) from None
+        return height, width
+
+    def split_kind(self, split: str, *, train: bool) -> ExampleKind:
+        """How records of a split become examples. Raises ConfigError if a setting does not suit the set."""
+        if self.config.augment not in self.kind.augmentations:
+            raise ConfigError(
+                f"config.data.augment={self.config.augment!r} is not for a {self.kind.name} set "
+                f"such as {self.config.name!r}"
+                f"{nearest(self.config.augment, self.kind.augmentations)}"
+            )
+        size = self.image_size(split)
+        return self.kind.of_split(self.config, self._features, size, train=train)
+
+    def train_batches(
+        self,
+        *,
+        batch_size: int,
+        seed: int,
+        start_step: int = 0,
+        process_index: int = 0,
+        process_count: int = 1,
+    ) -> BatchStream:
+        """The endless stream of this process's rows of each global batch, from step `start_step` on.
+
+        Every epoch has its own order; a batch may reach from one epoch into the next. Process p
+        gets rows [p * b, (p + 1) * b) of the `batch_size` rows, where b = batch_size /
+        process_count. Copies of a repeated example are neighbours, so most are in one global batch.
+
+        An image that cannot be decoded is logged, and the next example of the order takes its
+        place. A process or worker stops when it has met more than `max_bad_fraction` of the split.
+
+        Returns:
+          An iterator of {"image": uint8 [b, height, width, c]} and, by the kind of the set,
+          "label": int32 [b], or "depth": float32 [b, height, width] in metres, 0 where nothing was
+          measured (in some crops everywhere).
+        Raises:
+          ConfigError: `batch_size` is no multiple of the processes, a number is negative, the split
+            does not exist, or a setting does not suit a set of this kind.
+          DataError: from the iterator: too many images cannot be decoded.
+        """
+        config = self.config
+        local_size = _local_size(batch_size, process_index, process_count)
+        if seed < 0 or start_step < 0:
+            raise ConfigError(f"seed={seed} and start_step={start_step} must be 0 or more")
+        source = self._source(config.train_split, "train_split", train=True)
+        # Explicit seeds: Grain's defaults depend on the position in the pipeline, so that another
+        # augmentation would change the order of the examples.
+        order_seed, draw_seed = np.random.SeedSequence(seed).generate_state(2).tolist()
+        # repeat() before random_map(), so that the draws differ from epoch to epoch.
+        dataset = grain.MapDataset.source(source).shuffle(seed=order_seed).repeat(None)
+        dataset = dataset.map(sources.Opened(source.kind))
+        if config.repeats > 1:
+            dataset = sources.Repeated(dataset, config.repeats, len(source))
+        bad = sources.BadImages(source.name, len(source), config.max_bad_fraction)
+        example = sources.TrainExample(self.kind.augmentation(config), bad)
+        dataset = sources.Following(dataset).random_map(example, seed=draw_seed)
+        dataset = sources.ProcessRows(dataset, batch_size, local_size, process_index)
+        # A slice, not a saved state of the iterator: that would fix the number of workers.
+        dataset = dataset[start_step * local_size :]
+        size = self.kind.example_bytes(config)
+        return BatchStream(read_ahead(dataset, local_size, size, config), bad)
+
+    def eval_batches(
+        self,
+        *,
+        batch_size: int,
+        split: str | None = None,
+        process_index: int = 0,
+        process_count: int = 1,
+    ) -> BatchStream:
+        """Each example of a split (default: `eval_split`) once, in the set's order, not augmented.
+
+        Returns:
+          An iterator of batches as of `train_batches`, with "mask": float32 [b], 1 for an example
+          and 0 for the blank ones that fill the last batch. Depth sets keep their stored size.
+        Raises:
+          ConfigError: `batch_size` is no multiple of the processes, the split does not exist, or a
+            setting does not suit a set of this kind.
+          DataError: from the iterator: an image cannot be decoded.
+        """
+        local_size = _local_size(batch_size, process_index, process_count)
+        field, split = ("eval_split", self.config.eval_split) if split is None else ("split", split)
+        source = self._source(split, field, train=False)
+        dataset = grain.MapDataset.source(sources.EvalExamples(source, batch_size))
+        dataset = sources.ProcessRows(dataset, batch_size, local_size, process_index)
+        size = sum(np.asarray(value).nbytes for value in source.kind.blank().values())
+        return BatchStream(read_ahead(dataset, local_size, size, self.config))
+
+    def encoded_images(self, split: str, count: int) -> list[bytes]:
+        """The first `count` image files of a split, not decoded. Raises ConfigError: there is no such split."""
+        self.num_examples(split)
+        source = sources.Encoded(self.builder, split, self.split_kind(split, train=True))
+        return [source[i]["image"] for i in range(min(count, len(source)))]
+
+    def _kind(self) -> type[ExampleKind]:
+        if isinstance(self._features.get("image"), tfds.features.Image):
+            for kind in EXAMPLE_KINDS:
+                if kind.matches(self._features):
+                    return kind
+        raise DataError(
+            f"{self.builder.data_path}: no feature 'image' with a 'label' of kind ClassLabel or a "
+            f"'depth' map beside it (it has {', '.join(sorted(self._features))}); name a "
+            "classification or a depth set"
+        )
+
+    def _source(self, split: str, field: str, *, train: bool) -> sources.Encoded | sources.Cached:
+        self.num_examples(split, field)  # checks the split
+        make = sources.cached if self.config.in_memory else sources.Encoded
+        return make(self.builder, split, self.split_kind(split, train=train))
 
 
-def open_dataset(config: DataConfig) -> DatasetFacts:
-    """Prepares the set if it is one of the project's own cheap ones, and says what is in it.
+# Cached: a run stays with the files that it began with.
+@functools.lru_cache(maxsize=16)
+def open_dataset(config: DataConfig) -> Dataset:
+    """Opens a set, once in a process; one that this project makes itself is prepared first.
 
     Raises:
-      ConfigError: a split does not exist, or a setting does not go with a set of this kind.
-      DataError: the set is not prepared, is only there as tfrecord, has no "image" and "label" or
-        "depth", or one of its files is missing or broken.
+      ConfigError: there is no such set.
+      DataError: the set is not prepared, exists only as TFRecord, is of no known kind, or one of
+        its files is missing or broken.
     """
-    builder = open_builder(config.name, config.data_dir, config.source_dir)
-    counts = [num_examples(builder, getattr(config, field), field) for field in _SPLIT_FIELDS]
-    kind = example_kind(config, builder, config.eval_split, train=False)
-    labels = builder.info.features["label"] if kind.name == "classification" else None
-    return DatasetFacts(
-        *counts,
-        num_classes=labels.num_classes if labels else 0,
-        class_names=tuple(labels.names) if labels else (),
-        kind=kind.name,
-        eval_size=kind.blank()["image"].shape[:2],
-    )
+    return Dataset(config)
 
 
-def train_batches(
-    config: DataConfig,
-    *,
-    batch_size: int,
-    seed: int,
-    start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> BatchStream:
-    """The endless stream of this process's rows of each global batch, from step `start_step` on.
-
-    Each epoch has its own order and batches cross from one into the next. Process p gets rows
-    [p * local_b, (p + 1) * local_b) of the `batch_size` rows, local_b = batch_size / process_count.
-    The copies of a repeated example stand next to each other, so mostly in one global batch.
-
-    An image that cannot be decoded is named in the log and its place filled by the next example of
-    the order; each process or worker stops at more than `max_bad_fraction` of the split.
-
-    Returns:
-      An iterator of {"image": uint8 [local_b, height, width, c]} and, by the kind of the set,
-      "label": int32 [local_b], or "depth": float32 [local_b, height, width] in metres, 0 where
-      nothing was measured (everywhere, in some crops).
-    Raises:
-      ConfigError: `batch_size` does not divide, a number is negative, the split does not exist, or
-        a setting does not go with a set of this kind.
-      DataError: see `open_dataset`; from the iterator: too many images cannot be decoded.
-    """
-    local_size = _local_size(batch_size, process_index, process_count)
-    if seed < 0 or start_step < 0:
-        raise ConfigError(f"seed={seed} and start_step={start_step} must be 0 or more")
-    source = _source(config, "train_split", config.train_split, train=True)
-    # Seeds of their own, not Grain's default ones: those change with the place in the pipeline, so
-    # that another augmentation would bring another order of the examples.
-    order_seed, draw_seed = np.random.SeedSequence(seed).generate_state(2).tolist()
-    # repeat() before random_map(): the draws then differ from epoch to epoch.
-    dataset = grain.MapDataset.source(source).shuffle(seed=order_seed).repeat(None)
-    dataset = dataset.map(sources.Opened(source.kind))
-    if config.repeats > 1:
-        dataset = sources.Repeated(dataset, config.repeats, len(source))
-    bad = sources.BadImages(source.name, len(source), config.max_bad_fraction)
-    example = sources.TrainExample(augmentation(config, source.kind), bad)
-    dataset = sources.Following(dataset).random_map(example, seed=draw_seed)
-    dataset = sources.ProcessRows(dataset, batch_size, local_size, process_index)
-    # A slice, not the iterator's state: that is tied to the number of workers.
-    values = math.prod(config.size) * (config.channels + (4 if source.kind.name == "depth" else 0))
-    dataset = dataset[start_step * local_size :]
-    return BatchStream(_iterate(dataset, local_size, values, config), bad)
+def train_batches(config: DataConfig, **kwargs: Any) -> BatchStream:
+    """`Dataset.train_batches` of the set that `open_dataset` opens; raises what both raise."""
+    return open_dataset(config).train_batches(**kwargs)
 
 
-def eval_batches(
-    config: DataConfig,
-    *,
-    batch_size: int,
-    split: str | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> BatchStream:
-    """Each example of a split (default: `eval_split`) once, in the set's order, not augmented.
-
-    A depth set's examples keep their size, and their depth maps every value.
-
-    The last global batch is filled up with zeros, so that all batches have one shape and each
-    process has as many of them as the others.
-
-    Returns:
-      An iterator as `train_batches` gives, finite, with "mask" too: float32 [local_b], 1 for
-      examples, 0 for padding.
-    Raises:
-      ConfigError: `batch_size` does not divide, or the split does not exist.
-      DataError: see `open_dataset`; from the iterator: an image cannot be decoded, or has a depth
-        map of another size, without a measurement, or with values that are no distance.
-    """
-    local_size = _local_size(batch_size, process_index, process_count)
-    where = ("eval_split", config.eval_split) if split is None else ("split", split)
-    source = _source(config, *where, train=False)
-    dataset = grain.MapDataset.source(sources.EvalExamples(source, batch_size))
-    dataset = sources.ProcessRows(dataset, batch_size, local_size, process_index)
-    num_bytes = sum(array.nbytes for array in source.kind.blank().values())
-    return BatchStream(_iterate(dataset, local_size, num_bytes, config))
-
-
-def _iterate(
-    examples: grain.MapDataset, local_size: int, image_bytes: int, config: DataConfig
-) -> grain.DatasetIterator:
-    """Batches of examples, read ahead by as many as `prefetch_batches` and `prefetch_mib` allow."""
-    budget = config.prefetch_mib * 2**20 // image_bytes  # images
-    waiting = min(config.prefetch_batches, max(1, budget // local_size))
-    batches = examples.batch(local_size, drop_remainder=True)
-    kind, count = config.readers
-    workers = min(count, len(batches))
-    if kind == "processes" and workers:
-        # Grain hands absl's flags on to its workers, which fails if nothing has parsed them.
-        if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()
-        stream = batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-        options = grain.MultiprocessingOptions(workers, max(1, waiting // workers))
-        return iter(stream.mp_prefetch(options))
-    if image_bytes < _LARGE_IMAGE:
-        # An element is a batch here, and Grain's default is to read 500 elements ahead.
-        return iter(batches.to_iter_dataset(_read_options(count, waiting)))
-    waiting = min(config.prefetch_batches * local_size, max(1, budget))
-    stream = examples.to_iter_dataset(_read_options(count, waiting))
-    return iter(stream.batch(local_size, drop_remainder=True))
-
-
-def _read_options(num_threads: int, buffer_size: int) -> grain.ReadOptions:
-    threads = min(num_threads, buffer_size)  # more could not be busy
-    return grain.ReadOptions(
-        num_threads=threads, prefetch_buffer_size=buffer_size if threads else 0
-    )
-
-
-@atexit.register
-def _close_streams() -> None:
-    for stream in list(BatchStream.open_streams):
-        stream.close()
+def eval_batches(config: DataConfig, **kwargs: Any) -> BatchStream:
+    """`Dataset.eval_batches` of the set that `open_dataset` opens; raises what both raise."""
+    return open_dataset(config).eval_batches(**kwargs)
 
 
 def _local_size(batch_size: int, process_index: int, process_count: int) -> int:
@@ -219,13 +255,3 @@ def _local_size(batch_size: int, process_index: int, process_count: int) -> int:
     if not 0 <= process_index < process_count:
         raise ConfigError(f"process_index={process_index} must be in [0, {process_count})")
     return batch_size // process_count
-
-
-def _source(
-    config: DataConfig, field: str, split: str, *, train: bool
-) -> sources.Encoded | sources.Cached:
-    builder = open_builder(config.name, config.data_dir, config.source_dir)
-    num_examples(builder, split, field)  # checks the split
-    kind = example_kind(config, builder, split, train=train)
-    make = sources.cached if config.in_memory else sources.Encoded
-    return make(str(builder.data_path), split, kind)

@@ -1,31 +1,31 @@
 """RandAugment as DeiT trains with it: timm's policy string `rand-m9-mstd0.5-inc1`.
 
-Two operations an image, drawn uniformly with replacement; each is applied with probability 0.5, at
-a magnitude drawn from N(9, 0.5) and clipped to [0, 10]. "inc": every operation grows stronger with
-the magnitude. After Cubuk et al. 2020 (arXiv 1909.13719) and the definitions in timm's
-`auto_augment.py`, where each number below comes from; Cutout is not in that set.
+Two operations for each image are drawn uniformly with replacement. Each is applied with probability
+0.5, at a magnitude drawn from N(9, 0.5) and clipped to [0, 10]. "inc" means that every operation is
+stronger at a larger magnitude. After Cubuk et al. 2020 (arXiv 1909.13719) and timm's
+`auto_augment.py`, from which all numbers below are; its set of operations has no Cutout.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-FILL = (124, 116, 104)  # what moves in from outside: ImageNet's mean colour
-# The numbers of the policy string, as said above.
+FILL = (124, 116, 104)  # colour of pixels that come in from outside: ImageNet's mean
+# The numbers of the policy string.
 NUM_OPS, PROBABILITY = 2, 0.5
-MAGNITUDE, MAGNITUDE_STD, MAX_MAGNITUDE = 9.0, 0.5, 10.0  # of 10
+MAGNITUDE, MAGNITUDE_STD, MAX_MAGNITUDE = 9.0, 0.5, 10.0
 
 _BICUBIC = Image.Resampling.BICUBIC
 _TRANSPOSE = Image.Transpose.TRANSPOSE
 _MAX_DEGREES, _MAX_SHEAR, _MAX_TRANSLATE, _MAX_ENHANCE = 30.0, 0.3, 0.45, 0.9
 _SOLARIZE_ADD_BELOW = 128
-_EDGE = 20  # columns, over _MAX_SHEAR * _BLOCK and the filter's reach
-_BLOCK = 48  # rows at once: arrays stay in the cache, and below malloc's limit for fresh pages
+_EDGE = 20  # columns of padding: more than _MAX_SHEAR * _BLOCK and the width of the filter
+_BLOCK = 48  # rows at a time: their arrays fit the cache, and malloc reuses their memory
 
-
-# The argument of each operation at a magnitude as a share m in [0, 1] of the largest. `sign` is -1
-# or 1. Integers are cut off, not rounded, as in timm.
+# The argument of each operation. m in [0, 1] is the magnitude over the largest magnitude, `sign` is
+# -1 or 1. Integers are truncated, not rounded, as in timm.
 ARGUMENTS: dict[str, Callable[[float, float], int | float]] = {
     "AutoContrast": lambda m, sign: 0,
     "Equalize": lambda m, sign: 0,
@@ -47,7 +47,7 @@ NAMES = tuple(ARGUMENTS)  # what `draw_operations` draws from
 
 
 def draw_operations(rng: np.random.Generator) -> list[tuple[str, int | float]]:
-    """The (name, argument) of the operations to apply, in order: none, one or two."""
+    """Draws the operations to apply, in order, as (name, argument): none, one or two."""
     drawn = []
     for number in rng.integers(len(NAMES), size=NUM_OPS).tolist():
         apply, turn = rng.random(2).tolist()
@@ -59,27 +59,27 @@ def draw_operations(rng: np.random.Generator) -> list[tuple[str, int | float]]:
 
 
 def rand_augment(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """An RGB image under the operations that `draw_operations` draws, of the same size."""
+    """Applies the operations of `draw_operations` to an RGB image. The size stays."""
     for name, argument in draw_operations(rng):
         image = OPERATIONS[name](image, argument)
     return image
 
 
 def posterize(image: Image.Image, bits: int) -> Image.Image:
-    """The highest `bits` of each value; 0, which newer Pillows refuse, makes the image black."""
+    """Keeps the highest `bits` of each value. 0 makes the image black; recent versions of PIL refuse it."""
     return image.point([i & (256 - 2 ** (8 - bits)) for i in range(256)] * 3)
 
 
 def solarize_add(image: Image.Image, added: int) -> Image.Image:
-    """`added` more for values below 128."""
+    """Adds `added` to values below 128, up to 255."""
     table = [min(255, i + added) if i < _SOLARIZE_ADD_BELOW else i for i in range(256)]
     return image.point(table * 3)
 
 
 def sharpness(image: Image.Image, factor: float) -> Image.Image:
-    """Away from (factor > 1) or towards PIL's SMOOTH filter, equal to ImageEnhance.Sharpness."""
+    """Equal to PIL's ImageEnhance.Sharpness, but faster: factor 0 is the smoothed image, 1 the image itself."""
     pixels = np.asarray(image)
-    smooth = pixels.copy()  # the border stays
+    smooth = pixels.copy()  # pixels at the border are not smoothed
     if min(image.size) > 2:
         wide = pixels.astype(np.uint16)
         total = wide[:-2] + wide[1:-1] + wide[2:]
@@ -111,16 +111,16 @@ def translate_y(image: Image.Image, share: float) -> Image.Image:
 def _move_rows(image: Image.Image, shifts: np.ndarray) -> Image.Image:
     """out[y, x] = in[y, x + shifts[y]], bicubic; FILL where that is outside.
 
-    The same as PIL's bicubic AFFINE transform, which weighs 16 neighbours where four differ from
-    zero, and takes several times as long; results differ by at most one grey level.
+    Equal to PIL's bicubic AFFINE transform up to one grey level. That one takes several times as
+    long: it weighs 16 neighbours, though only four have a weight other than 0.
     """
     width, height = image.size
     pixels = np.empty((height, width + 2 * _EDGE, 3), np.uint8)
-    pixels[:, _EDGE:-_EDGE] = image
+    pixels[:, _EDGE:-_EDGE] = np.asarray(image)
     pixels[:, :_EDGE], pixels[:, -_EDGE:] = pixels[:, _EDGE, None], pixels[:, -_EDGE - 1, None]
     result = np.empty((height, 3 * width), np.uint8)
     result[:] = np.tile(np.asarray(FILL, np.uint8), width)
-    # Columns [first, last) of the output see the inside: x + 0.5 + shift is in [0, width).
+    # Columns [first, last) of the output come from inside: x + 0.5 + shift is in [0, width).
     first = np.clip(np.ceil(-0.5 - shifts).astype(int), 0, width)
     last = np.clip(np.ceil(width - 0.5 - shifts).astype(int), first, width)
     whole = np.floor(shifts).astype(int)
@@ -139,7 +139,7 @@ def _blend_rows(
     last: np.ndarray,
     weights: np.ndarray,
 ) -> None:
-    """Some rows of `_move_rows`; within a block, rows are moved by at most _EDGE apart."""
+    """Does some rows of `_move_rows`. Their shifts must differ by at most _EDGE."""
     low, high = int(first.min()), int(last.max())
     if high <= low:
         return
@@ -157,7 +157,7 @@ def _blend_rows(
         taken, (height, count, 4), (taken.strides[0], 4, 12), writeable=False
     )
     out = np.einsum("rxk,rk->rx", neighbours, weights)
-    # PIL cuts off; a thousandth keeps float32 from turning a whole number into the one below.
+    # PIL truncates. A thousandth more keeps rounding errors from turning an integer into the one below.
     out += np.float32(1e-3)
     out = np.clip(out, 0, 255, out=out).astype(np.uint8)
     if moved_alike:
@@ -168,16 +168,16 @@ def _blend_rows(
 
 
 def _bicubic_weights(x: np.ndarray) -> np.ndarray:
-    """float32 [rows, 4]: of the neighbours at -1, 0, 1, 2 for fractions x in [0, 1).
+    """Weights float32 [rows, 4] of the neighbours at -1, 0, 1 and 2, for fractions x in [0, 1).
 
-    Keys' kernel with a = -1, as in PIL's transforms; its resizing has a = -0.5.
+    Keys' kernel with a = -1, as in PIL's transforms (PIL's resizing has a = -0.5).
     """
     x2, x3 = x * x, x * x * x
     weights = np.stack([-x + 2 * x2 - x3, 1 - 2 * x2 + x3, x + x2 - x3, -x2 + x3], axis=1)
     return weights.astype(np.float32)
 
 
-OPERATIONS: dict[str, Callable[[Image.Image, int | float], Image.Image]] = {
+OPERATIONS: dict[str, Callable[[Image.Image, Any], Image.Image]] = {
     "AutoContrast": lambda image, _: ImageOps.autocontrast(image),
     "Equalize": lambda image, _: ImageOps.equalize(image),
     "Invert": lambda image, _: ImageOps.invert(image),
@@ -194,4 +194,4 @@ OPERATIONS: dict[str, Callable[[Image.Image, int | float], Image.Image]] = {
     "TranslateX": translate_x,
     "TranslateY": translate_y,
 }
-"""`operation(image, argument)` by name, with the arguments of `ARGUMENTS`."""
+"""Name -> operation(image, argument), with the arguments of `ARGUMENTS`."""

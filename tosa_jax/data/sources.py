@@ -1,65 +1,46 @@
-"""Between a TFDS split and batches: encoded or cached records, bad ones, repeats, a process's rows.
+"""What lies between a TFDS split and batches of examples, as Grain data sets.
 
-A record holds what its `ExampleKind` takes from the set, "image" among it (bytes, or an array where it is cached, or
-the BadImageError that decoding met), and "index", its place in the split, and "name", that of its file, or "".
+In order: records (`Encoded` or `Cached`), decoding (`Opened`), copies (`Repeated`), augmentation with a replacement for
+bad images (`Following`, `TrainExample`), and the rows of one process (`ProcessRows`). Evaluation uses `EvalExamples`.
+In a record or example whose image cannot be decoded, "image" is the BadImageError.
 """
 
 import functools
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import grain
 import numpy as np
 import tensorflow_datasets as tfds
 
 from tosa_jax.data.decoding import BadImageError
+from tosa_jax.data.examples import Augmentation, Example, ExampleKind, Record
 from tosa_jax.errors import DataError
 
 _log = logging.getLogger(__name__)
 
 
-@runtime_checkable
-class ExampleKind(Protocol):
-    """What the examples of a set are, and how its records become them: hashable, and sent to workers.
-
-    Where an example cannot be made of a record, its methods raise BadImageError.
-    """
-
-    name: str
-    encoded: tuple[str, ...]  # features that TFDS must not decode
-
-    def fields(self, features: dict) -> dict:
-        """What a record keeps of a set's features."""
-
-    def cached(self, record: dict) -> dict:
-        """The record with arrays that cannot be written, for the memory."""
-
-    def training_example(self, record: dict) -> dict:
-        """The example, checked, before its augmentation."""
-
-    def evaluation_example(self, record: dict) -> dict:
-        """The example as it is scored, all of one size."""
-
-    def blank(self) -> dict:
-        """Zeros in the form of `evaluation_example`."""
+def undecoded(builder: tfds.core.DatasetBuilder, split: str, encoded: Iterable[str]) -> Any:
+    """A TFDS split as a sequence of features by name. Those named in `encoded` stay the bytes of their files."""
+    # TFDS's decorator of this class hides its type.
+    skip = tfds.decode.SkipDecoding()  # pyright: ignore[reportCallIssue]
+    return builder.as_data_source(split, decoders=dict.fromkeys(encoded, skip))
 
 
 class Encoded:
-    """A TFDS split as a source of records that are not decoded."""
+    """A TFDS split as a source of encoded records: an image is decoded when an example is made."""
 
-    def __init__(self, path: str, split: str, kind: ExampleKind) -> None:
-        self.kind, self.name = kind, f"{path}, split {split}"
-        # Skipped: TFDS would decode every image, grey ones too, to its own form.
-        decoders = {key: tfds.decode.SkipDecoding() for key in kind.encoded}
-        self._records = tfds.builder_from_directory(path).as_data_source(split, decoders=decoders)
+    def __init__(self, builder: tfds.core.DatasetBuilder, split: str, kind: ExampleKind) -> None:
+        self.kind, self.name = kind, f"{builder.data_path}, split {split}"
+        self._records = undecoded(builder, split, kind.encoded)
 
     def __len__(self) -> int:
         return len(self._records)
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int) -> Record:
         features = self._records[index]
         name = features.get("file_name", b"")
         name = name.decode(errors="replace") if isinstance(name, bytes) else str(name)
@@ -73,7 +54,7 @@ class Cached:
         self.kind, self.name = source.kind, source.name
         self._records = [self._cached(source[i]) for i in range(len(source))]
 
-    def _cached(self, record: dict) -> dict:
+    def _cached(self, record: Record) -> Record:
         try:
             return self.kind.cached(record)
         except BadImageError as error:
@@ -82,21 +63,22 @@ class Cached:
     def __len__(self) -> int:
         return len(self._records)
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int) -> Record:
         return self._records[index]
 
 
-# Four: train and eval of two sets, or two forms. An evaluation each epoch must not decode again.
+# Four: training and evaluation of two sets. An evaluation each epoch must not decode again.
 @functools.lru_cache(maxsize=4)
-def cached(path: str, split: str, kind: ExampleKind) -> Cached:
-    """The one `Cached` of its arguments in this process."""
-    return Cached(Encoded(path, split, kind))
+def cached(builder: tfds.core.DatasetBuilder, split: str, kind: ExampleKind) -> Cached:
+    """`Cached`, made once in this process for the same arguments."""
+    return Cached(Encoded(builder, split, kind))
 
 
 class EvalExamples:
-    """A split as examples with "mask", and blank ones behind its end up to whole batches.
+    """The examples of a split, then blank ones until the last batch is full.
 
-    A bad image is a DataError: a score without it would be the score of another set.
+    "mask", float32, is 1 for an example of the split and 0 for a blank one. A bad image raises
+    DataError: a score that leaves it out would be that of another set.
     """
 
     def __init__(self, source: Encoded | Cached, batch_size: int) -> None:
@@ -106,7 +88,7 @@ class EvalExamples:
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int) -> Example:
         kind = self._source.kind
         if index >= len(self._source):
             return {**kind.blank(), "mask": np.float32(0)}
@@ -122,15 +104,13 @@ class EvalExamples:
 
 
 class Opened(grain.transforms.Map):
-    """A record -> its example, decoded and checked, with "index" and "name"; augmentation comes later.
-
-    In the place of a bad image stands its BadImageError.
-    """
+    """Decodes and checks a record: the result is its training example, not augmented, with "index" and "name"."""
 
     def __init__(self, kind: ExampleKind) -> None:
         self._kind = kind
 
-    def map(self, record: dict) -> dict:
+    def map(self, element: Record) -> Any:
+        record = element
         known = {"index": record["index"], "name": record["name"]}
         try:
             _check_cached(record)
@@ -140,10 +120,10 @@ class Opened(grain.transforms.Map):
 
 
 class _Copies:
-    """Makes a value once for all copies that are asked for soon after each other, by any threads.
+    """Makes a value once for its `count` copies, which threads ask for soon after one another.
 
-    A value is let go with its last copy; of those whose other copies go to other processes, the
-    latest few are kept.
+    A value is dropped after its last copy. If some copies go to other processes, that never comes:
+    only the latest eight values are kept.
     """
 
     _MOST_KEPT = 8
@@ -151,17 +131,16 @@ class _Copies:
     def __init__(self, count: int) -> None:
         self._count = count
         self._lock = threading.Lock()
-        self._made: dict[int, tuple[Future, int]] = {}  # and how often it was asked for
+        self._made: dict[int, tuple[Future, int]] = {}  # value, and how many copies were asked for
 
     def __reduce__(self) -> tuple:
-        return _Copies, (self._count,)  # a worker process makes its own
+        return _Copies, (self._count,)  # a worker process starts with none
 
     def get(self, key: int, make: Callable[[], Any]) -> Any:
-        """What `make` returns; a thread that comes while another one makes it waits."""
+        """What `make` returns. A thread that asks while another one is making it waits."""
         with self._lock:
-            future, asked = self._made.pop(key, (None, 0))
-            mine = future is None
-            future = future or Future()
+            mine = key not in self._made
+            future, asked = self._made.pop(key, (Future(), 0))
             if asked + 1 < self._count:
                 self._made[key] = future, asked + 1
                 if len(self._made) > self._MOST_KEPT:
@@ -175,11 +154,11 @@ class _Copies:
 
 
 class Repeated(grain.MapDataset):
-    """Each example `repeats` times in a row, in epochs as long as without, each shuffled anew.
+    """Repeated augmentation: each example `repeats` times in a row; an epoch keeps its length.
 
-    An epoch thus has the first 1 / repeats of the parent's order, as DeiT's RASampler does. The
-    parent is the endless stream of epochs of `epoch_size`; it is asked once for those copies of an
-    example that stand in one process.
+    An epoch therefore has only the first 1 / repeats of the examples of the parent's epoch, as with
+    DeiT's RASampler. `parent` is an endless stream of shuffled epochs of `epoch_size` examples. It
+    makes an example once for all copies that this process uses.
     """
 
     def __init__(self, parent: grain.MapDataset, repeats: int, epoch_size: int) -> None:
@@ -199,9 +178,9 @@ class Repeated(grain.MapDataset):
 
 
 class Following(grain.MapDataset):
-    """At each index the stream from there on: (parent, index), for who may have to skip a record.
+    """Element `index` is (parent, index), so that the next map can skip bad records.
 
-    The map behind it thus draws by the index of the place, whichever record fills it.
+    The draws of that map depend on `index` alone, whichever record it then uses.
     """
 
     def __len__(self) -> int:
@@ -214,7 +193,7 @@ class Following(grain.MapDataset):
 
 
 class BadImages:
-    """The bad images that one process (or worker) has met; each is counted and named once."""
+    """Bad images that one process or worker has met. Each is counted and logged once."""
 
     def __init__(self, set_name: str, num_examples: int, max_fraction: float) -> None:
         self._set_name, self._num_examples = set_name, num_examples
@@ -224,8 +203,8 @@ class BadImages:
     def __len__(self) -> int:
         return len(self._seen)
 
-    def add(self, record: dict, error: BadImageError) -> None:
-        """Counts and logs one. Raises DataError when they are more than may be skipped."""
+    def add(self, record: Record, error: BadImageError) -> None:
+        """Counts and logs one. Raises DataError if there are now more than may be skipped."""
         if record["index"] in self._seen:
             return
         self._seen.add(record["index"])
@@ -239,19 +218,18 @@ class BadImages:
         _log.warning("%s: skipped, the next in the order takes its place; so far %s", what, count)
 
 
-class TrainExample(grain.transforms.RandomMap):
-    """What `Following` gives of `Opened` records -> an example, augmented.
+class TrainExample(Augmentation):
+    """Augments an element of `Following`; in place of a bad image it takes the next one of the stream."""
 
-    A bad image is replaced by the next of the stream, under the draws of the place that it fills.
-    """
-
-    def __init__(self, augment: grain.transforms.RandomMap | None, bad: BadImages) -> None:
+    def __init__(self, augment: Augmentation | None, bad: BadImages) -> None:
         self._augment, self._bad = augment, bad
 
-    def random_map(self, element: tuple, rng: np.random.Generator) -> dict:
+    def random_map(
+        self, element: tuple[grain.MapDataset, int], rng: np.random.Generator
+    ) -> Example:
         stream, index = element
         while True:
-            record = stream[index]
+            record: Any = stream[index]
             try:
                 _check_cached(record)
                 example = {k: value for k, value in record.items() if k not in ("index", "name")}
@@ -262,9 +240,10 @@ class TrainExample(grain.transforms.RandomMap):
 
 
 class ProcessRows(grain.MapDataset):
-    """One process's contiguous rows of each global batch of a dataset of single examples.
+    """The contiguous rows of each global batch that belong to one process.
 
-    It stands behind random_map, whose draws are by the index that it asks for: the global one.
+    It asks its parent for global indices, so the draws of a random_map before it do not depend on
+    the number of processes.
     """
 
     def __init__(
@@ -284,12 +263,12 @@ class ProcessRows(grain.MapDataset):
         return self._parent[batch * self._global_size + self._first_row + row]
 
 
-def _check_cached(record: dict) -> None:
+def _check_cached(record: Record) -> None:
     if isinstance(record["image"], BadImageError):
-        # A new one: raised again and again, one error would gather tracebacks without end.
+        # A new error: one that is raised again and again collects tracebacks without end.
         raise BadImageError(*record["image"].args)
 
 
-def _called(record: dict) -> str:
+def _called(record: Record) -> str:
     name = f" ({record['name']})" if record["name"] else ""
     return f"image {record['index']}{name}"

@@ -1,13 +1,13 @@
-"""How fast the input of training is: images/s a core, beside a straightforward pipeline's.
+"""Measures the training input: images/s a core, beside a pipeline of plain PIL calls.
 
     python -m tosa_jax.data.speed --images=DIR
     python -m tosa_jax.data.speed --rooms
 
-writes its figures as JSON. `--images` is a folder of image files; without one, 200 JPEGs of
-500 x 375 are made from scikit-learn's two photographs, noise and stripes. `--rooms` times the
-renderer of rooms instead.
+It prints its figures as JSON. `--images` is a folder of image files. Without it, the images are 200
+JPEGs of 500 x 375 cut from scikit-learn's two photographs, and 20 of noise and stripes. `--rooms`
+times the renderer of rooms instead.
 
-Rates are by the processor time of one thread, so that other programs on the machine hardly count.
+Times are processor times of one thread, so that other programs on the machine matter little.
 """
 
 import argparse
@@ -18,30 +18,28 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageEnhance
 from sklearn.datasets import load_sample_images
 
 from tosa_jax.data import randaugment
-from tosa_jax.data.builders import num_examples, open_builder
 from tosa_jax.data.decoding import open_image
-from tosa_jax.data.pipeline import DataConfig
-from tosa_jax.data.settings import example_kind
-from tosa_jax.data.sources import Encoded
+from tosa_jax.data.pipeline import open_dataset
+from tosa_jax.data.settings import DataConfig
 from tosa_jax.data.synthetic.rooms import render_room
 from tosa_jax.data.transforms import crop_flip, deit, draw_crop, random_resized_crop
 
-Step = Callable[[object, np.random.Generator], object]
+Step = Callable[[Any, np.random.Generator], object]
 
-_SIZE = (500, 375)
-_FILLED = {"resample": Image.Resampling.BICUBIC, "fillcolor": randaugment.FILL}
+_SIZE = (500, 375)  # width and height of the JPEGs that are made, pixels
 
 
 def reference_example(encoded: bytes, image_size: int, rng: np.random.Generator) -> np.ndarray:
-    """DeiT's augmentation with plain PIL calls and the draws of `transforms.deit`.
+    """DeiT's augmentation in plain PIL calls, with the draws of `transforms.deit`.
 
-    The measure of both speed and pixels. Returns uint8 [image_size, image_size, 3].
+    `example` is compared with it in speed and in pixels. Returns uint8 [image_size, image_size, 3].
     """
     image = Image.open(io.BytesIO(encoded)).convert("RGB")
     image = image.crop(draw_crop(*image.size, rng))
@@ -54,7 +52,7 @@ def reference_example(encoded: bytes, image_size: int, rng: np.random.Generator)
 
 
 def reference_operation(image: Image.Image, name: str, argument: int | float) -> Image.Image:
-    """One operation of RandAugment as PIL offers it."""
+    """One operation of RandAugment, in PIL's own implementation."""
     matrices = {
         "ShearX": (1, argument, 0, 0, 1, 0),
         "ShearY": (1, 0, 0, argument, 1, 0),
@@ -62,21 +60,27 @@ def reference_operation(image: Image.Image, name: str, argument: int | float) ->
         "TranslateY": (1, 0, 0, 0, 1, argument * image.height),
     }
     if name in matrices:
-        return image.transform(image.size, Image.Transform.AFFINE, matrices[name], **_FILLED)
+        return image.transform(
+            image.size,
+            Image.Transform.AFFINE,
+            matrices[name],
+            Image.Resampling.BICUBIC,
+            fillcolor=randaugment.FILL,
+        )
     if name == "Sharpness":
         return ImageEnhance.Sharpness(image).enhance(argument)
     return randaugment.OPERATIONS[name](image, argument)
 
 
 def example(encoded: bytes, image_size: int, rng: np.random.Generator) -> np.ndarray:
-    """The project's own: what `train_batches` does with augment="deit"."""
+    """This project's way: what `train_batches` does with augment="deit". Returns as `reference_example`."""
     return np.asarray(deit(open_image(encoded, channels=3), image_size, rng))
 
 
 def copies(
     encoded: bytes, image_size: int, rng: np.random.Generator, repeats: int
 ) -> list[np.ndarray]:
-    """What `train_batches` does with repeated augmentation: one decoding, each copy drawn anew."""
+    """Repeated augmentation as in `train_batches`: decoded once, each copy augmented anew."""
     image = open_image(encoded, channels=3)
     return [np.asarray(deit(image, image_size, rng)) for _ in range(repeats)]
 
@@ -90,22 +94,29 @@ def measure(
     accelerator_rate: float = 0.0,
     seed: int = 0,
 ) -> list[dict]:
-    """Rows {"step", "images_per_second_per_core", "milliseconds"} for each part and for the whole.
+    """Times the parts of the input pipeline and the whole of it.
 
-    Every part is timed on every image in each round, in turn with the others; the best time of
-    each image counts, since other programs only ever slow it down. Steps: decode, crop (and flip),
-    randaugment, whole, reference (the straightforward pipeline) and, with more than one, repeated
-    (whole, when each image is decoded once for `repeats` copies). "whole" has more: "speedup" over
-    the reference; the pixel difference to it under the same draws ("mean_difference",
-    "difference_99th_percentile"). With `accelerator_rate` in images/s, "cores" keep such an
-    accelerator fed: by "repeated" where there is one, else by "whole".
+    In each round every part handles every image, and the parts take turns. The shortest time of an
+    image counts: other programs can only add to it.
+
+    Args:
+      images: Encoded images.
+      image_size: Side of the augmented square, pixels.
+      repeats: Copies of an image for the part "repeated".
+      accelerator_rate: Images/s that an accelerator takes; 0: unknown.
+    Returns:
+      Rows {"step", "images_per_second_per_core", "milliseconds"} of the steps decode, crop (with
+      flip), randaugment, whole (all three), reference (plain PIL) and, if `repeats` is above 1,
+      repeated (whole, each image decoded once for `repeats` copies). The row of "whole" has also
+      "speedup" over the reference, and the pixel `difference` to it. With `accelerator_rate`, the
+      row of "repeated", or else of "whole", has "cores": how many keep the accelerator busy.
     """
     opened = [open_image(image, channels=3) for image in images]
     small = [
         random_resized_crop(image, image_size, np.random.default_rng(i))
         for i, image in enumerate(opened)
     ]
-    steps: dict[str, tuple[Step, Sequence]] = {
+    steps: dict[str, tuple[Step, Sequence[Any]]] = {
         "decode": (lambda image, rng: open_image(image, channels=3), images),
         "crop": (lambda image, rng: crop_flip(image, image_size, rng), opened),
         "randaugment": (randaugment.rand_augment, small),
@@ -118,13 +129,13 @@ def measure(
     for _ in range(rounds):
         for i in range(len(images)):
             for name, (step, inputs) in steps.items():
-                # Each round and each pipeline draws the same.
+                # The same draws in each round and in both pipelines.
                 rng = np.random.default_rng((seed, i))
                 times[name][i] = min(times[name][i], _seconds(step, inputs[i], rng))
     best = {name: float(seconds.mean()) for name, seconds in times.items()}
     if repeats > 1:
         best["repeated"] /= repeats
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "step": name,
             "images_per_second_per_core": round(1 / seconds, 1),
@@ -144,7 +155,10 @@ def measure(
 def difference(
     images: Sequence[bytes], *, image_size: int = 224, seed: int = 0
 ) -> dict[str, float]:
-    """|pixel difference| of `example` to `reference_example` under the same draws, grey levels."""
+    """Absolute difference of pixels between `example` and `reference_example` with the same draws.
+
+    Returns {"mean_difference", "difference_99th_percentile"} in grey levels of 0..255.
+    """
     counts = np.zeros(256, np.int64)
     for i, image in enumerate(images):
         ours = example(image, image_size, np.random.default_rng((seed, i)))
@@ -158,29 +172,29 @@ def difference(
 
 
 def measure_config(config: DataConfig, *, count: int = 200, **kwargs) -> list[dict]:
-    """`measure` on the first `count` images of a config's training split, with its size and repeats.
+    """`measure` for the first `count` images of a config's training split, with its size and repeats.
 
-    The parts are those of augment="deit", whichever the config has. Raises as `open_dataset`.
+    The augmentation is "deit", whatever the config says. `kwargs` go to `measure`. Raises
+    ConfigError and DataError as `open_dataset` and `Dataset.train_batches`.
     """
-    builder = open_builder(config.name, config.data_dir, config.source_dir)
-    num_examples(builder, config.train_split, "train_split")  # checks the split
-    kind = example_kind(config, builder, config.train_split, train=True)
-    source = Encoded(str(builder.data_path), config.train_split, kind)
-    images = [source[i]["image"] for i in range(min(count, len(source)))]
-    return measure(images, image_size=config.image_size, repeats=config.repeats, **kwargs)
+    images = open_dataset(config).encoded_images(config.train_split, count)
+    height, _ = config.size
+    return measure(images, image_size=height, repeats=config.repeats, **kwargs)
 
 
 def measure_rooms(*, count: int = 200, rounds: int = 3) -> list[dict]:
-    """Rows {"size", "images_per_second_per_core", "milliseconds"} of rendering `count` rooms.
+    """Times the rendering of `count` rooms of 128x160 pixels, and of a tenth as many of 480x640.
 
-    As in `measure`, the best time of each room counts. At 480x640 a tenth of them is enough.
+    Returns rows {"size", "images_per_second_per_core", "milliseconds"}. As in `measure`, the
+    shortest time of each room counts.
     """
     rows = []
     for (height, width), number in (((128, 160), count), ((480, 640), -(-count // 10))):
         times = np.full(number, np.inf)
-        render = functools.partial(_render, height, width)
-        for i in np.tile(np.arange(number), rounds):
-            times[i] = min(times[i], _seconds(render, (0, int(i)), None))
+        for i in list(range(number)) * rounds:
+            start = time.thread_time()
+            render_room((0, i), height, width)
+            times[i] = min(times[i], time.thread_time() - start)
         rows.append(
             {
                 "size": f"{height}x{width}",
@@ -191,19 +205,14 @@ def measure_rooms(*, count: int = 200, rounds: int = 3) -> list[dict]:
     return rows
 
 
-def _render(height: int, width: int, seed: tuple[int, int], rng: None) -> None:
-    del rng  # the seed decides
-    render_room(seed, height, width)
-
-
-def _seconds(step: Step, image: object, rng: np.random.Generator | None) -> float:
+def _seconds(step: Step, image: Any, rng: np.random.Generator) -> float:
     start = time.thread_time()
     step(image, rng)
     return time.thread_time() - start
 
 
 def sample_jpegs(count: int = 200, *, seed: int = 0, quality: int = 90) -> list[bytes]:
-    """JPEGs of 500 x 375: crops of scikit-learn's two photographs."""
+    """JPEG files of 500 x 375 pixels, cut from scikit-learn's two photographs."""
     rng = np.random.default_rng(seed)
     photos = [Image.fromarray(image) for image in load_sample_images().images]
     images = []
@@ -219,7 +228,7 @@ def sample_jpegs(count: int = 200, *, seed: int = 0, quality: int = 90) -> list[
 
 
 def high_frequency_jpegs(count: int = 20, *, seed: int = 0, quality: int = 95) -> list[bytes]:
-    """JPEGs of 500 x 375 of colour noise, and of stripes of one and two pixels."""
+    """JPEG files of 500 x 375 pixels: colour noise and stripes one or two pixels wide, in turn."""
     rng = np.random.default_rng(seed)
     images = []
     for i in range(count):

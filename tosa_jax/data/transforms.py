@@ -1,17 +1,17 @@
-"""Host-side augmentations, drawn for each example: uint8 images in, uint8 images out.
+"""Augmentations of labelled images, drawn on the host for each example: uint8 in, uint8 out.
 
-Normalisation, mixup, cutmix and erasing run on the device: everything here stays uint8.
+Normalisation, mixup, cutmix and erasing run on the device (`tasks`).
 """
 
 import math
 from collections.abc import Callable
 
-import grain
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
 from tosa_jax.data.decoding import to_array
+from tosa_jax.data.examples import Augmentation, Example
 from tosa_jax.data.randaugment import rand_augment
 
 _MAX_SHIFT = 1 / 8  # of the side, each way
@@ -26,7 +26,7 @@ _CROP_TRIES = 10
 def shift_image(
     image: UInt8[np.ndarray, "s s c"], down: int, right: int
 ) -> UInt8[np.ndarray, "s s c"]:
-    """The image moved by whole pixels (negative: up, left); what moves in is zero."""
+    """Moves the image by whole pixels (negative: up, left). What comes in from outside is zero."""
     height, width = image.shape[:2]
     out = np.zeros_like(image)
     out[max(down, 0) : height + min(down, 0), max(right, 0) : width + min(right, 0)] = image[
@@ -38,13 +38,13 @@ def shift_image(
 def warp_image(
     image: UInt8[np.ndarray, "s s c"], *, down: float, right: float, degrees: float, scale: float
 ) -> UInt8[np.ndarray, "s s c"]:
-    """One bilinear affine warp: rotated (anticlockwise) and scaled about the centre, then moved.
+    """Rotates (anticlockwise) and scales the image about its centre, then moves it, in one bilinear resampling.
 
-    What comes from outside the image is zero.
+    `down` and `right` are pixels. What comes in from outside is zero.
     """
     height, width, channels = image.shape
     cos, sin = math.cos(math.radians(degrees)) / scale, math.sin(math.radians(degrees)) / scale
-    # PIL wants the map from output to input: undo the shift, then the rotation about the centre.
+    # PIL asks for the map from output to input pixels: it undoes the shift, then the rotation.
     x, y = width / 2 + right, height / 2 + down
     matrix = (
         *(cos, -sin, width / 2 - cos * x + sin * y),
@@ -65,28 +65,29 @@ def _random_shift(
     return shift_image(image, down, right)
 
 
-class Shift(grain.transforms.RandomMap):
-    """Moves the image by up to an eighth of its side each way; what moves in is zero."""
+class Shift(Augmentation):
+    """Moves the image by whole pixels, up to an eighth of its side each way. What comes in is zero."""
 
-    def random_map(self, element: dict, rng: np.random.Generator) -> dict:
+    def random_map(self, element: Example, rng: np.random.Generator) -> Example:
         return {**element, "image": _random_shift(element["image"], rng)}
 
 
-class ShiftFlip(grain.transforms.RandomMap):
-    """`Shift`, and left and right exchanged every second time."""
+class ShiftFlip(Augmentation):
+    """`Shift`, then a left-right flip with probability 1/2."""
 
-    def random_map(self, element: dict, rng: np.random.Generator) -> dict:
+    def random_map(self, element: Example, rng: np.random.Generator) -> Example:
         image = _random_shift(element["image"], rng)
         return {**element, "image": image[:, ::-1] if rng.random() < 0.5 else image}
 
 
-class ShiftRotate(grain.transforms.RandomMap):
-    """Moves as far as `Shift`, by any fraction; turns up to 10 degrees; scales by 0.9 to 1.1."""
+class ShiftRotate(Augmentation):
+    """Moves the image by up to an eighth of its side (not in whole pixels), rotates it by up to 10 degrees either
+    way and scales it by 0.9 to 1.1; all four are drawn uniformly."""
 
-    def random_map(self, element: dict, rng: np.random.Generator) -> dict:
+    def random_map(self, element: Example, rng: np.random.Generator) -> Example:
         image = element["image"]
         limit = image.shape[0] * _MAX_SHIFT
-        # uniform(low, high) on arrays is slow for four numbers; these are scaled from [-1, 1).
+        # rng.uniform with arrays of bounds is slow for four numbers: draw in [-1, 1) and scale.
         down, right, turn, zoom = (2 * rng.random(4) - 1).tolist()
         middle, spread = (_MAX_SCALE + _MIN_SCALE) / 2, (_MAX_SCALE - _MIN_SCALE) / 2
         image = warp_image(
@@ -100,10 +101,10 @@ class ShiftRotate(grain.transforms.RandomMap):
 
 
 def draw_crop(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) of a random crop, as torchvision's RandomResizedCrop draws it.
+    """Draws (left, top, right, bottom) of a crop, pixels, as torchvision's RandomResizedCrop does.
 
-    0.08 to 1 of the area with 3:4 to 4:3 for width by height, in up to ten tries; where none fits,
-    the largest centred crop of a ratio within these bounds.
+    Its area is 0.08 to 1 of the image's, uniform; its width over its height is 3/4 to 4/3,
+    log-uniform. If none of ten draws fits, it is the largest centred crop with such a ratio.
     """
     low, high = (math.log(ratio) for ratio in _CROP_RATIO)
     for _ in range(_CROP_TRIES):
@@ -126,56 +127,55 @@ def draw_crop(width: int, height: int, rng: np.random.Generator) -> tuple[int, i
 def random_resized_crop(
     image: Image.Image, image_size: int, rng: np.random.Generator
 ) -> Image.Image:
-    """`draw_crop`, then that part alone resized to the square, bicubic and antialiased (PIL)."""
-    # Not resize(box=...): its filter would reach over the border of the crop.
+    """A crop by `draw_crop`, resized to image_size x image_size: bicubic, antialiased (PIL)."""
+    # Not resize(box=...): its filter would read pixels outside the crop.
     part = image.crop(draw_crop(*image.size, rng))
     return part.resize((image_size, image_size), Image.Resampling.BICUBIC)
 
 
 def crop_flip(image: Image.Image, image_size: int, rng: np.random.Generator) -> Image.Image:
-    """`random_resized_crop`, and left and right exchanged every second time."""
+    """`random_resized_crop`, then a left-right flip with probability 1/2."""
     image = random_resized_crop(image, image_size, rng)
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else image
 
 
 def deit(image: Image.Image, image_size: int, rng: np.random.Generator) -> Image.Image:
-    """`crop_flip`, then RandAugment `rand-m9-mstd0.5-inc1`; RGB only."""
+    """`crop_flip`, then RandAugment `rand-m9-mstd0.5-inc1`, for RGB images."""
     return rand_augment(crop_flip(image, image_size, rng), rng)
 
 
-class _Crop(grain.transforms.RandomMap):
-    """A whole opened image (PIL, any size) -> uint8 [image_size, image_size, c]."""
-
-    transform: Callable[[Image.Image, int, np.random.Generator], Image.Image]
-
-    def __init__(self, image_size: int) -> None:
-        self._image_size = image_size
-
-    def random_map(self, element: dict, rng: np.random.Generator) -> dict:
-        image = type(self).transform(element["image"], self._image_size, rng)
-        return {**element, "image": to_array(image)}
+CropTransform = Callable[[Image.Image, int, np.random.Generator], Image.Image]
 
 
-class CropFlip(_Crop):
-    """Random resized crop and flip of a whole PIL image."""
+class Crop(Augmentation):
+    """Applies `transform` to a whole PIL image of any size; the result is uint8 [image_size, image_size, c]."""
 
-    transform = staticmethod(crop_flip)
+    def __init__(self, transform: CropTransform, image_size: int) -> None:
+        self._transform, self._image_size = transform, image_size
+
+    def random_map(self, element: Example, rng: np.random.Generator) -> Example:
+        return {
+            **element,
+            "image": to_array(self._transform(element["image"], self._image_size, rng)),
+        }
 
 
-class Deit(_Crop):
-    """DeiT's augmentation of a whole PIL image; mixing and erasing are `data.mixing`'s."""
+CROPS: dict[str, CropTransform] = {"crop_flip": crop_flip, "deit": deit}
+"""Augmentations of whole PIL images. DeiT's mixing and erasing are done on the device."""
 
-    transform = staticmethod(deit)
-
-
-CROPS: dict[str, type[_Crop]] = {"crop_flip": CropFlip, "deit": Deit}
-"""Those that take a whole PIL image of any size and are made with `image_size`."""
-
-AUGMENTATIONS: dict[str, type[grain.transforms.RandomMap] | None] = {
+AUGMENTATIONS: dict[str, type[Augmentation] | None] = {
     "none": None,
     "shift": Shift,
     "shift_rotate": ShiftRotate,
     "shift_flip": ShiftFlip,
-    **CROPS,
+    **dict.fromkeys(CROPS, Crop),
 }
-"""By the name in `DataConfig.augment`; None: nothing is drawn."""
+"""By `DataConfig.augment`. All but `CROPS` take arrays that have the final size."""
+
+
+def make_augmentation(name: str, image_size: int) -> Augmentation | None:
+    """The augmentation that `AUGMENTATIONS` lists as `name`; None: nothing is drawn."""
+    if name in CROPS:
+        return Crop(CROPS[name], image_size)
+    transform = AUGMENTATIONS[name]
+    return transform() if transform else None

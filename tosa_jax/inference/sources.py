@@ -68,7 +68,7 @@ def from_workdir(workdir: Path, keep_rate: KeepRate, say: Say) -> Network:
     names = workdir / names_of.FILE
     return Network(
         model=_model(config, params),
-        form=preprocess_of("", config) if config.resizes else run.data.form,
+        form=preprocess_of("", config) if config.resizes else run.data.preprocess,
         mean=run.inputs.mean,
         std=run.inputs.std,
         options=run.options,

@@ -106,7 +106,6 @@ def programs(run: RunConfig, mesh: Mesh) -> Iterator[Program]:
         run.model.num_classes,
         (),
         run.task,
-        run.model.image_shape,
     )
     runner = Runner(run, Path(), StopRequest(), mesh=mesh, dataset=facts, init=abstract_init(run))
     stages, rows = plan_stages(run)

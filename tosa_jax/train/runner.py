@@ -65,7 +65,7 @@ class Runner:
         check_batch("batch_size", run.batch_size, self.mesh, run.accumulate)
         check_batch("eval.batch_size", run.eval.batch_size, self.mesh)
         if dataset is None:
-            dataset = coordination.together(lambda: open_dataset(run.data))
+            dataset = coordination.together(lambda: open_dataset(run.data).facts)
             coordination.check_same({"data set": dataclasses.asdict(dataset)})
         self.dataset: DatasetFacts = dataset
         if uses_labels(run):

@@ -1,7 +1,7 @@
-"""Image sets in MNIST's IDX files (MNIST, Fashion-MNIST, KMNIST, ...), as a TFDS builder.
+"""Image sets in IDX files, MNIST's format (MNIST, Fashion-MNIST, KMNIST, ...), as a TFDS builder.
 
-An IDX file is: two zero bytes, a type code (8: unsigned byte), the number of dimensions, each
-dimension as a big-endian uint32, then the values.
+An IDX file has two zero bytes, a type code (8: unsigned byte), the number of dimensions (one byte),
+each dimension as a big-endian uint32, then the values.
 """
 
 import dataclasses
@@ -11,19 +11,19 @@ import math
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 
-from tosa_jax.data.builders.digits import png_bytes
+from tosa_jax.data.builders.generated import GeneratedSet, png_bytes
 from tosa_jax.errors import DataError
 
 _FILES = {  # split -> (images, labels), each with or without .gz
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
-_CLASS_NAMES = {  # sets that are not listed have their labels' numbers as names
+_CLASS_NAMES = {  # classes of other sets are called by their numbers
     "fashion_mnist": (
         "T-shirt/top",
         "Trouser",
@@ -49,7 +49,7 @@ def read_idx(path: str | Path) -> np.ndarray:
     """
     path = Path(path)
     data = _read_bytes(path)
-    # A file that ends inside its magic number is cut short only if what is there could be IDX.
+    # A file shorter than the magic number counts as truncated if it begins as an IDX file does.
     if data[:3] != b"\x00\x00\x08"[: len(data)] or (len(data) > 3 and data[3] == 0):
         raise DataError(
             f"{path}: not an IDX file of unsigned bytes: it begins with 0x{data[:4].hex()}, not "
@@ -90,7 +90,8 @@ def read_split(source_dir: str | Path, split: str) -> tuple[np.ndarray, np.ndarr
     """Images uint8 [n, height, width] and labels uint8 [n] of "train" or "test".
 
     Raises:
-      DataError: what `read_idx` raises; files of another rank; no images; counts that differ.
+      DataError: as `read_idx`; or an array has another number of dimensions, there are no images,
+        or the numbers of images and labels differ.
     """
     image_path, label_path = (_find(source_dir, stem) for stem in _FILES[split])
     images, labels = read_idx(image_path), read_idx(label_path)
@@ -109,7 +110,7 @@ def read_split(source_dir: str | Path, split: str) -> tuple[np.ndarray, np.ndarr
 
 
 def fingerprint(source_dir: str | Path) -> str:
-    """Eight hex digits that change with the content of the four files.
+    """Eight hexadecimal digits that depend on the content of the four files.
 
     Raises:
       DataError: a file is missing or cannot be read.
@@ -136,7 +137,7 @@ def _find(source_dir: str | Path, stem: str) -> Path:
 
 @dataclasses.dataclass
 class IdxConfig(tfds.core.BuilderConfig):
-    """One data set in IDX files: where they are, and what is in them."""
+    """A data set in IDX files: their folder, the size of an image (height, width), and the classes."""
 
     source_dir: str = ""
     image_shape: tuple[int, int] = (28, 28)
@@ -144,13 +145,11 @@ class IdxConfig(tfds.core.BuilderConfig):
 
 
 def idx_config(name: str, source_dir: str | Path) -> IdxConfig:
-    """Reads and checks all four files, so that preparing cannot fail half-way on a broken one.
-
-    The config's name is `config_name(name, source_dir)`.
+    """Describes a set after reading and checking all four files: a broken one is found before anything is written.
 
     Raises:
-      DataError: what `read_split` raises; train and test images of different sizes; a label that
-        has no class name.
+      DataError: as `read_split`; or train and test images have different sizes, or a label has no
+        class name.
     """
     (train_x, train_y), (test_x, test_y) = (read_split(source_dir, split) for split in _FILES)
     if train_x.shape[1:] != test_x.shape[1:]:
@@ -159,7 +158,7 @@ def idx_config(name: str, source_dir: str | Path) -> IdxConfig:
             f"take all four files from the same data set"
         )
     highest = int(max(train_y.max(), test_y.max()))
-    # Ten at least: a set of digits stays one of ten classes, whichever of them a subset holds.
+    # At least ten: a subset of a set of digits still has ten classes.
     names = _CLASS_NAMES.get(name, tuple(str(i) for i in range(max(highest + 1, 10))))
     if highest >= len(names):
         raise DataError(
@@ -176,40 +175,26 @@ def idx_config(name: str, source_dir: str | Path) -> IdxConfig:
 
 
 def config_name(name: str, source_dir: str | Path) -> str:
-    """The data set's name and the fingerprint of its files, e.g. "fashion_mnist-1a2b3c4d".
+    """The data set's name and the fingerprint of its files, for example "fashion_mnist-1a2b3c4d".
 
-    Files that changed are thus another prepared set: nothing stale is read, and nothing is deleted
-    under a run that still reads the earlier one.
+    So changed files make another prepared set: no stale one is read, and none is deleted while a
+    run still reads it.
     """
     return f"{name}-{fingerprint(source_dir)}"
 
 
-class Idx(tfds.core.GeneratorBasedBuilder):
+class Idx(GeneratedSet):
     """TFDS set "idx/<config name>": image uint8 [height, width, 1], label; splits train, test."""
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.0.0": "First version."}
+    SPLITS = ("train", "test")
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        config = self.builder_config
-        features = tfds.features.FeaturesDict(
-            {
-                "image": tfds.features.Image(shape=(*config.image_shape, 1), encoding_format="png"),
-                "label": tfds.features.ClassLabel(names=list(config.class_names)),
-            }
-        )
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=config.description,
-            features=features,
-            supervised_keys=("image", "label"),
-        )
+    def describe(self) -> tuple[str, dict[str, Any]]:
+        config: IdxConfig = self.settings
+        return config.description or "", {
+            "image": tfds.features.Image(shape=(*config.image_shape, 1), encoding_format="png"),
+            "label": tfds.features.ClassLabel(names=list(config.class_names)),
+        }
 
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
-        del dl_manager  # nothing is downloaded
-        return {split: self._generate_examples(split) for split in _FILES}
-
-    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict]]:
-        images, labels = read_split(self.builder_config.source_dir, split)
-        for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-            yield i, {"image": png_bytes(image), "label": int(label)}
+    def examples(self, split: str) -> Iterator[dict[str, Any]]:
+        for image, label in zip(*read_split(self.settings.source_dir, split), strict=True):
+            yield {"image": png_bytes(image), "label": int(label)}

@@ -1,59 +1,48 @@
-"""Anyone's folder of JPEG and PNG files as a TFDS set: the same bytes, in ArrayRecord shards.
+"""A folder of JPEG and PNG files as a TFDS set: the same bytes, in ArrayRecord shards.
 
-Three forms of folder, told apart by what is in it:
+The folder has one of three layouts, which its content tells:
 
-    DIR/train/<class>/*.jpg, DIR/val/<class>/*.jpg     val, validation and test are split names too
+    DIR/train/<class>/*.jpg, DIR/val/<class>/*.jpg     val, validation and test are splits too
     DIR/<class>/*.jpg                                  a tenth of each class becomes "validation"
-    DIR/*.jpg                                          no classes: all labels 0, class "image"
+    DIR/*.jpg                                          no classes: all labels are 0, class "image"
 """
 
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import tensorflow_datasets as tfds
-from tensorflow_datasets.core import hashing
-from tensorflow_datasets.core.dataset_info import DatasetIdentity
 
-from tosa_jax.data.builders.shards import Item, Say, digest, prepared_splits, write_set
+from tosa_jax.data.builders.folders import (
+    EXTENSIONS,
+    SPLITS,
+    FolderSet,
+    file_item,
+    hold_out,
+    prepare_folder,
+)
+from tosa_jax.data.builders.shards import Item, Say, labelled
 from tosa_jax.errors import DataError
 
-# The set's folder under `data_dir`, and the version in it.
-NAME = "image_folder"
-VERSION = "1.0.0"
-
-# What counts as an image; other files are counted and left out.
-EXTENSIONS = (".jpg", ".jpeg", ".png")
-AUTOMATIC_BYTES = 2_000_000_000  # more than this is prepared only when it is asked for
-
-SPLITS = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
-"""What people call them -> what TFDS does."""
-
-_VALIDATION_SHARE = 0.1
+NAME = "image_folder"  # in `DataConfig.name`
 _ONE_CLASS = "image"
-_MAX_DEPTH = 8  # folders in a class folder; a link to a folder above it would never end
+_MAX_DEPTH = 8  # folders within a class folder; a link to a folder above would never end
 
 
 @dataclass
 class Tree:
     """What a folder holds.
 
-    items        split -> its images; labels are positions in `class_names`
-    class_names  the class folders' names, sorted
-    skipped      how many other files there are, by extension
+    class_names  names of the class folders, sorted.
+    items        split -> its images; a label is a position in `class_names`.
+    skipped      number of files that are left out, by extension or place.
     """
 
     class_names: list[str] = field(default_factory=list)
     items: dict[str, list[Item]] = field(default_factory=dict)
     skipped: Counter = field(default_factory=Counter)
-
-    @property
-    def num_bytes(self) -> int:
-        """The images' size."""
-        return sum(item.size for items in self.items.values() for item in items)
 
 
 def prepare_image_folder(
@@ -66,40 +55,33 @@ def prepare_image_folder(
 ) -> Path:
     """Prepares a folder of images, unless it is prepared already as it is now.
 
-    Args:
-      max_bytes: Prepare no larger folder than this.
-    Returns:
-      The version folder, data_dir/image_folder/<folder's name>-<fingerprint>/1.0.0. The
-      fingerprint changes with the files' relative names, sizes and times.
+    Arguments and result are those of `folders.prepare_folder`.
+
     Raises:
-      DataError: what `scan` raises; the folder is larger than `max_bytes`; the disk is too small.
+      DataError: as `scan` and `folders.prepare_folder`.
       OSError: `data_dir` cannot be written.
     """
     tree = scan(source_dir)
-    for extension, count in tree.skipped.most_common():
+    for what, count in tree.skipped.most_common():
         if count:
-            say(f"skipped: {count} files {extension}")
-    items = [item for split in sorted(tree.items) for item in tree.items[split]]
-    stem = re.sub(r"\W+", "_", source_dir.resolve().name) or "images"
-    path = data_dir / NAME / f"{stem}-{digest(items)}" / VERSION
-    # The splits are written one after the other.
-    if not overwrite and not tree.items.keys() - prepared_splits(path).keys():
-        return path
-    if max_bytes is not None and tree.num_bytes > max_bytes:
-        raise DataError(
-            f"{source_dir}: {tree.num_bytes / 1e9:.1f} GB of images are not prepared on the way: "
-            f"run `python -m tosa_jax.prepare --config=...` with the same options first"
-        )
-    write_set(path, _info(path, tree.class_names), tree.items, say, overwrite=overwrite)
-    return path
+            say(f"skipped: {count} files {what}")
+    features = {
+        "image": tfds.features.Image(),
+        "label": tfds.features.ClassLabel(names=tree.class_names),
+        "file_name": tfds.features.Text(),
+    }
+    found = FolderSet(NAME, "A folder of images.", features, tree.items, labelled)
+    return prepare_folder(
+        found, data_dir, source_dir, max_bytes=max_bytes, overwrite=overwrite, say=say
+    )
 
 
 def scan(source_dir: Path) -> Tree:
-    """Finds the images of a folder, their splits and classes. No file is opened.
+    """Lists the images of a folder with their splits and classes. No file is opened.
 
     Raises:
-      DataError: no such folder; no image; a class without images; the splits have different
-        classes, or one split has two folders; folders are nested too deeply.
+      DataError: the folder does not exist, has no images, or has a class without images; its splits
+        have different classes, or two folders are the same split; folders are nested too deeply.
     """
     folders, _ = _entries(source_dir)
     named = [f for f in folders if f.lower() in SPLITS]
@@ -109,7 +91,9 @@ def scan(source_dir: Path) -> Tree:
         found = _classes(source_dir, source_dir, tree.skipped)
         tree.class_names = sorted(found)
         for label, name in enumerate(tree.class_names):
-            _divide(tree, [item._replace(label=label) for item in found[name]])
+            parts = hold_out([item._replace(label=label) for item in found[name]])
+            for split, part in parts.items():
+                tree.items.setdefault(split, []).extend(part)
     else:
         for folder in sorted(set(folders) - set(named)):
             count = sum(1 for _ in _walk(source_dir / folder))
@@ -144,7 +128,7 @@ def _named_splits(tree: Tree, source_dir: Path, named: list[str]) -> None:
 
 
 def _classes(folder: Path, root: Path, skipped: Counter) -> dict[str, list[Item]]:
-    """Class -> images, of a folder of class folders, or of images without classes."""
+    """Class -> its images, for a folder of class folders; a folder of images alone is one class."""
     classes, files = _entries(folder)
     if not classes:
         images = _images(folder, root, skipped)
@@ -170,16 +154,14 @@ def _images(folder: Path, root: Path, skipped: Counter) -> list[Item]:
         if extension not in EXTENSIONS:
             skipped[extension or "without an extension"] += 1
             continue
-        # Names that are no UTF-8 exist on disks, but not in TFDS.
-        name = Path(os.path.relpath(entry.path, root)).as_posix()
-        name = os.fsencode(name).decode("utf-8", "replace")
-        stat = entry.stat()
-        items.append(Item(name, 0, entry.path, 0, stat.st_size, stat.st_mtime_ns))
+        item = file_item(Path(entry.path), root)
+        # Disks may hold names that are no UTF-8; TFDS may not.
+        items.append(item._replace(name=os.fsencode(item.name).decode("utf-8", "replace")))
     return sorted(items)
 
 
 def _walk(folder: Path, depth: int = 0) -> Iterator[os.DirEntry]:
-    """All files below a folder, links followed, hidden ones left out."""
+    """All files in a folder and its folders. Links are followed, hidden names left out."""
     if depth > _MAX_DEPTH:
         raise DataError(f"{folder}: more than {_MAX_DEPTH} folders deep; is a link going round?")
     folders, files = _entries(folder)
@@ -189,7 +171,7 @@ def _walk(folder: Path, depth: int = 0) -> Iterator[os.DirEntry]:
 
 
 def _entries(folder: Path) -> tuple[list[str], list[os.DirEntry]]:
-    """The names of the folders in a folder, and its files; hidden ones left out."""
+    """Names of the folders directly in a folder, sorted, and its files. Hidden names are left out."""
     try:
         with os.scandir(folder) as scanned:
             entries = [entry for entry in scanned if not entry.name.startswith(".")]
@@ -197,43 +179,3 @@ def _entries(folder: Path) -> tuple[list[str], list[os.DirEntry]]:
         raise DataError(f"{folder}: cannot be read ({error.strerror}); check source_dir") from None
     folders = sorted(entry.name for entry in entries if entry.is_dir())
     return folders, [entry for entry in entries if entry.is_file()]
-
-
-def _divide(tree: Tree, items: list[Item]) -> None:
-    for split, part in hold_out(items).items():
-        tree.items.setdefault(split, []).extend(part)
-
-
-def hold_out(items: list[Item]) -> dict[str, list[Item]]:
-    """A tenth to "validation", by the hash of the name, at least one; one at least stays in "train"."""
-    hasher = hashing.Hasher("split")
-    shuffled = sorted(items, key=lambda item: hasher.hash_key(item.name))
-    count = round(len(items) * _VALIDATION_SHARE)
-    if len(items) > 1:
-        count = max(count, 1)
-    parts = {"validation": shuffled[:count], "train": shuffled[count:]}
-    return {split: part for split, part in parts.items() if part}
-
-
-def _info(path: Path, class_names: list[str]) -> tfds.core.DatasetInfo:
-    identity = DatasetIdentity(
-        name=NAME,
-        version=tfds.core.Version(VERSION),
-        data_dir=str(path),
-        module_name=__name__,
-        config_name=path.parent.name,
-        release_notes={VERSION: "First version."},
-    )
-    features = {
-        "image": tfds.features.Image(),
-        "label": tfds.features.ClassLabel(names=class_names),
-        "file_name": tfds.features.Text(),
-    }
-    info = tfds.core.DatasetInfo(
-        builder=identity,
-        description="A folder of images.",
-        features=tfds.features.FeaturesDict(features),
-        supervised_keys=("image", "label"),
-    )
-    info.set_file_format("array_record")
-    return info

@@ -1,8 +1,8 @@
 """ImageNet (ILSVRC 2012) from its two tar files to TFDS's "imagenet2012", without TensorFlow.
 
-Russakovsky et al., "ImageNet Large Scale Visual Recognition Challenge", IJCV 2015. Schema, class
+Russakovsky et al., "ImageNet Large Scale Visual Recognition Challenge", IJCV 2015. Features, class
 order and validation labels are those of `tensorflow_datasets`. One difference: TFDS re-encodes 22
-CMYK files and the PNG file that is called n02105855_2933.JPEG; here all bytes stay as they are.
+CMYK files and n02105855_2933.JPEG, which is a PNG file; here all files keep their bytes.
 """
 
 import re
@@ -12,12 +12,14 @@ from pathlib import Path, PurePosixPath
 
 import tensorflow_datasets as tfds
 
-from tosa_jax.data.builders.shards import Item, Progress, Say, prepared_splits, write_set
+from tosa_jax.data.builders.shards import Item, Progress, Say
+from tosa_jax.data.builders.stock import prepare_stock, stock_info
 from tosa_jax.errors import DataError
 
-# TFDS's name; image-net.org's files and the numbers of images in them, by split.
+# TFDS's name of the set; for each split image-net.org's tar file and its number of images.
 NAME = "imagenet2012"
 TARS = {"validation": "ILSVRC2012_img_val.tar", "train": "ILSVRC2012_img_train.tar"}
+CONTENT = " and ".join(TARS.values())
 EXPECTED_COUNTS = {"train": 1_281_167, "validation": 50_000}
 
 _VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
@@ -34,52 +36,44 @@ def prepare_imagenet(
 ) -> Path:
     """Prepares the splits whose tar file is in `source_dir`; one of the two is enough.
 
-    A split that is prepared already stays as it is, and shards that an earlier call completed are
+    A split that is prepared already stays as it is, and shards that a stopped call completed are
     used. All tar files are listed, and their images counted, before anything is written.
 
+    Args:
+      expected_counts: Number of images by split.
+      overwrite: Make prepared splits again.
     Returns:
       The version folder, data_dir/imagenet2012/5.1.0.
     Raises:
-      DataError: no tar file there; one is broken, has an image of an unknown class, or not the
-        expected number of images; the version folder holds a TFRecord copy; the disk is too small.
+      DataError: there is no tar file; one is broken, has an image of an unknown class, or not the
+        expected number of images; the version folder has a TFRecord copy; the disk is too small.
       OSError: `data_dir` cannot be written.
     """
-    info = tfds.builder_cls(NAME)(data_dir=str(data_dir), file_format="array_record").info
-    path = data_dir / NAME / str(info.version)
-    if any(path.glob("*.tfrecord-*")):
-        raise DataError(
-            f"{path}: holds a TFRecord copy already; leave source_dir empty to convert that"
-        )
-    done = () if overwrite else prepared_splits(path)
-    items = {}
-    for split, file_name in TARS.items():
-        tar = source_dir / file_name
-        if split in done:
-            say(f"{split}: complete already, {done[split].num_examples} images")
-            continue
+    info, path = stock_info(NAME, data_dir)
+    class_names = dict(info.features.items())["label"].names  # pyright: ignore
+
+    def find(split: str) -> list[Item]:
+        tar = source_dir / TARS[split]
         if not tar.is_file():
-            say(f"{split}: no {file_name} in {source_dir}, left out")
-            continue
-        items[split] = list_images(tar, split, info.features["label"].names, say)
-        if len(items[split]) != expected_counts[split]:
+            say(f"{split}: no {tar.name} in {source_dir}, left out")
+            return []
+        items = list_images(tar, split, class_names, say)
+        if len(items) != expected_counts[split]:
             raise DataError(
-                f"{tar}: {len(items[split])} images of "
-                f"{len({item.label for item in items[split]})} classes, but "
+                f"{tar}: {len(items)} images of {len({item.label for item in items})} classes, but "
                 f"{expected_counts[split]} are expected; {_AGAIN}"
             )
-    if not items and not done:
-        raise DataError(
-            f"{source_dir}: neither {' nor '.join(TARS.values())}; set source_dir to their folder"
-        )
-    write_set(path, info, items, say, overwrite=overwrite)
-    return path
+        return items
+
+    nothing = f"{source_dir}: neither {' nor '.join(TARS.values())}; set source_dir to their folder"
+    return prepare_stock(info, path, TARS, find, nothing=nothing, overwrite=overwrite, say=say)
 
 
 def list_images(tar: Path, split: str, class_names: list[str], say: Say) -> list[Item]:
-    """The images in a "train" or "validation" tar file; only the headers are read.
+    """Lists the images in the tar file of "train" or "validation". Only headers are read.
 
     Raises:
-      DataError: the file is no plain tar file or ends early, or an image has no known class.
+      DataError: the file is no uncompressed tar file or is cut short, or an image has no known class.
     """
     labels = {name: i for i, name in enumerate(class_names)}
     find = _train_images if split == "train" else _validation_images
@@ -102,12 +96,12 @@ _Place = tuple[str, int, int, int]  # file name, label, offset in the outer tar 
 
 
 def _train_images(archive: tarfile.TarFile, labels: Mapping[str, int]) -> Iterator[_Place]:
-    """The images of the inner tar files, one a class, called n01440764.tar and so on."""
+    """The images of the training file: it holds one tar file a class, n01440764.tar and so on."""
     for outer in _files(archive):
         class_tar = PurePosixPath(outer.name)
         if class_tar.suffix != ".tar" or class_tar.stem not in labels:
             raise DataError(f"{archive.name}: {outer.name} is not the tar file of a known class")
-        # No copy: the inner tar file is read where it lies.
+        # The inner tar file is read in place, not copied.
         with tarfile.open(fileobj=archive.extractfile(outer), mode="r:") as inner:
             for image in _files(inner):
                 name = PurePosixPath(image.name).name
@@ -120,7 +114,7 @@ def _train_images(archive: tarfile.TarFile, labels: Mapping[str, int]) -> Iterat
 
 
 def _validation_images(archive: tarfile.TarFile, labels: Mapping[str, int]) -> Iterator[_Place]:
-    # One line an image, in the order of the numbers in the file names.
+    # A line for each image, in the order of the numbers in the file names.
     text = tfds.core.tfds_path("datasets/imagenet2012/validation_labels.txt").read_text()
     classes = text.split()
     for image in _files(archive):
@@ -133,6 +127,6 @@ def _validation_images(archive: tarfile.TarFile, labels: Mapping[str, int]) -> I
 
 def _files(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     while (member := archive.next()) is not None:
-        archive.members.clear()  # it would keep the headers of all files in memory
+        archive.members.clear()  # pyright: ignore  # else all headers stay in memory
         if member.isfile():
             yield member

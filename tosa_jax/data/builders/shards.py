@@ -1,10 +1,10 @@
-"""Image files, or images inside tar files, to a TFDS folder of ArrayRecord shards.
+"""Writes image files, or images inside tar files, to a TFDS folder of ArrayRecord shards.
 
-TFDS's own writer copies every example to a temporary file and back, and starts again from nothing
-after a kill. Here the list of images is known before a byte of them is read: each shard is read,
-written and renamed on its own, so that what is complete stays complete. Order, shard count and
-shard lengths are TFDS's (the hash of the example's key, salted with the split's name): a slice
-like "train[:10%]" is a fair sample, and the same one as of a copy that TFDS made.
+TFDS's own writer copies every example to a temporary file and back, and a stopped one starts from
+the beginning. Here all images are listed before any is read. Each shard is then read, written and
+renamed on its own, so that a finished shard stays finished. Order, number and lengths of the shards
+are TFDS's: examples are sorted by the hash of their key, salted with the split's name. So a slice
+such as "train[:10%]" is a random sample, and the same one as in a copy that TFDS made.
 """
 
 import functools
@@ -17,10 +17,11 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from etils import epath
 from tensorflow_datasets.core import example_serializer, hashing, splits
 from tensorflow_datasets.core.utils import shard_utils
 
@@ -28,15 +29,19 @@ from tosa_jax.errors import DataError
 
 Say = Callable[[str], object]
 
-WRITER_OPTIONS = "group_size:1"  # one record a group: any record is read alone
-_READERS = 8  # threads: on a network disk most of the time is waiting
+WRITER_OPTIONS = "group_size:1"  # one record in a group, so that any record can be read alone
+_READERS = 8  # threads: reading from a network disk is mostly waiting
 _SAY_EVERY_S = 10.0
 
 
 class Item(NamedTuple):
-    """One example: its key and file name, its class, and the bytes of a file that are its image.
+    """One example, not read yet.
 
-    `beside` is a second file that belongs to it: its depth map.
+    name      its key in TFDS, and file name.
+    label     its class.
+    path      the file with its bytes: `size` bytes from `offset` on.
+    mtime_ns  modification time of that file, nanoseconds.
+    beside    a second file of the example (its `label` is not used); None: there is none.
     """
 
     name: str
@@ -49,16 +54,16 @@ class Item(NamedTuple):
 
 
 Encode = Callable[[Item, list[bytes]], dict]
-"""An item, and the bytes of its file and of the one beside it, to the features of its example."""
+"""Makes the features of an example from an item and the bytes of its file, and of the one beside it."""
 
 
 def labelled(item: Item, files: list[bytes]) -> dict:
-    """The `Encode` of image classification."""
+    """The `Encode` of image classification: "image", "label" and "file_name"."""
     return {"image": files[0], "label": item.label, "file_name": item.name}
 
 
 class Progress:
-    """Says a line at most every ten seconds, and the first and last one always."""
+    """Reports progress: the first line, then at most one every ten seconds, and the last if bytes are counted."""
 
     def __init__(self, say: Say, what: str) -> None:
         self._say, self._what = say, what
@@ -66,7 +71,7 @@ class Progress:
         self._last = -_SAY_EVERY_S
 
     def __call__(self, text: str, done_bytes: int = 0, all_bytes: int = 0) -> None:
-        """Says `text`; with byte counts of this run's work, the speed and the time left too."""
+        """Reports `text`, and with the bytes done and to do also the speed and the time left."""
         now = time.monotonic()
         if now - self._last < _SAY_EVERY_S and not (all_bytes and done_bytes == all_bytes):
             return
@@ -80,10 +85,10 @@ class Progress:
 
 
 def digest(items: Iterable[Item]) -> str:
-    """Eight hex digits that change with the items' names, labels, places, sizes or file times."""
+    """Eight hexadecimal digits that depend on names, labels, offsets, sizes and modification times."""
     total = hashlib.sha256()
     for item in items:
-        # The folder's own place is left out: a tree that was moved is the same tree.
+        # Without the path: a folder that was moved is the same set.
         total.update(repr((item.name, item.label, *item[3:6])).encode())
         if item.beside:
             total.update(repr((item.beside.name, *item.beside[3:6])).encode())
@@ -100,17 +105,18 @@ def write_set(
     growth: float = 1.0,
     overwrite: bool = False,
 ) -> None:
-    """Writes the splits that a version folder does not have yet; each appears when it is complete.
+    """Writes the splits that a version folder does not have yet. A split appears when it is complete.
 
     Args:
-      path: The version folder, .../1.0.0. What is unfinished lies beside it in .../1.0.0.incomplete
-        and is used by the next call, as long as the source files are the same.
-      info: The set's name, version and features, which `encode` gives.
-      items: The examples of each split, none empty.
-      growth: The size of examples by that of their files.
-      overwrite: Splits that are there are made again too, and stay until the new are complete.
+      path: The version folder, .../1.0.0. Finished shards of unfinished splits lie beside it, in
+        .../1.0.0.incomplete. The next call uses them if the source files are the same.
+      info: Name, version and features of the set.
+      items: Split -> its examples, none empty.
+      encode: Makes an example with the features of `info`.
+      growth: Size of an example in the shard, relative to its files.
+      overwrite: Also make splits again that are there. The old one stays until the new is complete.
     Raises:
-      DataError: the disk is too small, or an image is no longer what its item says.
+      DataError: the disk is too small, or a file has changed since it was listed.
       OSError: the folder cannot be written.
     """
     work = path.with_name(f"{path.name}.incomplete")
@@ -118,19 +124,20 @@ def write_set(
         if split in prepared_splits(path) and not overwrite:
             continue
         lengths = _write_split(work, info, split, examples, say, encode, growth)
-        size = _size(examples, growth)
+        size = num_bytes(examples, growth)
         _publish(path, work, info, splits.SplitInfo(split, lengths, size))
     shutil.rmtree(work, ignore_errors=True)
 
 
 def prepared_splits(path: Path) -> Mapping[str, splits.SplitInfo]:
-    """The complete splits of a version folder, by name; none if it does not exist."""
+    """The complete splits of a version folder by name; empty if there is no such folder."""
     if not (path / "dataset_info.json").is_file():
         return {}
     return tfds.builder_from_directory(str(path)).info.splits
 
 
-def _size(items: Iterable[Item], growth: float) -> int:
+def num_bytes(items: Iterable[Item], growth: float = 1.0) -> int:
+    """Size of the items' files, times `growth`."""
     files = (file for item in items for file in (item, item.beside) if file)
     return round(growth * sum(file.size for file in files))
 
@@ -144,7 +151,7 @@ def _write_split(
     encode: Encode,
     growth: float,
 ) -> list[int]:
-    """Writes the shards that are not there yet; returns the examples of each shard."""
+    """Writes the shards that are not there yet. Returns the number of examples in each shard."""
     folder = work / f"{split}-{digest(items)}"
     for other in work.glob(f"{split}-*"):
         if other != folder:
@@ -153,21 +160,22 @@ def _write_split(
     folder.mkdir(parents=True, exist_ok=True)
     plan = _plan(folder, info.name, split, items, growth)
     missing = [(path, part) for path, part in plan if not has_records(path, len(part))]
-    all_bytes = sum(_size(part, growth) for _, part in missing)
+    all_bytes = sum(num_bytes(part, growth) for _, part in missing)
     _check_space(work, all_bytes)
     if len(missing) < len(plan):
         say(f"{split}: {len(plan) - len(missing)} of {len(plan)} shards are there already")
-    serializer = example_serializer.ExampleSerializer(info.features.get_serialized_info())
+    features: Any = info.features
+    serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
     progress, done_bytes = Progress(say, split), 0
     with ThreadPoolExecutor(_READERS) as pool:
         for i, (path, part) in enumerate(missing, len(plan) - len(missing) + 1):
-            # Read in the order of the source: a disk with a moving head is several times faster.
+            # Read in the order of the source files: several times faster on a hard disk.
             order = sorted(range(len(part)), key=lambda j, part=part: part[j][2:4])
             read = functools.partial(_example, encode)
             examples = dict(zip(order, pool.map(read, (part[j] for j in order)), strict=True))
-            write_shard(path, (_record(serializer, info, examples.pop(j))
-                               for j in range(len(part))))  # fmt: skip
-            done_bytes += _size(part, growth)
+            records = (_record(serializer, features, examples.pop(j)) for j in range(len(part)))
+            write_shard(path, records)
+            done_bytes += num_bytes(part, growth)
             progress(f"{i} of {len(plan)} shards", done_bytes, all_bytes)
     return [len(part) for _, part in plan]
 
@@ -175,13 +183,13 @@ def _write_split(
 def _plan(
     folder: Path, name: str, split: str, items: list[Item], growth: float
 ) -> list[tuple[Path, list[Item]]]:
-    """Each shard's file and its examples, in TFDS's order."""
+    """The file of each shard and its examples, in TFDS's order."""
     hasher = hashing.Hasher(split)
     shuffled = sorted(items, key=lambda item: hasher.hash_key(item.name))
-    size = _size(items, growth)
+    size = num_bytes(items, growth)
     count = shard_utils.ShardConfig.calculate_number_shards(size, len(items))
     template = tfds.core.ShardedFileTemplate(
-        data_dir=folder, dataset_name=name, split=split, filetype_suffix="array_record"
+        data_dir=epath.Path(folder), dataset_name=name, split=split, filetype_suffix="array_record"
     )
     ends = shard_utils.get_shard_boundaries(len(items), count)
     starts = [0, *ends[:-1]]
@@ -209,14 +217,14 @@ def _read(item: Item) -> bytes:
 
 
 def _record(
-    serializer: example_serializer.ExampleSerializer, info: tfds.core.DatasetInfo, example: dict
+    serializer: example_serializer.ExampleSerializer, features: Any, example: dict
 ) -> bytes:
-    return serializer.serialize_example(info.features.encode_example(example))
+    return serializer.serialize_example(features.encode_example(example))
 
 
 def write_shard(path: Path, records: Iterable[bytes]) -> None:
-    """Writes an ArrayRecord file that has its name only when it is complete and on the disk."""
-    # A name of its own: two processes may prepare the same set, and both write the same records.
+    """Writes an ArrayRecord file under a temporary name, and renames it when it is on the disk."""
+    # The name holds host and process: two of them may prepare the same set at the same time.
     unfinished = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
     try:
         writer = ArrayRecordWriter(str(unfinished), WRITER_OPTIONS)
@@ -253,7 +261,7 @@ def _check_space(work: Path, needed: int) -> None:
 
 
 def _publish(path: Path, work: Path, info: tfds.core.DatasetInfo, split: splits.SplitInfo) -> None:
-    """Moves a complete split's shards to the version folder, then names the split there."""
+    """Moves the shards of a complete split to the version folder, then adds the split to its description."""
     path.mkdir(parents=True, exist_ok=True)
     old = set(path.glob(f"{info.name}-{split.name}.array_record-*"))
     for shard in sorted(work.glob(f"{split.name}-*/*.array_record-*-of-*[0-9]")):
@@ -263,7 +271,7 @@ def _publish(path: Path, work: Path, info: tfds.core.DatasetInfo, split: splits.
     info.set_splits(splits.SplitDict([*(known | {split.name: split}).values()]))
     with tempfile.TemporaryDirectory(dir=work) as folder:
         info.write_to_directory(folder)
-        # This file makes the split visible, so it goes last.
+        # Readers find the split by this file, so it is moved last.
         last = "dataset_info.json"
         for name in (*sorted({*os.listdir(folder)} - {last}), last):
             os.replace(Path(folder) / name, path / name)

@@ -1,8 +1,9 @@
-"""A TFDS set's TFRecord files to ArrayRecord files beside them, without TensorFlow.
+"""Writes the records of a TFDS set's TFRecord files to ArrayRecord files beside them, without TensorFlow.
 
-A TFRecord file is a row of: length (uint64), checksum of these 8 bytes (uint32), data, checksum of
-the data (uint32), all little-endian. The checksums are CRC-32C, rotated and shifted ("masked"):
-https://www.tensorflow.org/tutorials/load_data/tfrecord. Both are verified.
+Each record of a TFRecord file is its length (uint64), a checksum of these 8 bytes (uint32), the data
+and a checksum of the data (uint32), all little-endian. The checksums are CRC-32C, rotated by 15 bits
+and increased by a constant ("masked"): https://www.tensorflow.org/tutorials/load_data/tfrecord. Both
+are verified.
 """
 
 import functools
@@ -24,14 +25,14 @@ _AGAIN = "copy the file again, or prepare the set again"
 
 
 def convert(path: Path, *, overwrite: bool = False, say: Say = print) -> None:
-    """Gives a version folder that holds a set as TFRecord an ArrayRecord copy of all its splits.
+    """Copies all splits of a version folder from TFRecord to ArrayRecord files.
 
-    The TFRecord files stay, and stay the set's first format; TFDS and this project pick the
-    ArrayRecord files where they need random access. Files that an earlier call completed are kept,
-    unless `overwrite`. Only when all are there does dataset_info.json name them.
+    The TFRecord files stay, and remain the set's main format; the ArrayRecord files are used where
+    records are read in any order. Files that an earlier call completed are kept, unless `overwrite`.
+    The new format is added to dataset_info.json when all files are complete.
 
     Raises:
-      DataError: a TFRecord file is missing, damaged, or holds another number of records than
+      DataError: a TFRecord file is missing or damaged, or has another number of records than
         dataset_info.json says.
       OSError: the folder cannot be written.
     """
@@ -56,6 +57,7 @@ def convert(path: Path, *, overwrite: bool = False, say: Say = print) -> None:
 
 
 def _files(path: Path, split: tfds.core.SplitInfo) -> Iterator[tuple[str, int]]:
+    assert split.filename_template is not None, "prepared sets have one"
     template = split.filename_template.replace(data_dir=path, filetype_suffix="tfrecord")
     files = template.sharded_filepaths(len(split.shard_lengths))
     return zip(map(str, files), split.shard_lengths, strict=True)
@@ -81,10 +83,10 @@ def _add_format(path: Path) -> None:
 
 
 def read_tfrecord(path: Path) -> Iterator[bytes]:
-    """The records of a TFRecord file.
+    """Yields the data of each record of a TFRecord file.
 
     Raises:
-      DataError: the file cannot be read, is cut short, or a checksum does not fit.
+      DataError: the file cannot be read or is cut short, or a checksum differs.
     """
     try:
         with open(path, "rb") as file:
@@ -94,7 +96,7 @@ def read_tfrecord(path: Path) -> Iterator[bytes]:
                 if len(header) < 12:
                     raise DataError(f"{path}: truncated at byte {at}; {_AGAIN}")
                 length, check = struct.unpack("<QI", header)
-                # Before the data is read: a wrong length could ask for all the memory there is.
+                # Checked before the data is read: a wrong length could ask for any amount of memory.
                 if check != masked_crc32c(header[:8]):
                     raise DataError(f"{path}: damaged length at byte {at}; {_AGAIN}")
                 if at + 16 + length > size:
@@ -108,22 +110,22 @@ def read_tfrecord(path: Path) -> Iterator[bytes]:
 
 
 def masked_crc32c(data: bytes) -> int:
-    """TFRecord's checksum."""
+    """TFRecord's checksum: CRC-32C, masked."""
     crc = crc32c(data)
     return ((crc >> 15 | crc << 17) + _MASK_DELTA) & 0xFFFFFFFF
 
 
 def crc32c(data: bytes) -> int:
-    """CRC-32C of `data`, with NumPy, at about 200 MB/s a core.
+    """CRC-32C of `data`, in NumPy, at about 200 MB/s a core.
 
-    The checksum is linear: that of a text is the XOR of its first half's, moved on over as many
-    zero bytes as the second half is long, and its second half's. So all pairs of two bytes are
-    looked up at once, then neighbours are joined, and joined again.
+    The checksum is linear. The register after two pieces of data is the XOR of that of the second
+    piece, and that of the first piece advanced by as many zero bytes as the second has. So all pairs
+    of bytes are looked up in a table at once; then neighbours are joined until one register is left.
     """
     if len(data) < 4:
         return _crc32c_short(data)
-    # With a register that starts at zero, a zero byte in front changes nothing. That it starts with
-    # ones is the same as the first four bytes inverted.
+    # A register that starts as zero is not changed by leading zero bytes. One that starts as all
+    # ones equals a zero register with the first four bytes inverted.
     front = len(data) % 2
     text = np.zeros(front + len(data), np.uint8)
     text[front:] = np.frombuffer(data, np.uint8)
@@ -146,22 +148,24 @@ def _crc32c_short(data: bytes) -> int:
 
 
 def _advance(crcs: np.ndarray, level: int) -> np.ndarray:
-    """Registers uint32 after 2 << level further zero bytes."""
+    """Advances registers (uint32) by 2 << level zero bytes."""
     low, high = _tables(level)
     return low[crcs & 0xFFFF] ^ high[crcs >> 16]
 
 
 @functools.cache
 def _tables(level: int) -> tuple[np.ndarray, np.ndarray]:
-    """`_advance` of all registers with only the low, and with only the high 16 bits, uint32."""
-    low = np.arange(1 << 16, dtype=np.uint32)
-    halves = [low, low << 16]
-    if level:
-        # Twice half the way.
-        return tuple(_advance(_advance(half, level - 1), level - 1) for half in halves)
-    for _ in range(2):
-        halves = [_byte_table()[half & 0xFF] ^ half >> 8 for half in halves]
-    return tuple(halves)
+    """`_advance` of every value of the low 16 bits, and of every value of the high 16 bits: uint32 [65536] each."""
+
+    def advanced(registers: np.ndarray) -> np.ndarray:
+        if level:  # two steps of half the length
+            return _advance(_advance(registers, level - 1), level - 1)
+        for _ in range(2):
+            registers = _byte_table()[registers & 0xFF] ^ registers >> 8
+        return registers
+
+    values = np.arange(1 << 16, dtype=np.uint32)
+    return advanced(values), advanced(values << 16)
 
 
 @functools.cache

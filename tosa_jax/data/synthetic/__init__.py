@@ -1,3 +1,3 @@
-"""Pictures that are drawn: rooms with exact depth, cluttered canvases.
-The TFDS builders that store them are in `data.builders`.
+"""Renderers of images: rooms with exact depth, and cluttered canvases.
+The TFDS builders that store their images are in `data.builders`.
 """

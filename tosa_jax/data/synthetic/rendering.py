@@ -1,8 +1,8 @@
-"""Exact pictures of simple solids: a pinhole camera's rays meet boxes, spheres and cylinders in closed form.
+"""Renders boxes, spheres and cylinders exactly: rays of a pinhole camera meet them in closed form.
 
-World axes: x and y along the floor, z up; metres. Camera axes: x right, y down, z forward, as in NYU Depth V2. A ray's
-direction has a forward component of 1, so that its parameter is the z-depth, the distance along the optical axis that
-depth sensors report, and not the distance to the camera.
+World axes: x and y along the floor, z up; metres. Camera axes: x right, y down, z forward, as in NYU Depth V2. The
+direction of a ray has a forward component of 1. So the parameter of a point on it is the point's z-depth: the distance
+along the optical axis, which depth sensors report, not the distance to the camera.
 """
 
 import math
@@ -28,15 +28,18 @@ _NYU_SIZE = (480, 640)
 _NYU_FOCAL = (518.857901, 519.469611)
 _NYU_CENTRE = (325.582449, 253.736166)
 
-_NEAR = 0.05  # metres; what is closer to the camera's plane has no bounded picture
+_NEAR = 0.05  # metres in front of the camera; the image of what is closer may have any size
 
 
 @dataclass(frozen=True, kw_only=True)
 class Camera:
-    """A pinhole: focal lengths (x, y) and principal point in pixels, whose centres have whole coordinates.
+    """A pinhole camera. The centre of a pixel has integer coordinates.
 
-    position  in the world.
-    axes      columns: the camera's right, down and forward in the world.
+    height, width  of the image, pixels.
+    focal          focal lengths of x and y, pixels.
+    centre         principal point (x, y), pixels.
+    position       in the world, metres.
+    axes           its columns are the camera's right, down and forward directions in the world.
     """
 
     height: int
@@ -47,18 +50,18 @@ class Camera:
     axes: Rotation
 
     def directions(self) -> Float[np.ndarray, "3 h w"]:
-        """The ray of each pixel's centre in the world, forward component 1."""
+        """Direction of the ray through each pixel's centre, in world axes; its forward component is 1."""
         x = (np.arange(self.width) - self.centre[0]) / self.focal[0]
         y = (np.arange(self.height) - self.centre[1]) / self.focal[1]
         right, down, forward = (axis[:, None, None] for axis in self.axes.T)
         return right * x[None, None, :] + down * y[None, :, None] + forward
 
     def rectangle(self, corners: Float[np.ndarray, "3 n"]) -> tuple[slice, slice] | None:
-        """Rows and columns that hold the picture of the corners' convex hull; None where it is behind the camera."""
+        """Rows and columns that contain the image of the corners' convex hull; None: it is not in view."""
         x, y, z = self.axes.T @ (corners - self.position[:, None])
         if z.max() < _NEAR:
             return None
-        if z.min() < _NEAR:  # it reaches behind the camera: its picture has no bound
+        if z.min() < _NEAR:  # partly behind the camera: its image may fill all pixels
             return slice(0, self.height), slice(0, self.width)
         u = x / z * self.focal[0] + self.centre[0]
         v = y / z * self.focal[1] + self.centre[1]
@@ -70,21 +73,21 @@ class Camera:
 
 
 def nyu_camera(height: int, width: int, position: Vector, axes: Rotation) -> Camera:
-    """NYU Depth V2's camera as its pictures show it after resizing to height x width pixels."""
-    scales = width / _NYU_SIZE[1], height / _NYU_SIZE[0]
+    """The camera of NYU Depth V2, for its images resized to height x width pixels."""
+    # Of x and y. A centre moves too, since the outer edge lies half a pixel before the first centre.
+    x, y = width / _NYU_SIZE[1], height / _NYU_SIZE[0]
     return Camera(
         height=height,
         width=width,
-        focal=tuple(f * s for f, s in zip(_NYU_FOCAL, scales, strict=True)),
-        # Resizing keeps the outer edges, which lie half a pixel before the first centre.
-        centre=tuple((c + 0.5) * s - 0.5 for c, s in zip(_NYU_CENTRE, scales, strict=True)),
+        focal=(_NYU_FOCAL[0] * x, _NYU_FOCAL[1] * y),
+        centre=((_NYU_CENTRE[0] + 0.5) * x - 0.5, (_NYU_CENTRE[1] + 0.5) * y - 0.5),
         position=position,
         axes=axes,
     )
 
 
 def looking(yaw: float, pitch: float, roll: float) -> Rotation:
-    """A camera's axes: looking along x turned by `yaw` to y, then up by `pitch`; `roll` turns it clockwise. Radians."""
+    """Axes of a camera that looks along x, turned by `yaw` to y, by `pitch` up and by `roll` clockwise, radians."""
     cos, sin = math.cos(yaw), math.sin(yaw)
     ahead, right = np.array([cos, sin, 0.0]), np.array([sin, -cos, 0.0])
     up = np.array([0.0, 0.0, 1.0])
@@ -95,22 +98,22 @@ def looking(yaw: float, pitch: float, roll: float) -> Rotation:
 
 
 class Solid(ABC):
-    """A convex body with a frame of its own: local point = rotation.T @ (point - centre).
-
-    half  half the sides of a local box around it.
-    """
+    """A convex body. Its local frame: local point = rotation.T @ (point - centre)."""
 
     centre: Vector
     rotation: Rotation
-    half: Vector
+
+    @abstractmethod
+    def half_extent(self) -> Vector:
+        """Half the sides of the local box around it, metres."""
 
     @abstractmethod
     def span(self, origin: Vector, rays: Rays) -> tuple[Values, Values]:
-        """Where local rays enter and leave it; a ray that misses it enters after it leaves, or at infinity."""
+        """Parameters at which local rays enter and leave it. For a ray that misses it, enter > leave or is infinite."""
 
     @abstractmethod
     def surface(self, points: Rays) -> tuple[Rays, Coords]:
-        """Outward normals, and coordinates along the surface in metres, of local points on it."""
+        """Outward unit normals of local points on it, and their two coordinates along the surface, metres."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,9 @@ class Box(Solid):
     half: Vector
     rotation: Rotation
 
+    def half_extent(self) -> Vector:
+        return self.half
+
     def span(self, origin: Vector, rays: Rays) -> tuple[Values, Values]:
         low, high = _slab(self.half[0], origin[0], rays[0])
         for axis in (1, 2):
@@ -129,7 +135,7 @@ class Box(Solid):
         return low, high
 
     def face(self, points: Rays) -> Int[np.ndarray, "*pixels"]:
-        """The face of each local point, 2 * axis + (1 on the high side)."""
+        """The face nearest to each local point: 2 * axis, plus 1 on the high side."""
         shares = np.abs(points) / self.half.reshape(3, *[1] * (points.ndim - 1))
         axis = shares.argmax(axis=0)
         return 2 * axis + (np.take_along_axis(points, axis[None], axis=0)[0] > 0)
@@ -152,9 +158,7 @@ class Sphere(Solid):
     radius: float
     rotation: Rotation
 
-    @property
-    def half(self) -> Vector:
-        """Half the sides of a local box around it."""
+    def half_extent(self) -> Vector:
         return np.full(3, self.radius)
 
     def span(self, origin: Vector, rays: Rays) -> tuple[Values, Values]:
@@ -175,9 +179,7 @@ class Cylinder(Solid):
     half_height: float
     rotation: Rotation
 
-    @property
-    def half(self) -> Vector:
-        """Half the sides of a local box around it."""
+    def half_extent(self) -> Vector:
         return np.array([self.radius, self.radius, self.half_height])
 
     def span(self, origin: Vector, rays: Rays) -> tuple[Values, Values]:
@@ -197,15 +199,14 @@ class Cylinder(Solid):
 
 def _slab(half: float, origin: float, rays: Values) -> tuple[Values, Values]:
     """Where rays enter and leave the space between -half and half on one axis."""
-    with np.errstate(
-        divide="ignore", invalid="ignore"
-    ):  # a ray along the slab never leaves: infinity
+    # A ray parallel to the slab divides by 0 and leaves at infinity.
+    with np.errstate(divide="ignore", invalid="ignore"):
         low, high = (-half - origin) / rays, (half - origin) / rays
     return np.minimum(low, high), np.maximum(low, high)
 
 
 def _quadratic(origin: np.ndarray, rays: np.ndarray, radius: float) -> tuple[Values, Values]:
-    """Where rays enter and leave a sphere (three axes) or an endless cylinder (two); a miss is (inf, -inf)."""
+    """Where rays enter and leave a sphere (three axes) or an infinite cylinder (two axes); a miss is (inf, -inf)."""
     a = (rays * rays).sum(axis=0)
     b = np.tensordot(origin, rays, axes=1)
     root = b * b - a * (origin @ origin - radius * radius)
@@ -217,13 +218,13 @@ def _quadratic(origin: np.ndarray, rays: np.ndarray, radius: float) -> tuple[Val
 
 @dataclass(frozen=True)
 class Hits:
-    """What each pixel sees.
+    """What each pixel shows.
 
-    depth    metres along the optical axis.
+    depth    z-depth, metres.
     surface  0 to 5: a face of the room (`ROOM_FACES`); 6 + k: solid k.
-    points   in the world.
-    normals  unit length, towards the camera's side.
-    coords   metres along the surface; on the room's walls the second is the height above the floor.
+    points   in the world, metres.
+    normals  unit vectors, towards the camera's side of the surface.
+    coords   the point along its surface, metres; on walls the second is the height above the floor.
     """
 
     depth: Float[np.ndarray, "h w"]
@@ -234,9 +235,9 @@ class Hits:
 
 
 def cast(camera: Camera, room: Box, solids: Sequence[Solid]) -> Hits:
-    """One ray a pixel, from within `room`, an unturned box, to the nearest of its faces and the solids.
+    """Casts one ray a pixel, from a camera inside `room` (a box along the world's axes), to the nearest surface.
 
-    A solid is tested only in the rectangle that its corners' picture spans.
+    A solid is tested only against the pixels of the rectangle around its image.
     """
     directions = camera.directions()
     _, depth = room.span(camera.position - room.centre, directions)
@@ -268,9 +269,9 @@ def _draw(
     depth: Float[np.ndarray, "h w"],
     owner: Int[np.ndarray, "h w"],
 ) -> tuple[slice, slice] | None:
-    """Puts one solid into the buffers where it is nearest; returns its rectangle."""
+    """Updates `depth` and `owner` where solid `number` is nearest. Returns its rectangle; None: it is not in view."""
     signs = np.array([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)]).T
-    corners = solid.centre[:, None] + solid.rotation @ (signs * solid.half[:, None])
+    corners = solid.centre[:, None] + solid.rotation @ (signs * solid.half_extent()[:, None])
     place = camera.rectangle(corners)
     if place is None:
         return None

@@ -1,8 +1,8 @@
-"""Random rooms as NYU Depth V2 would show them: a uint8 picture and its exact z-depth, a function of a seed.
+"""Random rooms in the style of NYU Depth V2: a uint8 image and its exact z-depth, as a function of a seed.
 
-What a person uses to judge distance is there, and in sizes of a house: floor tiles and planks, doors two metres high,
-ceilings at 2.4 to 2.9 m, a camera held at 1.4 to 1.6 m whose own lamp lights what is near, darkness where things stand
-on the floor.
+They have the cues by which people judge distance, in the sizes of real rooms: tiles and planks on the floor, doors two
+metres high, ceilings at 2.4 to 2.9 m, a camera at 1.4 to 1.6 m with a lamp that lights near things more, and shadows
+where things stand on the floor.
 """
 
 import math
@@ -27,25 +27,26 @@ from tosa_jax.data.synthetic.rendering import (
 )
 
 MAX_DEPTH = 10.0
-"""Metres; no room is longer from corner to corner."""
+"""Largest z-depth, metres: no room is longer from corner to corner."""
 
 _WALLS, _FLOOR, _CEILING = slice(0, 4), 4, 5
-_ENDLESS = 1e3  # metres: a tile that never ends
+_ENDLESS = 1e3  # metres: a tile larger than any surface
 _CLEARANCE = 0.8  # metres between the camera and the nearest solid
-_LAMP, _FLASH = 1.0, 3.0  # light of the room's lamp and of the camera's, close to them
-_EXPOSURE = 0.35  # fixed: how bright something is tells how near it is
-_SHADES = 256  # different tiles of one surface
+_LAMP, _FLASH = 1.0, 3.0  # light close to the lamp of the room, and to that of the camera
+_EXPOSURE = 0.35  # always the same, so that brightness tells distance
+_SHADES = 256  # number of different tiles of a surface
 
 
 @dataclass(frozen=True, kw_only=True)
 class Material:
-    """A surface of tiles in rows: stripes, planks and plain paint are tiles of other sizes.
+    """A surface of rows of tiles. Stripes, planks and plain paint are tiles of other sizes.
 
-    colour     reflectance, linear RGB in 0..1.
-    tile       metres along the surface's two coordinates.
-    joint      width of the lines between tiles, metres, and their reflectance by the tiles'.
-    shift      how far each row is moved against the one below, of a tile.
-    variation  how much tiles differ in brightness, of their own.
+    colour        reflectance, linear RGB in 0..1.
+    tile          size of a tile along the two coordinates of the surface, metres.
+    joint         width of the lines between tiles, metres.
+    joint_colour  reflectance of these lines, as a factor of `colour`.
+    shift         offset of a row against the one below, as a share of a tile.
+    variation     largest relative difference in brightness of a tile from `colour`.
     """
 
     colour: tuple[float, ...]
@@ -58,7 +59,7 @@ class Material:
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """A door, a window or a picture: a rectangle on a wall, low and high along the wall and up, metres."""
+    """A door, a window or a picture: a rectangle on a wall, from low to high along the wall and upwards, metres."""
 
     colour: tuple[float, ...]
     along: tuple[float, float]
@@ -69,11 +70,13 @@ class Panel:
 class Scene:
     """A room with a camera in it.
 
-    materials  of the six faces, then of the solids.
-    panels     one for each of the four walls.
-    lamp       where the light of the room is; another one is at the camera.
-    ambient    what comes from everywhere.
-    seed       of the tiles' shades.
+    room, solids    the geometry.
+    materials       of the six faces, then of the solids.
+    panels          one for each of the four walls.
+    position, axes  of the camera.
+    lamp            position of the lamp; a second lamp is at the camera.
+    ambient         light that comes from all directions.
+    seed            of the brightness of tiles.
     """
 
     room: Box
@@ -87,16 +90,16 @@ class Scene:
     seed: int
 
     def camera(self, height: int, width: int) -> Camera:
-        """Its camera with NYU's field of view."""
+        """The camera, with the field of view of NYU Depth V2's."""
         return nyu_camera(height, width, self.position, self.axes)
 
 
 def render_room(
     seed: Sequence[int], height: int, width: int
 ) -> tuple[UInt8[np.ndarray, "height width 3"], Float[np.ndarray, "height width"]]:
-    """A random room: RGB, and z-depth in metres (float64, exact, at most `MAX_DEPTH`).
+    """A random room: RGB image, and exact z-depth in metres (float64, at most `MAX_DEPTH`).
 
-    `seed` alone decides what is in the room: other sizes show the same one.
+    The room depends on `seed` alone: another height and width show the same room.
     """
     scene_seed, noise_seed = np.random.SeedSequence(list(seed)).spawn(2)
     scene = random_scene(np.random.default_rng(scene_seed))
@@ -107,10 +110,10 @@ def render_room(
 
 
 def random_scene(rng: np.random.Generator) -> Scene:
-    """A room of 2.6 to 5.4 by 3 to 8.2 m with up to twelve things on its floor, seen from near a wall."""
+    """A room of 2.6 to 5.4 by 3 to 8.2 m with up to twelve solids on its floor, seen from near a wall."""
     wide, long = (low * (high / low) ** rng.random() for low, high in ((2.6, 5.4), (3.0, 8.2)))
     half = np.array([wide, long, rng.uniform(2.4, 2.9)]) / 2
-    # On an ellipse near the walls, looking across the middle.
+    # The camera is on an ellipse near the walls and looks across the middle.
     angle = rng.uniform(-math.pi, math.pi)
     position = (
         np.array([math.cos(angle), math.sin(angle), 0.0]) * (half - 0.3) * rng.uniform(0.6, 1)
@@ -120,7 +123,10 @@ def random_scene(rng: np.random.Generator) -> Scene:
     solids = []
     for _ in range(rng.integers(4, 13)):
         solid = _random_solid(rng, half, position, yaw)
-        if math.hypot(*(solid.centre - position)[:2]) - math.hypot(*solid.half) > _CLEARANCE:
+        if (
+            math.hypot(*(solid.centre - position)[:2]) - math.hypot(*solid.half_extent())
+            > _CLEARANCE
+        ):
             solids.append(solid)
     walls = _random_wall(rng)
     materials = [walls, walls, walls, walls, _random_floor(rng), _random_ceiling(rng)]
@@ -140,11 +146,11 @@ def random_scene(rng: np.random.Generator) -> Scene:
 def _random_solid(
     rng: np.random.Generator, room_half: Vector, position: Vector, yaw: float
 ) -> Solid:
-    """Something of a usual size in front of the camera, upright or fallen over, its lowest point on the floor."""
+    """A solid of a usual size in front of the camera, upright or tilted, with its lowest point on the floor."""
     kind = rng.choice(["box", "cabinet", "cylinder", "sphere"], p=[0.4, 0.2, 0.25, 0.15])
     fallen = kind != "cabinet" and rng.random() < 0.3
     tilt = rng.uniform(-math.pi / 2, math.pi / 2, 2) if fallen else np.zeros(2)
-    # Of a camera's axes: ahead, left and up.
+    # The columns are a camera's forward, left and up directions.
     rotation = looking(rng.uniform(-math.pi, math.pi), *tilt)[:, [2, 0, 1]] * np.array([1, -1, -1])
     origin = np.zeros(3)
     if kind == "sphere":
@@ -165,11 +171,11 @@ def _random_solid(
 def _reach(solid: Solid) -> Vector:
     """How far a solid reaches from its centre along the world's axes."""
     if isinstance(solid, Sphere):
-        return solid.half
+        return solid.half_extent()
     if isinstance(solid, Cylinder):
         axis = np.abs(solid.rotation[:, 2])
         return solid.radius * np.sqrt(np.maximum(1 - axis**2, 0)) + solid.half_height * axis
-    return np.abs(solid.rotation) @ solid.half
+    return np.abs(solid.rotation) @ solid.half_extent()
 
 
 def _paint(rng: np.random.Generator, low: float, high: float, tint: float) -> tuple[float, ...]:
@@ -221,28 +227,28 @@ def _random_panel(rng: np.random.Generator, wall_half: float) -> Panel:
 
 
 def shade(scene: Scene, camera: Camera, hits: Hits) -> Float[np.ndarray, "3 h w"]:
-    """Light from each pixel, float32, linear: reflectance times diffuse light, darker in corners and under solids."""
+    """Linear light from each pixel, float32: reflectance times diffuse light, less in corners and under solids."""
     points, normals = hits.points.astype(np.float32), hits.normals.astype(np.float32)
     light = np.full(hits.depth.shape, scene.ambient, np.float32)
     for place, strength in ((scene.lamp, _LAMP), (scene.position, _FLASH)):
         to_light = place.astype(np.float32)[:, None, None] - points
         square = (to_light * to_light).sum(axis=0)
         facing = np.maximum((to_light * normals).sum(axis=0), 0) / np.sqrt(square)
-        # Not the inverse square alone: the room's other faces send light back.
+        # It falls more slowly than the inverse square: the faces of the room reflect light.
         light += facing * (strength / (1 + 0.35 * square))
     light *= _corners(scene, points) * _contacts(scene, hits.surface, points)
     return _reflectance(scene, camera, hits) * light
 
 
 def _corners(scene: Scene, points: np.ndarray) -> np.ndarray:
-    """Less light arrives within a hand's breadth of a wall, floor or ceiling."""
+    """A factor that darkens points within some 20 cm of a wall, the floor or the ceiling."""
     gap = scene.room.half[:, None, None] - np.abs(points - scene.room.centre[:, None, None])
     dark = 0.3 * np.exp(gap.astype(np.float32) / -0.2)
     return (1 - dark[0]) * (1 - dark[1]) * (1 - dark[2])
 
 
 def _contacts(scene: Scene, surface: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """The floor is darker where a solid stands."""
+    """A factor that darkens the floor under and around solids."""
     light = np.ones(surface.shape, np.float32)
     floor = surface == _FLOOR
     x, y = points[0][floor], points[1][floor]
@@ -266,8 +272,8 @@ def _reflectance(scene: Scene, camera: Camera, hits: Hits) -> np.ndarray:
     row = np.floor(b / high)
     across = a / wide + of["shift"][surface] * row
     column = np.floor(across)
-    # A joint narrower than a pixel is drawn a pixel wide and as much fainter; tiles of less than two
-    # pixels blur into their mean: both as in a lens.
+    # As a lens would blur them, a joint narrower than a pixel is drawn a pixel wide and fainter in
+    # proportion, and tiles of less than two pixels become their mean.
     pixel = hits.depth.astype(np.float32) / np.float32(camera.focal[0])
     joint = of["joint"][surface]
     drawn = np.where(joint > 0, np.maximum(joint, pixel), 0)
@@ -287,7 +293,7 @@ def _reflectance(scene: Scene, camera: Camera, hits: Hits) -> np.ndarray:
 
 
 def _develop(light: Float[np.ndarray, "3 h w"], rng: np.random.Generator) -> np.ndarray:
-    """Exposure, gamma 2.2, and a sensor's noise: uint8 [h w 3]."""
+    """Applies exposure, gamma 2.2 and sensor noise: uint8 [h w 3]."""
     exposed = np.clip(light * np.float32(_EXPOSURE), 0, 1) ** np.float32(1 / 2.2)
     exposed += 0.015 * rng.standard_normal(light.shape, dtype=np.float32)
     return np.clip(np.rint(exposed.transpose(1, 2, 0) * 255), 0, 255).astype(np.uint8)

@@ -1,18 +1,18 @@
-"""Host-side augmentations of a picture and its depth map, drawn for each example; the two always move together.
+"""Augmentations of an image together with its depth map, drawn on the host for each example.
 
-As BTS (Lee et al. 2019, arXiv 1907.10326, `bts_dataloader.py`) does it for NYU Depth V2, and NeWCRFs after it: the
-sensor's borders, rotation, random crop, flip, and every second time gamma, brightness and colour. Examples are
-{"image": uint8 [h w c], "depth": float32 [h w], metres, 0 where nothing was measured}.
+They follow BTS for NYU Depth V2 (Lee et al. 2019, arXiv 1907.10326, `bts_dataloader.py`), as NeWCRFs does: the
+borders of the sensor are removed; then come rotation, random crop, flip, and for half of the examples gamma,
+brightness and colour. Examples are {"image": uint8 [h w c], "depth": float32 [h w] in metres, 0: not measured}.
 """
 
 from dataclasses import dataclass
 
-import grain
 import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
 from tosa_jax.data.decoding import BadImageError, to_array
+from tosa_jax.data.examples import Augmentation, Example
 
 Picture = UInt8[np.ndarray, "h w c"]
 Depth = Float[np.ndarray, "h w"]
@@ -25,18 +25,20 @@ _COLOUR_SHARE = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class Strengths:
-    """How much is drawn: turns up to `degrees` each way, factors between two numbers; None: never.
+    """How strong the draws of an augmentation are.
 
-    gamma       exponent of a pixel in [0, 1].
-    brightness  factor of all channels after it.
-    colour      factor of each channel, drawn one by one.
+    flip        whether half of the examples are mirrored left to right.
+    degrees     largest rotation, either way.
+    gamma       range of the exponent of pixels in [0, 1]; None: gamma, brightness and colour stay.
+    brightness  range of a factor of all channels.
+    colour      range of a factor drawn for each channel.
     """
 
     flip: bool = False
     degrees: float = 0.0
     gamma: tuple[float, float] | None = None
-    brightness: tuple[float, float] | None = None
-    colour: tuple[float, float] | None = None
+    brightness: tuple[float, float] = (1.0, 1.0)
+    colour: tuple[float, float] = (1.0, 1.0)
 
 
 DEPTH_AUGMENTATIONS: dict[str, Strengths] = {
@@ -46,14 +48,16 @@ DEPTH_AUGMENTATIONS: dict[str, Strengths] = {
         flip=True, degrees=2.5, gamma=(0.9, 1.1), brightness=(0.75, 1.25), colour=(0.9, 1.1)
     ),
 }
-"""By the name in `DataConfig.augment`; a random crop belongs to all but "none", which takes the centre."""
+"""By `DataConfig.augment`. All take a random crop, except "none", which takes the central one."""
 
 
-class DepthAugment(grain.transforms.RandomMap):
-    """An example of any size -> one of `size`, under the draws of its place in the stream.
+class DepthAugment(Augmentation):
+    """Augments an example of any size to one of `size`.
 
-    box  (top, bottom, left, right), half-open, in pixels of the whole image: where the sensor's picture is trusted.
-         A whole image (of `size` already) keeps its pixels and loses the depth outside; a larger one is cut to it.
+    size     height and width of the result, pixels.
+    augment  a key of `DEPTH_AUGMENTATIONS`.
+    box      (top, bottom, left, right) in pixels of the stored image, bottom and right exclusive: the part where
+             colour and depth are both valid, see `trust_box`; () is the whole image.
     """
 
     def __init__(self, size: Size, augment: str, box: tuple[int, ...] = ()) -> None:
@@ -61,8 +65,8 @@ class DepthAugment(grain.transforms.RandomMap):
         self._strengths = DEPTH_AUGMENTATIONS[augment]
         self._centred = augment == "none"
 
-    def random_map(self, element: dict, rng: np.random.Generator) -> dict:
-        """Raises BadImageError where the image, or what is left of it in the box, is smaller than `size`."""
+    def random_map(self, element: Example, rng: np.random.Generator) -> Example:
+        """The augmented example. Raises BadImageError if the image, or its part in the box, is smaller than `size`."""
         image, depth = element["image"], element["depth"]
         strengths = self._strengths
         if self._box:
@@ -92,9 +96,10 @@ class DepthAugment(grain.transforms.RandomMap):
 def trust_box(
     image: Picture, depth: Depth, size: Size, box: tuple[int, ...]
 ) -> tuple[UInt8[np.ndarray, "new_h new_w c"], Float[np.ndarray, "new_h new_w"]]:
-    """Depth outside of a box set to 0 where the image has `size`; else both cut to the box.
+    """Removes what lies outside a box: from the depth alone if the image has `size` already, else from both.
 
-    NYU's pictures have white borders, where colour and depth do not cover each other: rows 45:472, columns 43:608.
+    In the first case the depth outside becomes 0, and the image is unchanged. In the second both are cut to the box.
+    NYU Depth V2 has white borders without depth: the valid part is rows 45 to 471, columns 43 to 607.
 
     Raises:
       BadImageError: the box reaches out of the image.
@@ -112,8 +117,11 @@ def trust_box(
 
 
 def rotate(image: Picture, depth: Depth, degrees: float) -> tuple[Picture, Depth]:
-    """Both turned about the centre, anticlockwise: the image bilinear, the depth nearest, so that no distance is
-    invented between two objects. What comes from outside is black, without depth."""
+    """Rotates both anticlockwise about the centre. What comes in from outside is black and has depth 0.
+
+    The image is interpolated bilinearly; depth takes the nearest pixel, since the mean of two objects' distances is
+    the distance of neither.
+    """
     picture = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
     turned = to_array(picture.rotate(degrees, Image.Resampling.BILINEAR))
     distances = Image.fromarray(depth.astype(np.float32, copy=False))
@@ -121,10 +129,10 @@ def rotate(image: Picture, depth: Depth, degrees: float) -> tuple[Picture, Depth
 
 
 def place_crop(whole: Size, size: Size, rng: np.random.Generator | None) -> tuple[int, int]:
-    """Top and left of a crop, uniform over all places that fit; without `rng` the central one.
+    """Top and left of a crop of `size` in an image of size `whole`: uniformly drawn, or central without `rng`.
 
     Raises:
-      BadImageError: none fits.
+      BadImageError: the image is smaller than the crop.
     """
     free = [have - want for have, want in zip(whole, size, strict=True)]
     if min(free) < 0:
@@ -139,8 +147,8 @@ def place_crop(whole: Size, size: Size, rng: np.random.Generator | None) -> tupl
 def change_colours(
     image: Picture, *, gamma: float, brightness: float, colour: Float[np.ndarray, " c"]
 ) -> Picture:
-    """Pixels x in [0, 1] become x**gamma * brightness * colour, cut off at 1."""
-    # All that can happen to a pixel: 256 values a channel.
+    """Pixels x in [0, 1] become min(1, x**gamma * brightness * colour), where colour has a factor a channel."""
+    # A table of the 256 possible values of each channel is faster than arithmetic on every pixel.
     table = (np.arange(256) / 255) ** gamma * brightness * colour[:, None]
     table = np.rint(np.minimum(table, 1) * 255).astype(np.uint8)
     return np.stack([table[c][image[..., c]] for c in range(image.shape[2])], axis=-1)

@@ -1,0 +1,59 @@
+"""Where prepared sets lie: data_dir/<name>/<version> or data_dir/<name>/<config>/<version>, as TFDS has it."""
+
+import os
+
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core.file_adapters import FileFormat
+from tensorflow_datasets.core.utils.version import list_all_versions
+
+from tosa_jax.errors import DataError
+from tosa_jax.paths import AnyPath, as_path
+
+_PREPARE = "run `python -m tosa_jax.prepare --config=...`"
+
+
+def is_prepared(path: AnyPath) -> bool:
+    """Whether a version folder has at least one complete split."""
+    return (path / "dataset_info.json").exists()
+
+
+def newest(name: str, data_dir: str | os.PathLike) -> AnyPath | None:
+    """The newest version folder of "name" or "name/config", in any file format; None: there is none."""
+    folder = as_path(data_dir) / name
+    prepared = [p for p in (folder / str(v) for v in list_all_versions(folder)) if is_prepared(p)]
+    return prepared[-1] if prepared else None
+
+
+def file_formats(path: AnyPath) -> set[FileFormat]:
+    """The file formats in which a version folder holds its set."""
+    return tfds.builder_from_directory(str(path)).info.available_file_formats()
+
+
+def has_random_access(path: AnyPath) -> bool:
+    """Whether records of a version folder can be read in any order."""
+    return bool(file_formats(path) & FileFormat.with_random_access())
+
+
+def prepared_dir(name: str, data_dir: str | os.PathLike) -> AnyPath:
+    """The newest version folder of a prepared set ("name" or "name/config") under `data_dir`.
+
+    Raises:
+      DataError: the set is not prepared there, or its records cannot be read in any order.
+    """
+    folder = as_path(data_dir) / name
+    path = newest(name, data_dir)
+    if path is None:
+        inner = sorted(path.parents[1].name for path in folder.glob("*/*/dataset_info.json"))
+        advice = (
+            f"it has configs: set name to one of {', '.join(f'{name}/{c}' for c in inner)}"
+            if inner
+            else f"{_PREPARE} (for IDX files, set source_dir to their folder)"
+        )
+        raise DataError(f"data set {name!r} is not prepared in {folder}: {advice}")
+    if not has_random_access(path):
+        found = ", ".join(sorted(f.value for f in file_formats(path))) or "no known format"
+        raise DataError(
+            f"data set {name!r} in {path} exists only as {found}, which cannot be read in "
+            f"random order: {_PREPARE} to have it as array_record too"
+        )
+    return path
