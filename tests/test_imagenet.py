@@ -168,7 +168,7 @@ def test_killed_then_resumed_is_the_same(tmp_path, source, monkeypatch):
     )
     prepare(tmp_path, source, say=lines.append)
     assert len(written) == 4 and "train: 1 of 5 shards are there already" in lines
-    assert "validation: complete already, 9 images" in lines
+    assert "validation: complete already, 9 examples" in lines
     prepare(tmp_path / "fresh", source)
     for split in COUNTS:
         fresh = tmp_path / "fresh/tfds/imagenet2012/5.1.0"

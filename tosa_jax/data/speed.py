@@ -125,24 +125,11 @@ def measure(
     }
     if repeats > 1:
         steps["repeated"] = (lambda image, rng: copies(image, image_size, rng, repeats), images)
-    times = {name: np.full(len(images), np.inf) for name in steps}
-    for _ in range(rounds):
-        for i in range(len(images)):
-            for name, (step, inputs) in steps.items():
-                # The same draws in each round and in both pipelines.
-                rng = np.random.default_rng((seed, i))
-                times[name][i] = min(times[name][i], _seconds(step, inputs[i], rng))
+    times = _shortest_times(steps, len(images), rounds, seed)
     best = {name: float(seconds.mean()) for name, seconds in times.items()}
     if repeats > 1:
         best["repeated"] /= repeats
-    rows: list[dict[str, Any]] = [
-        {
-            "step": name,
-            "images_per_second_per_core": round(1 / seconds, 1),
-            "milliseconds": round(1000 * seconds, 3),
-        }
-        for name, seconds in best.items()
-    ]
+    rows = [{"step": name} | _rates(seconds) for name, seconds in best.items()]
     by_step = {row["step"]: row for row in rows}
     by_step["whole"]["speedup"] = round(best["reference"] / best["whole"], 3)
     by_step["whole"] |= difference(images, image_size=image_size, seed=seed)
@@ -150,6 +137,29 @@ def measure(
         used = "repeated" if repeats > 1 else "whole"
         by_step[used]["cores"] = math.ceil(accelerator_rate * best[used])
     return rows
+
+
+def _shortest_times(
+    steps: dict[str, tuple[Step, Sequence[Any]]], count: int, rounds: int, seed: int
+) -> dict[str, np.ndarray]:
+    """Seconds of each step for each image, the shortest of some rounds."""
+    times = {name: np.full(count, np.inf) for name in steps}
+    for _ in range(rounds):
+        for i in range(count):
+            for name, (step, inputs) in steps.items():
+                # The same draws in each round and in both pipelines.
+                rng = np.random.default_rng((seed, i))
+                start = time.thread_time()
+                step(inputs[i], rng)
+                times[name][i] = min(times[name][i], time.thread_time() - start)
+    return times
+
+
+def _rates(seconds: float) -> dict[str, Any]:
+    return {
+        "images_per_second_per_core": round(1 / seconds, 1),
+        "milliseconds": round(1000 * seconds, 3),
+    }
 
 
 def difference(
@@ -195,20 +205,8 @@ def measure_rooms(*, count: int = 200, rounds: int = 3) -> list[dict]:
             start = time.thread_time()
             render_room((0, i), height, width)
             times[i] = min(times[i], time.thread_time() - start)
-        rows.append(
-            {
-                "size": f"{height}x{width}",
-                "images_per_second_per_core": round(float(1 / times.mean()), 1),
-                "milliseconds": round(float(1000 * times.mean()), 3),
-            }
-        )
+        rows.append({"size": f"{height}x{width}"} | _rates(float(times.mean())))
     return rows
-
-
-def _seconds(step: Step, image: Any, rng: np.random.Generator) -> float:
-    start = time.thread_time()
-    step(image, rng)
-    return time.thread_time() - start
 
 
 def sample_jpegs(count: int = 200, *, seed: int = 0, quality: int = 90) -> list[bytes]:

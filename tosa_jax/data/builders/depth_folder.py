@@ -63,7 +63,7 @@ def prepare_depth_folder(
         max_bytes=max_bytes,
         overwrite=overwrite,
         say=say,
-        check=lambda items: check_pairs(items, say),
+        check_items=lambda items: check_pairs(items, say),
     )
 
 

@@ -62,18 +62,18 @@ def prepare_folder(
     max_bytes: int | None,
     overwrite: bool,
     say: Say,
-    check: Callable[[list[Item]], None] = lambda items: None,
+    check_items: Callable[[list[Item]], None] = lambda items: None,
 ) -> Path:
     """Writes the set of a folder, unless it is prepared already as the folder is now.
 
     Args:
       max_bytes: Refuse a larger folder; None: any size.
-      check: Called with all items before anything is written.
+      check_items: Called with all items before anything is written.
     Returns:
       The version folder, data_dir/<set>/<folder's name>-<fingerprint>/1.0.0. The fingerprint
       depends on the relative names, sizes and modification times of the files.
     Raises:
-      DataError: the folder is larger than `max_bytes`, the disk is too small, or what `check` raises.
+      DataError: the folder is larger than `max_bytes`, the disk is too small, or what `check_items` raises.
       OSError: `data_dir` cannot be written.
     """
     items = [item for split in sorted(found.items) for item in found.items[split]]
@@ -88,7 +88,7 @@ def prepare_folder(
             f"{source_dir}: {size / 1e9:.1f} GB of images are not prepared on the way: run "
             "`python -m tosa_jax.prepare --config=...` with the same options first"
         )
-    check(items)
+    check_items(items)
     info = _info(found, path)
     write_set(path, info, found.items, say, encode=found.encode, overwrite=overwrite)
     return path
