@@ -11,7 +11,8 @@ from tosa_jax.config import default_config
 
 
 def get_config(arguments: str):
-    given = dict(pair.partition("=")[::2] for pair in arguments.split(",") if pair)
+    parts = [pair.partition("=") for pair in arguments.split(",") if pair]
+    given = {name: value for name, _, value in parts}
     unknown = given.keys() - {"model", "weights", "images"}
     if unknown or "model" not in given:
         raise ValueError(

@@ -7,16 +7,17 @@ caller waits for: uint8 array in, copy to the device, normalisation, the network
 """
 
 import argparse
+import functools
 import json
 import sys
-import time
 
 import numpy as np
 from flax import nnx
 
 import tosa_jax
-from tosa_jax.cli import flags
+from tosa_jax.cli.command import configure_jax
 from tosa_jax.distributed.devices import describe_device, versions
+from tosa_jax.distributed.timing import interleaved_seconds
 from tosa_jax.models.cost import gmacs
 
 BATCH_SIZES = (1, 8, 64)
@@ -33,13 +34,8 @@ def measure(model: str, keep_rates: list[float], rounds: int, **fields) -> list[
         config = networks[None].config
         shape = (size, config.image_size, config.image_size, config.in_chans)
         images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-        seconds = np.zeros((rounds + 1, len(predictors)))
-        for i in range(rounds + 1):
-            for j, predictor in enumerate(predictors.values()):
-                start = time.perf_counter()
-                predictor(images)
-                seconds[i, j] = time.perf_counter() - start
-        low, median, high = np.percentile(seconds[1:], [25, 50, 75], axis=0)  # the first compiles
+        runs = [functools.partial(predictor, images) for predictor in predictors.values()]
+        low, median, high = np.percentile(interleaved_seconds(runs, rounds), [25, 50, 75], axis=0)
         for j, (rate, predictor) in enumerate(predictors.items()):
             records.append(
                 {
@@ -62,7 +58,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=20)
     args = parser.parse_args()
-    flags.configure_jax()
+    configure_jax()
     records = measure(args.model, args.keep_rate, args.rounds, dtype=args.dtype)
     result = {
         "command": f"python results/predictor_latency.py {' '.join(sys.argv[1:])}".strip(),

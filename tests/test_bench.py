@@ -12,12 +12,12 @@ import pytest
 from small import SIZES
 
 from tosa_jax import bench
-from tosa_jax.distributed import memory
+from tosa_jax.distributed import memory, timing
 from tosa_jax.errors import DeviceError
 from tosa_jax.models.cost import gmacs
 from tosa_jax.models.factory import network_config
 from tosa_jax.models.vit_config import variant_config
-from tosa_jax.performance import records
+from tosa_jax.performance import benchmark, results
 from tosa_jax.performance.candidates import Candidate, candidate, check_fits, networks
 
 CONTRACT = {
@@ -32,7 +32,7 @@ def clock(monkeypatch):
 
     def set_seconds(rows):
         found = np.array(rows)
-        monkeypatch.setattr(records, "interleaved_seconds", lambda candidates, _: found)
+        monkeypatch.setattr(benchmark, "seconds_of", lambda *_: found)
 
     return set_seconds
 
@@ -58,7 +58,7 @@ def uncompiled(name, keep_rate, config, batch_size, *, train):
 
 
 def test_controls_have_the_same_budgets_and_random_isolates_the_selector(clock, monkeypatch):
-    monkeypatch.setattr(records, "candidate", uncompiled)
+    monkeypatch.setattr(benchmark, "candidate", uncompiled)
     clock([[1.0, 0.75, 0.5, 0.625, 0.5, 0.25]])
     rows = bench.measure(
         "vit",
@@ -77,7 +77,7 @@ def test_controls_have_the_same_budgets_and_random_isolates_the_selector(clock, 
     for tosa, drawn in zip(rows[1:3], rows[3:5], strict=True):
         assert drawn["gmacs_by_part"]["selection"] == 0 < tosa["gmacs_by_part"]["selection"]
         assert drawn["gmacs_by_part"]["backbone"] == tosa["gmacs_by_part"]["backbone"]
-    table = records.format_records(rows).splitlines()
+    table = results.format_records(rows).splitlines()
     assert len(table) == 7 and table[0].endswith("overhead") and table[2].endswith("12.5%")
     assert len(set(map(len, table))) == 1
 
@@ -99,25 +99,21 @@ def test_redundancy_gets_the_multiply_adds_of_tosa_and_bypasses_are_compared_ali
     assert {config.budget for _, _, config in rows[5:]} == {"linear"}
 
 
-def counting(order, name, rest=0.0):
-    config = variant_config("vit", **SIZES)
-    return Candidate(name, None, config, lambda: order.append(name), lambda _: None, rest=rest)
-
-
-def test_contestants_take_turns_and_the_first_round_is_left_out():
+def test_runs_take_turns_and_the_first_round_is_left_out():
     order = []
-    seconds = records.interleaved_seconds([counting(order, "a"), counting(order, "b")], 2)
+    runs = [functools.partial(order.append, name) for name in "ab"]
+    seconds = timing.interleaved_seconds(runs, 2)
     assert order == ["a", "b"] * 3 and seconds.shape == (2, 2)
 
 
-def test_the_result_is_waited_for_and_rests_are_not_timed(monkeypatch):
+def test_the_result_is_waited_for_and_pauses_are_not_timed(monkeypatch):
     now, waited = [0.0], []
 
     def pass_time(seconds):
         now[0] += seconds
 
     clock = SimpleNamespace(perf_counter=lambda: now[0], sleep=pass_time)
-    monkeypatch.setattr(records, "time", clock)
+    monkeypatch.setattr(timing, "time", clock)
 
     def wait(result):
         waited.append(result)
@@ -125,11 +121,11 @@ def test_the_result_is_waited_for_and_rests_are_not_timed(monkeypatch):
 
     config = variant_config("vit", **SIZES)
     one = Candidate("x", None, config, lambda: pass_time(1.0) or "result", wait, rest=7.0)
-    assert records.interleaved_seconds([one], 2).tolist() == [[3.0], [3.0]]
+    assert benchmark.seconds_of([one], 2).tolist() == [[3.0], [3.0]]
     assert waited == ["result"] * 3
 
 
-def test_a_training_contestant_trains():
+def test_a_training_candidate_trains():
     config = variant_config("vit", plan="random", **SIZES)
     one = candidate("random", 0.5, config, 4, train=True)
     losses = [float(one.run()[1]) for _ in range(8)]
@@ -143,7 +139,7 @@ def test_weights_are_stored_as_they_compute_unless_they_are_trained(clock, monke
         stored.append(str(args[2].param_dtype))
         return uncompiled(*args, train=train)
 
-    monkeypatch.setattr(records, "candidate", watch)
+    monkeypatch.setattr(benchmark, "candidate", watch)
     clock([[1.0]])
     for train in (False, True):
         bench.measure("vit", [], batch_size=1, train=train, rounds=1, dtype="bfloat16", **SIZES)
@@ -166,7 +162,7 @@ def test_the_batch_that_fits_counts_the_state_once(monkeypatch):
     for device, says in (
         (400 + 8 * 600, "--batch_size=8 probably fits"),
         (400 + 3 * 600, "--batch_size=3 probably fits"),
-        (500, "not even one image does"),
+        (500, "not even one image fits"),
     ):
         monkeypatch.setattr(memory, "device_bytes", lambda _, device=device: device)
         monkeypatch.setattr(memory, "needed_bytes", lambda program: 400 + 10 * 600)

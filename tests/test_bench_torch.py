@@ -17,7 +17,7 @@ from tosa_jax import bench
 from tosa_jax.errors import ConfigError, DeviceError
 from tosa_jax.models import cost
 from tosa_jax.models.vit_config import VARIANTS, variant_config
-from tosa_jax.performance import records, torch_candidates
+from tosa_jax.performance import benchmark, torch_baselines
 from tosa_jax.performance.candidates import Candidate
 
 NAMES = sorted(VARIANTS.keys() - {"vit"})
@@ -67,10 +67,10 @@ def test_jax_leaves_memory_to_the_other_framework(already, monkeypatch):
     monkeypatch.setenv(name, already or "")
     if already is None:
         monkeypatch.delenv(name)
-    monkeypatch.setattr(torch_candidates, "load", lambda *_: None)
-    assert torch_candidates.check_arguments(["none"], "classification", "") == []
+    monkeypatch.setattr(torch_baselines, "load", lambda *_: None)
+    assert torch_baselines.check_arguments(["none"], "classification", "") == []
     assert os.environ.get(name) == already
-    assert torch_candidates.check_arguments(["timm", "timm"], "classification", "") == ["timm"]
+    assert torch_baselines.check_arguments(["timm", "timm"], "classification", "") == ["timm"]
     assert os.environ[name] == (already or "false")
 
 
@@ -82,11 +82,11 @@ def test_its_record_has_the_same_fields_beside_our_dense(monkeypatch):
     def uncompiled(name, keep_rate, config, batch_size, *, train):
         return Candidate(name, keep_rate, config, lambda: None, lambda _: None)
 
-    monkeypatch.setattr(records, "candidate", uncompiled)
-    monkeypatch.setattr(torch_candidates, "candidate", candidate)
-    monkeypatch.setattr(torch_candidates, "load", lambda *_: None)
+    monkeypatch.setattr(benchmark, "candidate", uncompiled)
+    monkeypatch.setattr(torch_baselines, "candidate", candidate)
+    monkeypatch.setattr(torch_baselines, "load", lambda *_: None)
     seconds = np.array([[0.5, 0.25, 1.0]])
-    monkeypatch.setattr(records, "interleaved_seconds", lambda *_: seconds)
+    monkeypatch.setattr(benchmark, "seconds_of", lambda *_: seconds)
     dense, tosa, other = bench.measure(
         "vit", [0.5], batch_size=2, train=False, rounds=1, against=["transformers"],
         torch_compile="none", **SIZES,
@@ -106,33 +106,33 @@ class FakeTorch(SimpleNamespace):
 
 
 def test_precision_on_a_gpu_is_that_of_jax(monkeypatch):
-    monkeypatch.setattr(torch_candidates, "_device_type", lambda: "gpu")
+    monkeypatch.setattr(torch_baselines, "_device_type", lambda: "gpu")
     torch = FakeTorch(has_gpu=True)
-    assert torch_candidates._device(torch, "timm") == "cuda"
+    assert torch_baselines._device(torch, "timm") == "cuda"
     with jax.default_matmul_precision("highest"):
-        torch_candidates._device(torch, "timm")
-        settings = torch_candidates.settings(["timm"], "float32", "", train=False)
+        torch_baselines._device(torch, "timm")
+        settings = torch_baselines.settings(["timm"], "float32", "", train=False)
     assert torch.told == ["high", "highest"]
     assert settings == {"torch_compile": "reduce-overhead", "float32_products": "float32"}
-    assert torch_candidates.settings(["timm"], "bfloat16", "", train=True) == {
+    assert torch_baselines.settings(["timm"], "bfloat16", "", train=True) == {
         "torch_compile": "default"
     }
 
 
 def test_a_cpu_gets_a_thread_for_each_core_and_a_gpu_must_be_there(monkeypatch):
     torch = FakeTorch(has_gpu=False)
-    assert torch_candidates._device(torch, "timm") == "cpu"
+    assert torch_baselines._device(torch, "timm") == "cpu"
     assert torch.told == [len(os.sched_getaffinity(0))]
     for platform in ("gpu", "tpu"):
-        monkeypatch.setattr(torch_candidates, "_device_type", lambda platform=platform: platform)
+        monkeypatch.setattr(torch_baselines, "_device_type", lambda platform=platform: platform)
         with pytest.raises(DeviceError, match=f"JAX runs on a {platform}"):
-            torch_candidates._device(torch, "timm")
+            torch_baselines._device(torch, "timm")
 
 
 def test_a_network_of_another_size_is_refused():
     network = SimpleNamespace(parameters=lambda: [SimpleNamespace(numel=lambda: 1000)])
     with pytest.raises(ConfigError, match="0.00 M parameters and ours 0.01 M"):
-        torch_candidates._check_same("timm", network, variant_config("vit", **SIZES))
+        torch_baselines._check_same("timm", network, variant_config("vit", **SIZES))
 
 
 def test_timm_is_asked_for_the_network_by_name_at_the_same_size(monkeypatch):
@@ -141,21 +141,21 @@ def test_timm_is_asked_for_the_network_by_name_at_the_same_size(monkeypatch):
         is_model=lambda name: name != "vit",
         create_model=lambda name, **fields: asked.update(fields, name=name),
     )
-    monkeypatch.setattr(torch_candidates, "load", lambda *_: timm)
+    monkeypatch.setattr(torch_baselines, "load", lambda *_: timm)
     config = variant_config("deit_tiny_patch16_224", image_size=(32, 64), num_classes=10)
-    torch_candidates._timm_network("deit_tiny_patch16_224", config)
+    torch_baselines._timm_network("deit_tiny_patch16_224", config)
     name = asked.pop("name")
     assert (name, asked) == (
         "deit_tiny_patch16_224", {"img_size": (32, 64), "num_classes": 10, "in_chans": 3}
     )  # fmt: skip
     with pytest.raises(ConfigError, match="timm has no model 'vit'"):
-        torch_candidates._timm_network("vit", variant_config("vit", **SIZES))
+        torch_baselines._timm_network("vit", variant_config("vit", **SIZES))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_variant_has_its_like_in_transformers(name):
     config = variant_config(name)
-    family, fields = torch_candidates.transformers_fields(config)
+    family, fields = torch_baselines.transformers_fields(config)
     expected = "ViT"
     expected = "DeiT" if "distilled" in name else expected
     expected = "Dinov2" if "dinov2" in name or "deit3" in name else expected
@@ -180,7 +180,7 @@ def test_parameters_of_transformers_are_as_many(name):
     pytest.importorskip("transformers")
     config = variant_config(name)
     with torch.device("meta"):
-        network = torch_candidates._transformers_network(name, config)
+        network = torch_baselines._transformers_network(name, config)
     theirs = sum(p.numel() for p in network.parameters())
     assert theirs == pytest.approx(cost.num_params(cost.abstract_model(config)), rel=2e-3)
 
@@ -193,11 +193,11 @@ def test_transformers_runs_and_trains(fields, dtype):
     pytest.importorskip("transformers")
     sizes = SIZES | {"mlp_ratio": 4.0, "dtype": dtype} | fields
     config = variant_config("vit", param_dtype=dtype, **sizes)
-    one = torch_candidates.candidate("transformers", "vit", config, 3, train=False)
+    one = torch_baselines.candidate("transformers", "vit", config, 3, train=False)
     logits = one.run()
     assert tuple(logits.shape) == (3, 10) and str(logits.dtype) == f"torch.{dtype}"
     assert not logits.requires_grad and logits.float().std() > 0
     config = variant_config("vit", **sizes)
-    one = torch_candidates.candidate("transformers", "vit", config, 3, train=True)
+    one = torch_baselines.candidate("transformers", "vit", config, 3, train=True)
     losses = [one.run().item() for _ in range(8)]
     assert losses[-1] < losses[0] < 2 * math.log(10)

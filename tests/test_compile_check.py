@@ -87,6 +87,7 @@ def test_a_batch_that_is_too_large_does_not_fit(capsys):
         ([DIGITS, "--topology=v5e:2x2", "--only=pretrian"], "no step has this in its name"),
         (["--topology=v5e:2x2"], "--config=FILE is missing"),
         ([DIGITS, "--topolgy=v5e:2x2"], "topolgy"),
+        ([DIGITS, "--topology=v5e:2x2", "--fit=16"], "--fit: ignored explicit argument"),
     ],
 )
 def test_wrong_command_lines_say_so_in_one_line(argv, says, capsys, monkeypatch):

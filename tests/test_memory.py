@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tosa_jax.cli.exit_status import guard
+from tosa_jax.cli.command import run_command
 from tosa_jax.distributed import memory
 from tosa_jax.errors import ConfigError, DeviceError
 
@@ -46,7 +46,7 @@ def test_what_can_be_mended_is_one_line_and_status_2(error, says, capsys):
     def work():
         raise error
 
-    assert guard(work) == 2
+    assert run_command(work) == 2
     text = capsys.readouterr().err
     assert says in text and text.count("\n") == 1 and text.startswith("error: ")
 
@@ -56,8 +56,8 @@ def test_a_defect_keeps_its_traceback_and_a_status_is_passed_on():
         raise RuntimeError("something else")
 
     with pytest.raises(RuntimeError, match="something else"):
-        guard(defect)
-    assert guard(lambda: 1) == 1
+        run_command(defect)
+    assert run_command(lambda: 1) == 1
 
 
 FAULTS = """

@@ -223,7 +223,7 @@ def test_asking_for_what_a_network_has_not_is_one_line(model, predictor, folder)
         predictor.top(predictor(pixels(OWN)))
     with pytest.raises(ConfigError, match=r"must be uint8 \[b, height, width, 3\]"):
         predictor(pixels(OWN)[..., :1])
-    with pytest.raises(ConfigError, match="1 class names, but the network has 0 classes"):
+    with pytest.raises(ConfigError, match="1 class names, but the model has 0 classes"):
         Predictor(model, class_names=("a",))
     with pytest.raises(ConfigError, match="has no depth: call Predictor.classify"):
         Predictor(small_model(), mean=(0.5,), std=(0.5,)).depth([folder / "a.png"])
@@ -232,9 +232,9 @@ def test_asking_for_what_a_network_has_not_is_one_line(model, predictor, folder)
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["--workdir={w}", "--top=3", "{i}"], "--top is not for this network, whose task is depth"),
-        (["--workdir={c}", "--depth_dir=out", "{i}"], "--depth_dir is not for this network, whose task is class"),
-        (["--workdir={c}", "--truth=out", "{i}"], "--truth is not for this network"),
+        (["--workdir={w}", "--top=3", "{i}"], "--top is not for this model, whose task is depth"),
+        (["--workdir={c}", "--depth_dir=out", "{i}"], "--depth_dir is not for this model, whose task is class"),
+        (["--workdir={c}", "--truth=out", "{i}"], "--truth is not for this model"),
         (["--workdir={w}", "--depth_scale=256", "{i}"], "--depth_scale goes with --truth"),
         (["--workdir={w}", "--truth={f}", "--depth_scale=0", "{i}"], "must be above 0"),
         (["--workdir={w}", "--truth={w}", "{i}"], "has no a.png for {i} (1 of 1 images"),

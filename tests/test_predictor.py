@@ -13,8 +13,7 @@ from trained import CLASSES, make_pictures, make_workdir
 from tosa_jax.data.decoding import BadImageError, Preprocess
 from tosa_jax.distributed import memory
 from tosa_jax.errors import ConfigError, DeviceError, WeightsError, WorkdirError
-from tosa_jax.inference.predictions import Prediction, split_batch
-from tosa_jax.inference.predictor import Predictor
+from tosa_jax.inference.predictor import Prediction, Predictor, split_batch
 from tosa_jax.models.params import get_params, set_params, split
 from tosa_jax.models.weights.load import save_selectors, save_weights
 
@@ -181,7 +180,7 @@ def test_released_weights_with_and_without_selectors(model, tmp_path):
 def test_what_cannot_be_is_said_in_one_line(predictor, model, tmp_path):
     with pytest.raises(ConfigError, match=r"must be uint8 \[b, 8, 8, 1\]"):
         predictor(np.zeros((1, 8, 8, 1), np.float32))
-    with pytest.raises(ConfigError, match="9 class names, but the network has 10"):
+    with pytest.raises(ConfigError, match="9 class names, but the model has 10"):
         Predictor(model, mean=(MEAN,), std=(STD,), class_names=CLASSES[:9])
     with pytest.raises(ConfigError, match="batch_sizes"):
         Predictor(model, mean=(MEAN,), std=(STD,), batch_sizes=(0, 4))
@@ -191,7 +190,7 @@ def test_what_cannot_be_is_said_in_one_line(predictor, model, tmp_path):
     with pytest.raises(WeightsError, match="--model=NAME"):
         Predictor.from_weights(tmp_path / "w.safetensors")
     make_workdir(tmp_path / "dense", plan="standard")
-    with pytest.raises(ConfigError, match="no layer of this network selects"):
+    with pytest.raises(ConfigError, match="no layer of this model selects"):
         Predictor.from_workdir(tmp_path / "dense", keep_rate=0.5, on_message=lambda line: None)
     (tmp_path / "new").mkdir()
     (tmp_path / "new/config.json").write_text((tmp_path / "dense/config.json").read_text())

@@ -178,9 +178,7 @@ def test_who_cannot_join_stops_with_one_line(tmp_path):
     ]  # fmt: skip
     said = [own_lines(child.communicate(timeout=PATIENCE)[1]) for child in children]
     assert [child.returncode for child in children] == [2, 2], said
-    assert said[0] == [
-        "error: the processes did not come together at localhost:1 in 3 s; all of them must be started"
-    ]
+    assert said[0] == ["error: the processes did not join at localhost:1 in 3 s; start all of them"]
     (line,) = said[1]
     assert line.startswith("error: --multihost: this process cannot join others")
     assert not (tmp_path / "run").exists()

@@ -1,10 +1,10 @@
 """Token Selective Attention (ToSA) for vision transformers, in JAX.
 
-Every second layer of a ViT runs only on the tokens that a small selector expects the next layer to attend to; the
-others bypass the layer and rejoin. Token counts are static, tokens are really gathered, and every token keeps a feature
-at every depth.
+In every second layer of a ViT, attention and MLP run only on selected tokens; the others bypass the layer and rejoin
+after it. A small module, the token selector, chooses the tokens by predicting the layer's attention map. The number of
+selected tokens is static, so that programs are compiled once, and every token keeps a feature after every layer.
 
-A model, by timm's name, with released weights
+A model by timm's name, with released weights
     import tosa_jax
     from flax import nnx
 
@@ -12,38 +12,39 @@ A model, by timm's name, with released weights
     tosa_jax.load_pretrained(model, "deit_small_patch16_224-cd65a155.pth")
     out = model(images)             # float [b, 224, 224, 3], normalised
     out.logits                      # [b, classes]
-    out.tokens                      # [b, tokens, width] after the final norm, prefix first, all of them
-    out.selected                    # a tuple of int32 [b, s]: the tokens that each selection chose
+    out.tokens                      # [b, tokens, width]: all tokens after the final norm, prefix first
+    out.selected                    # a tuple of int32 [b, s]: the token indices of each selection
 
-    Released weights know no selectors: until some are fitted (the stage `selector` of a run, which needs images and
-    no labels), tokens are chosen by the map of the layer before. `load_pretrained(model, selectors=FILE)` adds them.
-    `VARIANTS` has the names, `ViTConfig` every field, `alternate` makes layer plans. `save_weights` and
-    `save_selectors` write what `load_pretrained` reads. With `task="depth"` a decoder takes the place of the head
-    (`DepthConfig`), and `out.depth` is [b, height, width] in metres.
+    Released weights contain no selectors. Without selectors, tokens are chosen by the attention map of the layer
+    before. The stage `selector` of a run fits selectors on images without labels, and
+    `load_pretrained(model, selectors=FILE)` loads them. `VARIANTS` has the names, `ViTConfig` the fields, `alternate`
+    makes layer plans. `load_pretrained` reads the files of `save_weights` and `save_selectors`. With `task="depth"` the
+    model has a decoder instead of a classification head (`DepthConfig`), and `out.depth` is [b, height, width] in
+    metres.
 
-A trained network at work
+Predictions of a trained model
     predictor = tosa_jax.Predictor.from_workdir("runs/digits", keep_rate=0.3)
-    predictor.classify(["a.png", "b.png"])          # the five best `Guess`es of each: label, name, probability
+    predictor.classify(["a.png", "b.png"])          # five `Guess`es an image: label, name, probability
     out = predictor(uint8_images)                   # a `Prediction`: logits, selected tokens and their scores
 
-    `Predictor.from_pretrained` starts from a name and released weights, `Predictor.from_weights` from the one file
-    that `Predictor.save` writes; `Predictor.depth` is for depth networks.
+    `Predictor.from_pretrained` loads released weights by name, `Predictor.from_weights` a file of `Predictor.save`.
+    `Predictor.depth` is for depth models.
 
 From the command line (each says more with --help)
     python -m tosa_jax.main --config=configs/digits.py         train: pretrain, selectors, fine-tune, evaluate
-    python -m tosa_jax.prepare --config=configs/deit_s.py      make a data set ready, once
-    python -m tosa_jax.predict --workdir=runs/digits IMAGE     classify, and show the selected tokens
-    python -m tosa_jax.bench --model=deit_small_patch16_224    time beside multiply-adds
-    python -m tosa_jax.compile_check --config=configs/deit_s.py --topology=v5e:4x4      will it fit, without a TPU
+    python -m tosa_jax.prepare --config=configs/deit_s.py      prepare a data set, once
+    python -m tosa_jax.predict --workdir=runs/digits IMAGE     classify images, show the selected tokens
+    python -m tosa_jax.bench --model=deit_small_patch16_224    compare time and multiply-adds
+    python -m tosa_jax.compile_check --config=configs/deit_s.py --topology=v5e:4x4      compile for a TPU without one
 
     A configuration is a Python file that starts from `tosa_jax.config.default_config()`; --config.FIELD=VALUE changes
-    a field of it. JAX takes the best device it finds; JAX_PLATFORMS=cuda, tpu or cpu asks for one, and its lack is an
-    error then.
+    one of its fields. JAX uses the best device that it finds. With JAX_PLATFORMS=cuda, tpu or cpu it uses only devices
+    of this kind, and it is an error if there are none.
 
-To read on: `tosa_jax.ops` has the idea in pure functions, and `tosa_jax.ops.array_types` what letters in shapes
-mean; `tosa_jax.models.methods` has a file for each method, `tosa_jax.models.token_state` says what it must have.
+Where to read on: `tosa_jax.ops` has token selection and attention as pure functions, `tosa_jax.ops.array_types` the
+letters in array shapes, `tosa_jax.models.methods` one file a method.
 
-What a person can mend raises a `UserError` of one line: what is wrong, where, and what to do.
+Errors that a user can fix are `UserError`s. Their message is one line: what is wrong, where, and what to do.
 """
 
 from etils import epy
@@ -51,8 +52,7 @@ from etils import epy
 # Importing the package costs next to nothing: each name brings its modules when it is first used.
 with epy.lazy_api_imports(globals()):
     from tosa_jax.errors import UserError
-    from tosa_jax.inference.predictions import Guess, Prediction
-    from tosa_jax.inference.predictor import Predictor
+    from tosa_jax.inference.predictor import Guess, Prediction, Predictor
     from tosa_jax.models.depth import DepthConfig
     from tosa_jax.models.factory import create_model
     from tosa_jax.models.vit import Output, VisionTransformer

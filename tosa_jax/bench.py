@@ -1,4 +1,4 @@
-"""Measures whether saved multiply-adds are saved time, and how fast the input is.
+"""Times models to compare saved time with saved multiply-adds; with --data, measures the input pipeline.
 
     python -m tosa_jax.bench --model=deit_small_patch16_224 --keep_rate .7 .5 .3 [--train] [--json]
     python -m tosa_jax.bench --model=deit_small_patch16_224 --against=transformers --controls random
@@ -6,8 +6,9 @@
     python -m tosa_jax.bench --model=deit_small_patch16_224 --task=depth --image_size 480 640 --keep_rate .7 .5 .3
     python -m tosa_jax.bench --data --config=configs/deit_s.py [--images_per_second=2500] [--json]
 
-Networks have random weights; dense and every budget take turns in one run, and medians count. All but the last form
-read no data, so that they run where neither TFDS nor Grain is installed. `docs/bench.md` explains the numbers.
+Weights and images are random. The dense model and ToSA at every keep rate run in turn, round after round; the medians
+are reported. Only --data reads a data set; the other forms need neither TFDS nor Grain. `docs/bench.md` explains the
+numbers.
 Exit status: 0 done, 2 bad input.
 """
 
@@ -17,56 +18,58 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
-from tosa_jax.cli.exit_status import guard
+from tosa_jax.cli import flags
+from tosa_jax.cli.command import run_command
 from tosa_jax.distributed.devices import describe_device, versions
 from tosa_jax.errors import ConfigError
 from tosa_jax.paths import as_path
-from tosa_jax.performance import sweep, torch_candidates
+from tosa_jax.performance import results, torch_baselines
+from tosa_jax.performance.benchmark import measure, measure_batch_sizes
 from tosa_jax.performance.candidates import CONTROLS
-from tosa_jax.performance.records import format_records, measure
+from tosa_jax.performance.results import format_records
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    return guard(lambda: _bench(argv, *parse_arguments(argv)))
-
-
-class _Parser(argparse.ArgumentParser):
-    """One whose complaint is one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"command line: {message}; see --help")
+    return run_command(lambda: _bench(argv, *parse_arguments(argv)))
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """The arguments, and those of the form --config.FIELD=VALUE. Raises ConfigError for an unknown one."""
-    parser = _Parser(prog="tosa_jax.bench", description=__doc__.splitlines()[0], allow_abbrev=False)
+    """Parses the arguments; returns them and those of the form --config.FIELD=VALUE. Raises ConfigError."""
+    parser = flags.ArgumentParser(
+        prog="python -m tosa_jax.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
-    add("--model", default="deit_small_patch16_224", help="timm's name")
+    add("--model", default="deit_small_patch16_224", help="name of a variant, as in timm")
     add("--keep_rate", type=float, nargs="+", default=[0.5])
     add("--batch_size", type=int, nargs="+", default=[16])
-    add("--task", default="classification", help="or depth")
-    add("--image_size", type=int, nargs="+", help="side, or height and width; default: the model's")
-    add("--dtype", default="float32")
-    add("--bypass", default="", help="of ToSA and the controls: identity, low_rank or shared")
-    add("--map_chunk", type=int, default=0, help="query rows at a time; 0: all")
-    add("--gather", default="indices", help="or one_hot")
-    add("--scan_layers", action="store_true", help="one program for all repetitions of the plan")
-    add("--remat", default="none", help="what backward computes again: full, dots, dots_no_batch")
+    _add_model_fields(parser)
     add("--train", action="store_true", help="time whole training steps")
     add("--controls", nargs="+", default=[], help=f"at the same budgets: {', '.join(CONTROLS)}")
-    add("--against", nargs="+", default=[], help="dense in PyTorch: timm, transformers or none")
-    add("--torch_compile", default="", help=f"on a GPU, one of {', '.join(torch_candidates.MODES)}")
+    add(
+        "--against",
+        nargs="+",
+        default=[],
+        help="dense baselines in PyTorch: timm, transformers or none",
+    )
+    add("--torch_compile", default="", help=f"on a GPU, one of {', '.join(torch_baselines.MODES)}")
     add("--rounds", type=int, default=10)
     add("--sweep", action="store_true", help="write bench_NAME.json, .md and .png into --out")
     add("--out", default="results", help="folder of --sweep's files")
-    add("--name", default="", help="of these files; default: what was measured")
-    add("--data", action="store_true", help="measure the input of --config instead")
+    add("--name", default="", help="NAME of these files; default: model, dtype and mode")
+    add("--data", action="store_true", help="measure the input pipeline of --config instead")
     add("--config", help="a recipe, for --data")
-    add("--images_per_second", type=float, default=2500.0, help="to feed, for --data")
+    add(
+        "--images_per_second",
+        type=float,
+        default=2500.0,
+        help="images/s that an accelerator consumes, for --data",
+    )
     add("--json", action="store_true", help="print JSON instead of a table")
     args, rest = parser.parse_known_args(argv)
     if stray := [a for a in rest if not (args.data and a.startswith("--config."))]:
@@ -74,6 +77,34 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, lis
     if args.data and not args.config:
         raise ConfigError("command line: --data needs --config=FILE")
     return args, rest
+
+
+def _add_model_fields(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--task", default="classification", help="or depth")
+    add(
+        "--image_size",
+        type=int,
+        nargs="+",
+        help="side, or height and width, in pixels; default: the model's",
+    )
+    add("--dtype", default="float32")
+    add(
+        "--bypass", default="", help="bypass of ToSA and the controls: identity, low_rank or shared"
+    )
+    add(
+        "--map_chunk",
+        type=int,
+        default=0,
+        help="query rows of an attention map computed at a time; 0: all",
+    )
+    add("--gather", default="indices", help="or one_hot")
+    add("--scan_layers", action="store_true", help="compile the repeated layers once (lax.scan)")
+    add(
+        "--remat",
+        default="none",
+        help="rematerialisation in training: none, full, dots, dots_no_batch",
+    )
 
 
 def _bench(argv: Sequence[str], args: argparse.Namespace, overrides: list[str]) -> int:
@@ -88,7 +119,7 @@ def _bench(argv: Sequence[str], args: argparse.Namespace, overrides: list[str]) 
 
 
 def measure_networks(argv: Sequence[str], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The records of every batch size; with --sweep also as files."""
+    """Measures every batch size and returns the records; with --sweep it also writes the files."""
     names = ("task", "dtype", "bypass", "map_chunk", "gather", "scan_layers", "remat")
     names += ("train", "rounds", "controls", "against", "torch_compile")
     fields = {name: getattr(args, name) for name in names}
@@ -97,30 +128,31 @@ def measure_networks(argv: Sequence[str], args: argparse.Namespace) -> list[dict
     one = functools.partial(measure, args.model, args.keep_rate, **fields)
     if not args.sweep:
         return [row for batch_size in args.batch_size for row in one(batch_size=batch_size)]
-    rows, left_out = sweep.run(args.batch_size, lambda batch_size: one(batch_size=batch_size))
+    rows, left_out = measure_batch_sizes(
+        args.batch_size, lambda batch_size: one(batch_size=batch_size)
+    )
     against = [library for library in args.against if library != "none"]
     result = {
         "command": f"python -m tosa_jax.bench {shlex.join(argv)}",
         "device": describe_device(),
-        "versions": versions() | torch_candidates.versions(against),
+        "versions": versions() | torch_baselines.versions(against),
         "settings": {"rounds": args.rounds}
-        | torch_candidates.settings(against, args.dtype, args.torch_compile, train=args.train),
+        | torch_baselines.settings(against, args.dtype, args.torch_compile, train=args.train),
         "left_out": left_out,
         "rows": rows,
     }
     name = args.name or "_".join([args.model, args.dtype, *(["train"] if args.train else [])])
-    for path in sweep.write(as_path(args.out), name, result):
+    for path in results.write(as_path(args.out), name, result):
         print(f"wrote {path}", file=sys.stderr)
     return rows
 
 
 def measure_input(recipe: str, overrides: Sequence[str], images_per_second: float) -> list[dict]:
-    """Images/s a core of each part of a recipe's training input, and the cores that feed one accelerator."""
-    from tosa_jax.cli.flags import parse
+    """Images/s a core of each part of a recipe's training input, and the cores needed to feed one accelerator."""
     from tosa_jax.config import make_run_config
     from tosa_jax.data import speed
 
-    config, _ = parse("", [f"--config={recipe}", *overrides])
+    config, _ = flags.parse("", [f"--config={recipe}", *overrides])
     return speed.measure_config(make_run_config(config).data, accelerator_rate=images_per_second)
 
 

@@ -1,11 +1,11 @@
-"""Compile a recipe's training and evaluation steps for a TPU slice that need not be there.
+"""Compile a recipe's training and evaluation steps for a TPU slice, without a TPU.
 
     python -m tosa_jax.compile_check --config=configs/deit_s.py --topology=v5e:4x4 [--mesh=data:4,fsdp:4]
         [--only=TEXT] [--fit] [--json] [--config.FIELD=VALUE ...]
 
-Prints for each step: the time to compile, bytes on each chip, operations, collectives, whether it fits. `--topology`
-is one slice; `--mesh=dcn:2` takes two of them. `--only` keeps the steps whose name contains TEXT, for example
-"train finetune". `--fit` finds the largest batch a chip can train with. Needs libtpu: pip install "tosa-jax[tpu]".
+Prints for each step whether it fits, the time to compile, and the bytes, operations and collectives of each chip.
+`--topology` names one slice; `--mesh=dcn:2` uses two of them. `--only` keeps the steps whose name contains TEXT, for
+example "train finetune". `--fit` finds the largest training batch of a chip. Needs libtpu: pip install "tosa-jax[tpu]".
 Exit status: 0 everything fits, 1 something does not, 2 bad input.
 """
 
@@ -13,43 +13,42 @@ import argparse
 import dataclasses
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 from tosa_jax.cli import flags
+from tosa_jax.cli.command import configure_jax, run_command
 from tosa_jax.errors import ConfigError
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line `argv` (without the program's name); returns the exit status."""
+    return run_command(lambda: _main(sys.argv[1:] if argv is None else argv))
+
+
+def _main(argv: list[str]) -> int:
     args, recipe = parse_arguments(argv)
-    fits = True
-
-    def work(config, workdir: Path) -> None:
-        nonlocal fits
-        del workdir  # nothing is written
-        records = check(config, args)
-        if args.json:
-            print(json.dumps(records, indent=1))
-        fits = all(record["fits"] or args.fit for record in records)
-
-    return flags.run(__doc__, recipe, work) or int(not fits)
+    config, _ = flags.parse(__doc__, recipe)  # the work directory is not used: nothing is written
+    configure_jax()
+    records = check(config, args)
+    if args.json:
+        print(json.dumps(records, indent=1))
+    return int(not all(record["fits"] or args.fit for record in records))
 
 
-def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """This command's own arguments, and the recipe's."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """This command's own arguments, and the others, which are the recipe's. Raises ConfigError."""
+    parser = flags.ArgumentParser(add_help=False)
     parser.add_argument("--topology", default="")
     parser.add_argument("--mesh", default="")
     parser.add_argument("--only", default="")
     parser.add_argument("--fit", action="store_true")
     parser.add_argument("--json", action="store_true")
-    return parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    return parser.parse_known_args(argv)
 
 
 def check(config, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Compiles and, unless JSON is wanted, prints each step as it is done; returns the records. Raises ConfigError."""
-    # Imported late, so that a wrong command line is told at once.
+    """Compiles each step and returns the records; without --json it prints each at once. Raises ConfigError."""
+    # Imported late: mistakes in the command line are reported without this delay.
     import jax
 
     from tosa_jax.config import make_run_config
@@ -58,8 +57,10 @@ def check(config, args: argparse.Namespace) -> list[dict[str, Any]]:
 
     if not args.topology:
         raise ConfigError("command line: --topology=SLICE is missing, e.g. --topology=v5e:2x4")
-    jax.config.update("jax_platforms", "cpu")  # nothing runs, so no accelerator is taken
-    jax.config.update("jax_enable_compilation_cache", False)  # the time to compile is a result
+    jax.config.update(
+        "jax_platforms", "cpu"
+    )  # no program runs, so JAX need not reserve an accelerator
+    jax.config.update("jax_enable_compilation_cache", False)  # compile time is measured
     run = make_run_config(config)
     run = dataclasses.replace(run, mesh=parse_mesh(run.mesh, args.mesh))
     mesh = make_mesh(run.mesh, aot.tpu_devices(args.topology, run.mesh.dcn or 1))
@@ -77,7 +78,7 @@ def check(config, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def fit_record(run, mesh, program) -> dict[str, Any]:
-    """The record of the largest batch of this training step that fits, with `largest_device_batch_size`."""
+    """The record of this training step at the largest batch that fits, with `largest_device_batch_size` and `tried`."""
     from tosa_jax.distributed.mesh import batch_ways
     from tosa_jax.performance import aot
 
@@ -96,14 +97,17 @@ def fit_record(run, mesh, program) -> dict[str, Any]:
 
 
 def parse_mesh(mesh, text: str):
-    """A MeshConfig with the axes of "data:4,fsdp:4" on top. Raises ConfigError for an unknown axis or no number."""
-    sizes = dict(pair.partition(":")[::2] for pair in text.split(",") if pair)
+    """`mesh` with the sizes in a text such as "data:4,fsdp:4". Raises ConfigError for unknown axes and bad numbers."""
+    parts = [pair.partition(":") for pair in text.split(",") if pair]
+    sizes = {axis: size for axis, _, size in parts}
     known = [field.name for field in dataclasses.fields(mesh)]
-    problem = f"unknown axes {unknown}" if (unknown := sorted(sizes.keys() - set(known))) else ""
+    numbers, problem = {}, ""
     try:
         numbers = {axis: int(size) for axis, size in sizes.items()}
     except ValueError as error:
-        problem = problem or str(error)
+        problem = str(error)
+    if unknown := sorted(sizes.keys() - set(known)):
+        problem = f"unknown axes {unknown}"
     if problem:
         raise ConfigError(
             f"command line: --mesh={text}: {problem}; write AXIS:SIZE with commas between, the axes "
@@ -113,7 +117,7 @@ def parse_mesh(mesh, text: str):
 
 
 def format_record(record: dict[str, Any]) -> str:
-    """A step's record for people."""
+    """A step's record as text."""
     mesh = " ".join(f"{axis}={size}" for axis, size in record["mesh"].items())
     verdict = "fits" if record["fits"] else "DOES NOT FIT"
     lines = [
@@ -149,7 +153,7 @@ def format_record(record: dict[str, Any]) -> str:
 
 
 def _size(count: int | None) -> str:
-    """Bytes for people, in powers of ten."""
+    """A number of bytes with a unit, in powers of ten."""
     if count is None:
         return "unknown"
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):

@@ -1,7 +1,6 @@
-"""What a person did wrong, in one line: what is wrong, where, and what to do about it.
+"""Errors that a user can fix. The message is one line: what is wrong, where, and what to do.
 
-The command line entries print the line and exit with status 2. Nothing else is caught: a defect of this
-project keeps its traceback.
+Commands print this line and exit with status 2. Other exceptions are defects of this project and keep their traceback.
 """
 
 import difflib
@@ -9,7 +8,7 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Base of everything a user can mend; its text is one line."""
+    """Base class of the errors that a user can fix. Line breaks in the message become blanks."""
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))

@@ -3,26 +3,41 @@
     python -m tosa_jax.main --config=configs/digits.py [--workdir=DIR] [--config.FIELD=VALUE ...]
         [--multihost [--coordinator=HOST:PORT --num_processes=N --process_id=I] [--join_timeout=SECONDS]]
 
-Start the same command again to go on where a run stopped. DIR may be in a bucket, gs://BUCKET/PATH. With --multihost,
-started once in each process, all of them train one network or none does; on Cloud TPU, Slurm and Open MPI they find
-each other. Exit status: 0 done, 1 another process failed, 2 bad input, 130 or 143 stopped by a signal after a
-checkpoint.
+Start the same command again to continue a run that was stopped. DIR may be in a bucket: gs://BUCKET/PATH. To train one
+model in several processes, start the command with --multihost once in each of them; if they cannot all join, none
+trains. On Cloud TPU, Slurm and Open MPI they find each other without --coordinator. Exit status: 0 done, 1 another
+process failed, 2 bad input, 130 or 143 stopped by SIGINT or SIGTERM after a checkpoint was written.
 """
 
 import sys
 
 from tosa_jax.cli import flags
+from tosa_jax.cli.command import configure_jax, run_command
+from tosa_jax.distributed.initialisation import join
+from tosa_jax.distributed.preemption import Stopped
 from tosa_jax.paths import AnyPath
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line `argv` (without the program's name); returns the exit status."""
-    argv = sys.argv[1:] if argv is None else argv
-    return flags.run(__doc__, argv, _train, several_processes=True)
+    return run_command(lambda: _main(sys.argv[1:] if argv is None else argv))
+
+
+def _main(argv: list[str]) -> int:
+    cluster, rest = flags.parse_cluster(argv)
+    config, workdir = flags.parse(__doc__, rest)
+    configure_jax()
+    join(cluster)
+    try:
+        _train(config, workdir)
+    except Stopped as stopped:
+        print(f"{stopped}; start the same command again to go on", file=sys.stderr)
+        return 128 + stopped.signum
+    return 0
 
 
 def _train(config, workdir: AnyPath) -> None:
-    # Imported late, so that a wrong command line is told at once.
+    # Imported late: mistakes in the command line are reported without this delay.
     from tosa_jax.config import make_run_config, process_differences, to_json
     from tosa_jax.distributed import coordination
     from tosa_jax.reporting import report

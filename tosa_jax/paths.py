@@ -1,4 +1,4 @@
-"""Files of this machine and of buckets (`gs://`) alike."""
+"""Paths and files, local or in a bucket (`gs://`)."""
 
 import os
 import tempfile
@@ -11,22 +11,22 @@ from etils import epath
 from tosa_jax.errors import ConfigError
 
 AnyPath = Path | epath.Path
-"""A `pathlib.Path`, or etils' path of a bucket: both have what this project calls of them."""
+"""A `pathlib.Path`, or etils' path in a bucket, which has the same methods."""
 
 UPLOAD_SECONDS = 60.0
-"""How often a file that grows is copied to a bucket."""
+"""Seconds between two copies of a growing file to a bucket."""
 
 
 def as_path(path: str | os.PathLike) -> AnyPath:
-    """The path of a file here, with `~` expanded, or in a bucket.
+    """Makes a path of text: a local one, with `~` expanded, or one in a bucket.
 
-    Raises ConfigError where buckets of that kind, or the package for them, are missing.
+    Raises ConfigError for buckets other than gs://, and if the package for gs:// is not installed.
     """
     text = os.fspath(path)
     if "://" not in text:
         return Path(text).expanduser()
     if not text.startswith("gs://"):
-        # etils could, but Orbax writes no checkpoints to S3 and ArrayRecord reads no data from there.
+        # etils supports s3://, but Orbax cannot write checkpoints there, and ArrayRecord cannot read data.
         raise ConfigError(
             f"{text}: only gs:// is read and written directly; mount other buckets as a folder"
         )
@@ -38,17 +38,19 @@ def as_path(path: str | os.PathLike) -> AnyPath:
 
 
 def is_remote(path: str | os.PathLike) -> bool:
-    """Whether a path is in a bucket: files there are written whole, and there are no links and no locks."""
+    """Whether a path is in a bucket. Buckets have no appending, no links and no locks."""
     return "://" in os.fspath(path)
 
 
 def write_atomically(path: str | os.PathLike, data: bytes) -> None:
-    """Writes a whole file: a reader finds the old bytes or the new ones, never a part."""
+    """Writes a file atomically: a reader finds the old content or the new one, never a part."""
     if is_remote(path):
-        epath.Path(path).write_bytes(data)  # an object appears when it is complete
+        epath.Path(path).write_bytes(
+            data
+        )  # objects in a bucket become visible only when they are complete
         return
     path = Path(path)
-    # tempfile would make the file private to its owner, and runs are shared.
+    # Not `tempfile`: its files are private to their owner, and work directories are shared.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -61,15 +63,17 @@ def write_atomically(path: str | os.PathLike, data: bytes) -> None:
 
 
 class Mirror:
-    """A local folder whose files are copied to a bucket, where nothing can be appended to.
+    """A local folder whose files are copied to a bucket, for files that grow: buckets have no appending.
 
-    folder   where to write; for a local `target` this is the target itself, and nothing is copied.
+    folder  where to write. For a local `target` this is the target itself, and nothing is copied.
     """
 
     def __init__(self, target: AnyPath, seconds: float = UPLOAD_SECONDS) -> None:
         self.target, self.seconds = target, seconds
         self._temporary = None
-        self._sizes: dict[Path, tuple[int, int]] = {}  # as uploaded: size and time
+        self._sizes: dict[
+            Path, tuple[int, int]
+        ] = {}  # size and time of each file at its last upload
         self._next = time.monotonic() + seconds
         if is_remote(target):
             self._temporary = tempfile.TemporaryDirectory(prefix="tosa_jax_")
@@ -77,12 +81,12 @@ class Mirror:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def fetch(self, name: str) -> None:
-        """Gets a file that an earlier run left, if there is one."""
+        """Copies the file `name` from the bucket to the folder, if it exists."""
         if self._temporary and (self.target / name).exists():
             (self.folder / name).write_bytes((self.target / name).read_bytes())
 
     def push(self, *, now: bool = True) -> None:
-        """Copies files that have changed; with `now=False` only if the last time was `seconds` ago."""
+        """Copies changed files to the bucket; with `now=False` only if the last copy is at least `seconds` ago."""
         if self._temporary is None or not (now or time.monotonic() >= self._next):
             return
         for path in sorted(p for p in self.folder.rglob("*") if p.is_file()):
@@ -96,7 +100,7 @@ class Mirror:
         self._next = time.monotonic() + self.seconds
 
     def close(self) -> None:
-        """Copies what is left; a second call does nothing."""
+        """Copies the remaining files and removes the local folder. A second call does nothing."""
         self.push()
         if self._temporary:
             self._temporary.cleanup()

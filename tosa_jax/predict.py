@@ -1,14 +1,15 @@
-"""Classify images with a trained network, or measure their depth, and show which tokens it selected.
+"""Classify images or predict their depth with a trained model, and show which tokens it selected.
 
-    python -m tosa_jax.predict --workdir=runs/digits IMAGE ...              what a run trained
-    python -m tosa_jax.predict --weights=FILE IMAGE ...                     one file, from --export
+    python -m tosa_jax.predict --workdir=runs/digits IMAGE ...              the model of a run
+    python -m tosa_jax.predict --weights=FILE IMAGE ...                     a file of --export
     python -m tosa_jax.predict --model=NAME --weights=FILE [--selectors=FILE] IMAGE ...     released weights
-    python -m tosa_jax.predict --workdir=runs/rooms --depth_dir=DIR [--truth=DIR] IMAGE ...     a depth network
+    python -m tosa_jax.predict --workdir=runs/rooms --depth_dir=DIR [--truth=DIR] IMAGE ...     a depth model
 
-IMAGE is a file, a folder or a glob. `--keep_rate=.3`, or one share a selection (`--keep_rate=.7,.5,.3`), is another
-budget for the same weights. `--show_tokens=DIR` writes a PNG an image: the picture, each selection with its bypassed
-tokens dimmed, and its score map; of a depth network the picture, depth, with `--truth` truth and error, and each
-selection. Exit status: 0 done, 1 some files were no images, 2 bad input.
+IMAGE is a file, a folder or a glob. `--keep_rate=.3` runs the same weights at another keep rate; with commas, one a
+selection (`--keep_rate=.7,.5,.3`). `--show_tokens=DIR` writes one PNG an image. For a classifier it shows the image,
+each selection with its bypassed patches faded, and its score map; for a depth model the image, the depth, with
+`--truth` also the true depth and the error, and each selection. Exit status: 0 done, 1 some files could not be read as
+images, 2 bad input.
 """
 
 import argparse
@@ -25,8 +26,8 @@ import rich.console
 import rich.progress
 
 from tosa_jax.cli import flags
-from tosa_jax.cli.exit_status import guard
-from tosa_jax.cli.prediction_output import PREDICTION_WRITERS, PredictionWriter, Record
+from tosa_jax.cli.command import configure_jax, run_command
+from tosa_jax.cli.prediction_writers import PREDICTION_WRITERS, PredictionWriter, Record
 from tosa_jax.data import class_names
 from tosa_jax.data.decoding import BadImageError
 from tosa_jax.data.image_files import find_images, read_ahead
@@ -35,45 +36,59 @@ from tosa_jax.inference.predictor import Predictor
 from tosa_jax.tasks import TASKS
 
 _BAR_FROM = 20
-"""So many images get a progress bar."""
+"""From this number of images on, a progress bar is shown."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` (without the program's name); returns the exit status."""
-    return guard(lambda: _predict(parse_arguments(argv)))
+    return run_command(lambda: _predict(parse_arguments(argv)))
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments. Raises ConfigError for what is wrong with them."""
-    parser = argparse.ArgumentParser(
+    """Parses and checks the arguments. Raises ConfigError."""
+    parser = flags.ArgumentParser(
         prog="python -m tosa_jax.predict",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        exit_on_error=False,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("images", nargs="*", metavar="IMAGE", help="files, folders or globs")
     add("--workdir", type=Path, help="work directory of a run")
-    add("--model", help="variant by timm's name, for --weights")
-    add("--weights", help="whatever load_pretrained reads, or one file from --export")
-    add("--task", choices=list(TASKS), help="what the network of --model is for")
-    add("--selectors", help="a file of selectors, for --weights")
-    add("--classes", type=Path, help="text file with a class name a line, for --weights")
-    add("--keep_rate", type=shares, help="another budget: a share in (0, 1], or one a selection")
-    add("--top", type=int, help="classes to name (default 5)")
+    add("--model", help="name of a variant, as in timm; for --weights")
+    add("--weights", help="released weights (with --model), or a file of --export")
+    add("--task", choices=list(TASKS), help="task of --model (default classification)")
+    add("--selectors", help="file of selectors, for --model")
+    add("--classes", type=Path, help="text file with one class name a line, for --model")
+    add(
+        "--keep_rate",
+        type=shares,
+        help="share of patches to select, in (0, 1]: one, or one a selection",
+    )
+    add("--top", type=int, help="number of classes to print (default 5)")
     add("--json", action="store_true", help="JSON Lines instead of text")
-    add("--show_tokens", type=Path, metavar="DIR", help="write a picture of the selections here")
-    add("--depth_dir", type=Path, metavar="DIR", help="write depth here, in mm and in colours")
-    add("--truth", type=Path, metavar="DIR", help="true depth: 16-bit PNG files named as images")
-    add("--depth_scale", type=float, help="units of those files in a metre (default 1000)")
-    add("--export", type=Path, metavar="FILE", help="write all that is needed to one file")
+    add("--show_tokens", type=Path, metavar="DIR", help="write figures of the selections here")
+    add(
+        "--depth_dir",
+        type=Path,
+        metavar="DIR",
+        help="write depth maps here: 16-bit PNG in mm, and colours",
+    )
+    add(
+        "--truth",
+        type=Path,
+        metavar="DIR",
+        help="true depth: 16-bit PNG files named like the images",
+    )
+    add("--depth_scale", type=float, help="units of --truth in one metre (default 1000)")
+    add(
+        "--export",
+        type=Path,
+        metavar="FILE",
+        help="write the model and its preprocessing to one file",
+    )
     add("--batch_size", type=int, default=16)
-    add("--threads", type=int, default=2, help="that decode images")
-    try:
-        args, unknown = parser.parse_known_intermixed_args(argv)
-    except argparse.ArgumentError as error:
-        raise ConfigError(f"command line: {error}; see --help") from error
+    add("--threads", type=int, default=2, help="threads that decode images")
+    args, unknown = parser.parse_known_intermixed_args(argv)
     if unknown:
         raise ConfigError(f"command line: unexpected argument {unknown[0]!r}; see --help")
     _check(args)
@@ -81,7 +96,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def shares(text: str) -> float | tuple[float, ...]:
-    """One share, or one a selection with commas between."""
+    """Parses "0.5", or "0.7,0.5" with one keep rate a selection."""
     values = tuple(map(float, text.split(",")))
     return values[0] if len(values) == 1 else values
 
@@ -109,7 +124,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def make_predictor(args: argparse.Namespace, num_images: int) -> Predictor:
-    """The network that the arguments name, for batches of `--batch_size` or of all the images."""
+    """Loads the model that the arguments name. Its batch size is `--batch_size`, or the number of images if less."""
     common: dict[str, Any] = {
         "keep_rate": args.keep_rate,
         "batch_sizes": (min(args.batch_size, max(num_images, 1)),),
@@ -121,16 +136,20 @@ def make_predictor(args: argparse.Namespace, num_images: int) -> Predictor:
         return Predictor.from_weights(args.weights, **common)
     names = class_names.read_names(args.classes) if args.classes else None
     return Predictor.from_pretrained(
-        args.model, args.weights, selectors=args.selectors, class_names=names,
-        task=args.task or "classification", **common,
-    )  # fmt: skip
+        args.model,
+        args.weights,
+        selectors=args.selectors,
+        class_names=names,
+        task=args.task or "classification",
+        **common,
+    )
 
 
 def _predict(args: argparse.Namespace) -> int:
     paths = find_images(args.images)
-    flags.configure_jax()
+    configure_jax()
     predictor = make_predictor(args, len(paths))
-    answers = PREDICTION_WRITERS[predictor.config.task](predictor, args, paths)
+    writer = PREDICTION_WRITERS[predictor.config.task](predictor, args, paths)
     if args.export:
         predictor.save(args.export)
         print(f"written: {args.export}", file=sys.stderr)
@@ -139,39 +158,39 @@ def _predict(args: argparse.Namespace) -> int:
         ahead = 2 * predictor.batch_sizes[-1]
         images = read_ahead(paths, predictor.form.decode, threads=args.threads, ahead=ahead)
         while chunk := list(islice(images, predictor.batch_sizes[-1])):
-            for record in _records(predictor, chunk, answers):
+            for record in _records(predictor, chunk, writer):
                 failed += "error" in record
-                show(record, args.json, answers)
+                show(record, args.json, writer)
                 advance()
     return 1 if failed else 0
 
 
-def _records(predictor: Predictor, chunk: list, answers: PredictionWriter) -> Iterator[Record]:
-    """A record for each file of a batch, in order; what is to be written of it is written on the way."""
+def _records(predictor: Predictor, chunk: list, writer: PredictionWriter) -> Iterator[Record]:
+    """Yields one record for each file of a batch, in order, after its output files are written."""
     rows = iter(predictor.each([image for _, image in chunk if isinstance(image, np.ndarray)]))
     for path, image in chunk:
         if not isinstance(image, np.ndarray):
             yield {"image": str(path), "error": f"cannot be read as an image ({image})"}
             continue
         try:
-            yield answers.record(path, image, next(rows))
+            yield writer.record(path, image, next(rows))
         except BadImageError as error:
             yield {"image": str(path), "error": str(error)}
 
 
-def show(record: Record, as_json: bool, answers: PredictionWriter) -> None:
-    """One image's result on standard output; a failure on standard error too, where JSON would hide it."""
+def show(record: Record, as_json: bool, writer: PredictionWriter) -> None:
+    """Prints one image's result to standard output, and errors to standard error."""
     if "error" in record:
         print(f"{record['image']}: {record['error']}", file=sys.stderr)
     if as_json:
         print(json.dumps(record))
     elif "error" not in record:
-        print("\n".join([record["image"], *answers.lines(record)]))
+        print("\n".join([record["image"], *writer.lines(record)]))
 
 
 @contextlib.contextmanager
 def _bar(total: int) -> Iterator[Any]:
-    """A progress bar on a terminal for many images; gives the function that says one more is done."""
+    """Shows a progress bar for many images on a terminal; yields the function that advances it by one image."""
     console = rich.console.Console(stderr=True)
     hidden = total < _BAR_FROM or not console.is_terminal or console.is_dumb_terminal
     with rich.progress.Progress(

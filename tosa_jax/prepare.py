@@ -5,7 +5,7 @@
 
 Works for the bundled digits, IDX files, ImageNet's two tar files, folders of images, and TFRecord
 copies of TFDS sets; other TFDS sets need TensorFlow: pip install "tosa-jax[prepare]". Start the
-same command again to go on where it was stopped. `--overwrite` makes again what is there.
+same command again to continue where it was stopped. `--overwrite` prepares a data set again that is already there.
 Exit status: 0 done, 2 bad input, 130 stopped by a signal.
 """
 
@@ -13,29 +13,25 @@ import shlex
 import sys
 
 from tosa_jax.cli import flags
-from tosa_jax.paths import AnyPath
+from tosa_jax.cli.command import configure_jax, run_command
 
 _OVERWRITE = "--overwrite"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line `argv` (without the program's name); returns the exit status."""
-    argv = sys.argv[1:] if argv is None else argv
-    recipe = [arg for arg in argv if arg != _OVERWRITE]
-
-    def work(config, workdir: AnyPath) -> None:
-        del workdir  # data belongs to no run
-        _prepare(config, recipe, overwrite=_OVERWRITE in argv)
-
     try:
-        return flags.run(__doc__, recipe, work)
+        return run_command(lambda: _prepare(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:
         print("stopped; start the same command again to go on", file=sys.stderr)
         return 130
 
 
-def _prepare(config, recipe: list[str], *, overwrite: bool) -> None:
-    # Imported late, so that a wrong command line is told at once.
+def _prepare(argv: list[str]) -> int:
+    recipe = [arg for arg in argv if arg != _OVERWRITE]
+    config, _ = flags.parse(__doc__, recipe)
+    configure_jax()
+    # Imported late: mistakes in the command line are reported without this delay.
     import tensorflow_datasets as tfds
 
     from tosa_jax.config import make_run_config
@@ -46,7 +42,7 @@ def _prepare(config, recipe: list[str], *, overwrite: bool) -> None:
         data.name,
         data.data_dir,
         data.source_dir,
-        overwrite=overwrite,
+        overwrite=_OVERWRITE in argv,
         say=lambda line: print(line, flush=True),
     )
     splits = tfds.builder_from_directory(str(path)).info.splits
@@ -54,11 +50,12 @@ def _prepare(config, recipe: list[str], *, overwrite: bool) -> None:
     for name, split in splits.items():
         print(f"  {name}: {split.num_examples} examples, {split.num_bytes}")
     for field in ("train_split", "eval_split"):
-        # A part of the splits is enough for some work, so this stops nothing.
+        # Not an error: training, for example, can do without the evaluation split.
         base = getattr(data, field).split("[")[0]
         if "+" not in base and base not in splits:
             print(f"  note: config.data.{field}={base!r} is not there")
     print(f"\nnext: python -m tosa_jax.main {shlex.join(recipe)}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,3 +1,3 @@
-"""Where programs run: devices and their memory, the mesh, several processes, signals.
-Models never name the mesh; what is computed is elsewhere.
+"""Where programs run: devices, memory, the mesh, several processes, signals, timing.
+Models and losses are not here, and models never name the mesh.
 """

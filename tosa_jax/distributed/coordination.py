@@ -1,6 +1,6 @@
-"""Several processes that train one network: agreeing, proving that they run the same thing, ending together.
+"""Coordination of the processes that train one model: exchange of texts, checks that all run the same, a common end.
 
-They talk through the key-value store of `jax.distributed`'s coordination service, not through the devices.
+Processes use the key-value store of `jax.distributed`'s coordination service, not the devices.
 """
 
 import contextlib
@@ -23,51 +23,51 @@ from jax._src import distributed  # its key-value store has no public name
 
 from tosa_jax.errors import ProcessError, UserError
 
-T = TypeVar("T")  # what some work returns
+T = TypeVar("T")  # the result of a function
 
 BEAT_SECONDS = 3.0
-"""How often a process shows that it lives."""
+"""Seconds between two heartbeats of a process."""
 
 SILENT_SECONDS = 20.0
-"""One that has been silent for so long is dead, and the others stop with a line that says so."""
+"""A process without a heartbeat for so many seconds counts as dead, and the others stop with an error."""
 
 WAIT_SECONDS = 24 * 3600.0
-"""How long a process waits for another that lives: preparing a data set takes hours."""
+"""Seconds that a process waits for a text of another one: preparing a data set takes hours."""
 
-_ENDED = "tosa_jax/ended"  # key of what the first process to fail said
-_NOTHING = "."  # before each text: the service holds no empty ones
+_ENDED = "tosa_jax/ended"  # key of the error of the first process that failed
+_NOTHING = "."  # stands before each text, because the service stores no empty values
 _ROUNDS = itertools.count()
 _leaving = threading.Event()
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-"""Those whose versions decide results, which all processes must have alike."""
+"""Packages that must have the same version in all processes, because results depend on them."""
 
 
 def are_several() -> bool:
-    """Whether other processes train with this one."""
+    """Whether the run has more than one process."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes and talks."""
+    """Whether this is process 0, which alone writes files and prints."""
     return jax.process_index() == 0
 
 
 def watch() -> None:
-    """Starts the thread that ends this process when another one has ended."""
+    """Starts a thread that ends this process when another process of the run has failed or died."""
     threading.Thread(target=_watch, name="watch", daemon=True).start()
 
 
-def part() -> None:
-    """The regular end: nobody leaves before all are done."""
+def finish() -> None:
+    """Waits until every process has finished its work. Each process calls this at its normal end."""
     first_said("")
     _leaving.set()
 
 
 def first_said(text: str) -> str:
-    """The first text of any process that is not empty, in their order, or ""; all of them call this.
+    """Returns, in every process, the first text that is not empty, in the order of the processes; "" if all are.
 
-    It goes through the coordination service, not through the devices: a process may wait here for hours.
+    Every process must call this. It may block for hours, up to `WAIT_SECONDS`.
     """
     if not are_several():
         return text
@@ -80,30 +80,32 @@ def first_said(text: str) -> str:
 
 
 def together(work: Callable[[], T]) -> T:
-    """Process 0 does some work, then the others do; what it returns.
+    """Calls `work` in process 0, then in the others, and returns its result.
 
-    Raises ProcessError on all of them where it was a UserError on any; alone, that UserError itself.
+    If it raises a UserError in any process, all of them raise a ProcessError with its text. A run of one process raises
+    the UserError itself.
     """
     if not are_several():
         return work()
-    for turn in (True, False):
+    results: list[T] = []
+    for main_turn in (True, False):
         message = ""
-        if is_main() == turn:
+        if is_main() == main_turn:
             try:
-                result = work()
+                results.append(work())
             except UserError as error:
-                message = str(error) if turn else f"process {jax.process_index()}: {error}"
+                message = str(error) if main_turn else f"process {jax.process_index()}: {error}"
         if message := first_said(message):
             raise ProcessError(message)
-    return result
+    return results[0]
 
 
 def check_same(
     facts: Mapping[str, Any], compare: Callable[[Any, Any], list[str]] | None = None
 ) -> None:
-    """Raises ProcessError on all processes unless they hold the same facts (JSON values by name).
+    """Raises ProcessError in all processes unless they have the same facts (JSON values by name).
 
-    compare   gives lines for what differs between two processes' facts; default: the names of those that do.
+    compare  describes the differences of two processes' facts, one text each; None: the names of the facts that differ.
     """
     if not are_several():
         return
@@ -127,44 +129,47 @@ def code_versions() -> dict[str, str]:
 
 
 def explain(error: BaseException) -> str:
-    """What to print for an error that is not the user's: another process's end in one line, else the traceback."""
+    """The text to print for an error that is no UserError: one line if another process stopped, else the traceback."""
     text = str(error)
     if not re.search(r"Gloo|NCCL|heartbeat|[Bb]arrier|[Cc]oordination", text):
         return "".join(traceback.format_exception(error))
     return (
-        f"error: another process of this run has stopped, and says why in its own output "
+        f"error: another process of this run has stopped; its own output says why "
         f"({text.splitlines()[0][:120]}); start the same command again in all processes to go on\n"
     )
 
 
 def end_all(status: int, why: str) -> int:
-    """Ends this process and tells the others why, where there are others; else returns the status.
+    """Ends this process with `status` and tells the other processes why. In a run of one process it returns `status`.
 
-    At a regular exit this process would wait for the others, and they may be waiting for it in a collective.
+    A normal exit would wait for the other processes, which may themselves wait for this one in a collective.
     """
     if not are_several():
         return status
     _leaving.set()
-    with contextlib.suppress(Exception):  # whatever the service says, this is the end
+    with contextlib.suppress(Exception):  # the process ends, whether or not the service answers
         _client().key_value_set(_ENDED, f"process {jax.process_index()}: {why}")
     if is_main():
-        time.sleep(BEAT_SECONDS + 1)  # it hosts the service: the others must get to read that
+        time.sleep(
+            BEAT_SECONDS + 1
+        )  # process 0 hosts the service: the others need time to read the reason
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
 
 def _watch() -> None:
-    """Ends this process when another has said that it ends, or the next one has been silent for too long.
+    """Ends this process when another one has reported its end, or when the next one has sent no heartbeat for too long.
 
-    A collective whose partner has died may hang, and after `joining.HEARTBEAT_SECONDS` the service would abort the
-    process with a stack trace. Each process watches one other, so that the service has little to do for any number.
+    Without this, a collective with a dead process may hang, and after `initialisation.HEARTBEAT_SECONDS` the service
+    aborts with a stack trace. Each process watches only the next one: the load of the service grows linearly.
     """
     client, own = _client(), jax.process_index()
     watched = (own + 1) % jax.process_count()
     heard, heard_at = "", time.monotonic()
     for beat in itertools.count():
         time.sleep(BEAT_SECONDS)
+        now = heard
         try:
             client.key_value_set(f"tosa_jax/alive/{own}", str(beat), allow_overwrite=True)
             ended = _try_get(_ENDED)

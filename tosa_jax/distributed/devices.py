@@ -1,7 +1,7 @@
-"""What accelerators can do at their best, by the name that JAX gives a device: for utilisation, and for what fits.
+"""Peak speed and memory of accelerators, by JAX's `device_kind`. Utilisation and memory checks use them.
 
-The makers' own figures: dense bfloat16 matrix products, without sparsity; memory as sold. A name that is not in the
-table is unknown, never guessed.
+The figures are the makers': dense bfloat16 matrix products without sparsity, nominal memory. A device that is not in
+the table is unknown.
 """
 
 import math
@@ -9,19 +9,27 @@ import platform
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import flax
 import jax
 
+if TYPE_CHECKING:
+    # To type checkers, `jax.Device` is a variable and no class.
+    from jaxlib._jax import Device as Device
+else:
+    Device = jax.Device
+
 
 @dataclass(frozen=True)
 class Accelerator:
-    """One JAX device at its best.
+    """Peak figures of one JAX device.
 
     peak_flops   bfloat16 floating-point operations a second; a multiply-add is two.
-    memory       bytes, and `memory_rate` bytes a second from it.
+    memory       bytes.
+    memory_rate  bytes a second between memory and chip.
     link_rate    bytes a second to its neighbours, both directions of all links together.
-    source       where the figures stand.
+    source       page with the figures.
     """
 
     name: str
@@ -52,27 +60,27 @@ ACCELERATORS: tuple[tuple[str, Accelerator], ...] = tuple(
         (r"H200", "H200", 989, 141 * _GB, 4800, 900, _NVIDIA + "h200"),
     )
 )
-"""(regular expression of `device_kind`, figures); the first that is found in a name counts."""
+"""Pairs (regular expression, figures). The first expression that is found in `device_kind` counts."""
 
 
 def accelerator(device_kind: str) -> Accelerator | None:
-    """The figures of a device of this kind, or None for one that is not in the table."""
+    """The figures of a device kind; None if it is not in the table."""
     return next((known for pattern, known in ACCELERATORS if re.search(pattern, device_kind)), None)
 
 
-def peak_flops(devices: Sequence[jax.Device]) -> float:
-    """Operations a second of all these devices together; NaN if one of them is unknown."""
+def peak_flops(devices: Sequence[Device]) -> float:
+    """Sum of the devices' peak operations a second; NaN if one of them is unknown."""
     known = [accelerator(device.device_kind) for device in devices]
     return sum(math.nan if one is None else one.peak_flops for one in known)
 
 
 def describe_device() -> str:
-    """Number and kind of the devices."""
+    """Number and kind of all devices, for example "8 x TPU v4"."""
     return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
 
 
 def versions() -> dict[str, str]:
-    """Versions that a result depends on."""
+    """Versions of Python, jax and flax, for result files."""
     return {
         "python": platform.python_version(),
         "jax": jax.__version__,

@@ -1,4 +1,4 @@
-"""How processes find each other, or stop: a run never starts as N separate ones."""
+"""Joins the processes of a run. If they cannot all join, the run stops: it never becomes N separate runs."""
 
 import contextlib
 import os
@@ -16,8 +16,8 @@ from tosa_jax.distributed import coordination
 from tosa_jax.errors import ConfigError, ProcessError
 
 HEARTBEAT_SECONDS = 40
-"""A process that has been silent for so long makes the coordination service abort the others; `coordination.watch`,
-which says more, comes first wherever Python still runs."""
+"""After so many seconds without a heartbeat of a process, JAX's coordination service aborts the others.
+`coordination.watch` is faster and gives a reason; this is for a process in which Python no longer runs."""
 
 LAUNCHED = {
     "SLURM_STEP_NUM_TASKS": int,
@@ -25,17 +25,19 @@ LAUNCHED = {
     "TPU_WORKER_HOSTNAMES": lambda hosts: hosts.count(",") + 1,
     "MEGASCALE_NUM_SLICES": int,
 }
-"""Environment variables by which a launcher says how many processes it started."""
+"""Environment variables of launchers, each with a function from its value to the number of started processes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """How this process finds the others.
+    """The other processes of a run, and how to reach them.
 
-    multihost    True: it must. False: it trains alone, whatever launched it. None: alone, unless a launcher started
-                 several, which is an error then.
-    coordinator  "host:port" of process 0; "", None and None: told by Cloud TPU, Slurm or Open MPI.
-    join_timeout seconds to wait for the others.
+    multihost      True: this process must join others. False: it trains alone. None: it trains alone, and it is an
+                   error if a launcher started several processes.
+    coordinator    "host:port" of process 0; "": Cloud TPU, Slurm or Open MPI provide it, with the next two.
+    num_processes  number of processes of the run; None with an empty `coordinator`.
+    process_id     index of this process, from 0; None with an empty `coordinator`.
+    join_timeout   seconds to wait for the others.
     """
 
     multihost: bool | None = None
@@ -55,7 +57,7 @@ class Cluster:
                 "command line: --coordinator, --num_processes and --process_id go together, with --multihost; "
                 "without all three Cloud TPU, Slurm or Open MPI must tell them"
             )
-        if all(given):
+        if self.num_processes is not None and self.process_id is not None:
             if not re.fullmatch(r".+:\d+", self.coordinator):
                 raise ConfigError(
                     f"command line: --coordinator={self.coordinator!r} is not HOST:PORT"
@@ -67,31 +69,34 @@ class Cluster:
 
 
 def join(cluster: Cluster) -> None:
-    """Joins the other processes, before JAX has touched a device.
+    """Joins the other processes. Call it before JAX looks for devices.
 
-    Raises ConfigError: a launcher started several processes, but `cluster` does not say that they belong together;
-    ProcessError: nobody says where the others are, or the devices know of another number of processes.
-    Where they cannot join, the process ends with one line and status 2: the service would abort it with many.
+    Raises ConfigError: a launcher started several processes, but `cluster.multihost` is None; ProcessError: the
+    coordinator is unknown, or the devices report another number of processes.
+    If not all processes join in time, this process exits with one line and status 2.
     """
     if not cluster.multihost:
         if cluster.multihost is None:
             _check_alone()
         return
-    # For CPU devices: collectives of two programs in flight could meet each other's between two processes.
+    # On CPU devices, collectives of two programs that run at once could be matched with each other across processes.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    where = cluster.coordinator or "the address that the cluster gave"
-    failure = f"the processes did not come together at {where} in {cluster.join_timeout} s; all of them must be started"
+    where = cluster.coordinator or "the address that the cluster provides"
+    failure = (
+        f"the processes did not join at {where} in {cluster.join_timeout} s; start all of them"
+    )
     with _deadline(cluster.join_timeout, failure):
         try:
             jax.distributed.initialize(
                 cluster.coordinator or None,
                 cluster.num_processes,
                 cluster.process_id,
-                initialization_timeout=2 * cluster.join_timeout,  # after ours
+                initialization_timeout=2
+                * cluster.join_timeout,  # longer than our own deadline, whose message is clearer
                 heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             )
             joined, found = distributed.global_state.num_processes, jax.process_count()
-            # The devices meet now, while nobody compiles: those of CPUs give up on a partner after 30 s.
+            # The first collective runs here, where no process compiles: on CPUs it fails after 30 s without a partner.
             multihost_utils.sync_global_devices("joined")
         except (ValueError, RuntimeError, KeyError, OSError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -119,7 +124,10 @@ def _check_alone() -> None:
 
 @contextlib.contextmanager
 def _deadline(seconds: float, message: str) -> Iterator[None]:
-    """Ends the process with one line when the body takes longer: it may wait in code that cannot be interrupted."""
+    """Exits with status 2 and `message` if the body takes longer than `seconds`.
+
+    The body may wait in C++ code, which no exception interrupts.
+    """
 
     def end():
         print(f"error: {message}", file=sys.stderr, flush=True)

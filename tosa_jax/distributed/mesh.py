@@ -1,7 +1,7 @@
-"""Where arrays live: the mesh, one table from parameter paths to axes, and host batches made global.
+"""The device mesh, the sharding of parameters and batches on it, and global arrays from host batches.
 
-Models never name the mesh. The batch is split over `dcn`, `data` and `fsdp` together; parameters, their moments and
-their averages over `fsdp` and `model`, so that between slices nothing but gradients and scalars travels.
+A batch is split over the axes `dcn`, `data` and `fsdp` together. Parameters, their optimizer moments and their averages
+are split over `fsdp` and `model`. Only gradients and scalars are therefore sent between slices.
 """
 
 import re
@@ -16,16 +16,17 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from tosa_jax.distributed.devices import Device
 from tosa_jax.errors import ConfigError
 
 AXES = ("dcn", "data", "fsdp", "model")
-"""Axes of the mesh, the slowest links first."""
+"""Axes of the mesh, those with the slowest links first."""
 
 BATCH_AXES = ("dcn", "data", "fsdp")
-"""Those that a batch is split over."""
+"""Axes that a batch is split over."""
 
 BATCH = P(BATCH_AXES)
-"""How a batch lies: its rows are split, nothing else."""
+"""Sharding of a batch: its first dimension is split, the others are not."""
 
 RULES: tuple[tuple[str, P], ...] = (
     (r"(attn/qkv|mlp/fc1)/kernel$", P("fsdp", "model")),
@@ -33,15 +34,19 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"(attn/proj|mlp/fc2)/kernel$", P("model", "fsdp")),
     (r"(patch_embed/proj|head|head_dist)/kernel$", P("fsdp", None)),
 )
-"""First match wins; what no rule names is replicated. An axis that does not divide a dimension is left out."""
+"""Pairs (regular expression of a parameter path, sharding). The first match counts; other parameters are replicated.
+An axis that does not divide its dimension is left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices along each axis; one of data, fsdp and model may be -1: all that are left.
+    """Number of devices along each axis. One of data, fsdp and model may be -1: all remaining devices.
 
-    dcn  slices, which the data centre's network joins; 0: as many as the devices say that they are on. On devices that
-         know of no slices, such as GPUs, any number of equal parts, in the order of the processes.
+    dcn    slices, connected by the data centre's network; 0: as many as the devices report. Devices that report no
+           slice, such as GPUs, can be split into any number of equal parts, in the order of the processes.
+    data   copies of the parameters within a slice.
+    fsdp   devices that share one copy of the parameters and split the batch.
+    model  devices that split the matrices of a layer (tensor parallelism).
     """
 
     dcn: int = 0
@@ -50,11 +55,11 @@ class MeshConfig:
     model: int = 1
 
 
-def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """A mesh with axes `dcn`, `data`, `fsdp`, `model`. Raises ConfigError if the sizes do not fit the devices.
+def make_mesh(config: MeshConfig, devices: list[Device] | None = None) -> Mesh:
+    """A mesh with the axes `dcn`, `data`, `fsdp`, `model`. Raises ConfigError if the sizes do not fit the devices.
 
-    Devices stand in the order of their slices, then of their processes: each process holds the rows of a batch that
-    it reads, one after the other, so that a batch does not depend on how many processes read it.
+    Devices are ordered by slice, then by process. Each process then holds consecutive rows of a batch, and a batch is
+    the same for any number of processes.
     """
     devices = sorted(jax.devices() if devices is None else devices, key=_place)
     on_slices = Counter(_slice(device) for device in devices)
@@ -64,7 +69,11 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
 
 
 def mesh_sizes(config: MeshConfig, local_devices: list[int], slices: int = 1) -> list[int]:
-    """Devices along each of AXES, given those of each process. Raises ConfigError if they do not fit."""
+    """Number of devices along each of AXES. Raises ConfigError if they do not fit the devices.
+
+    local_devices  number of devices of each process.
+    slices         number of slices that the devices report.
+    """
     count = sum(local_devices)
     sizes = [config.dcn or slices, config.data, config.fsdp, config.model]
     named = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
@@ -90,31 +99,31 @@ def mesh_sizes(config: MeshConfig, local_devices: list[int], slices: int = 1) ->
     return sizes
 
 
-def _slice(device: jax.Device) -> int:
+def _slice(device: Device) -> int:
     return getattr(device, "slice_index", None) or 0
 
 
-def _place(device: jax.Device) -> tuple[int, int, int]:
+def _place(device: Device) -> tuple[int, int, int]:
     return _slice(device), device.process_index, device.id
 
 
 def batch_ways(mesh: Mesh) -> int:
-    """Parts that a batch is split into."""
+    """Number of parts that a batch is split into."""
     return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch over `dcn`, `data` and `fsdp`."""
+    """Sharding of a batch: rows over `dcn`, `data` and `fsdp`."""
     return NamedSharding(mesh, BATCH)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """A copy on each device."""
+    """Sharding of an array with a copy on each device."""
     return NamedSharding(mesh, P())
 
 
 def check_batch(name: str, batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
-    """Raise a ConfigError unless the mesh divides each of the `accumulate` parts of `batch_size`."""
+    """Raises ConfigError unless the mesh splits each of the `accumulate` parts of `batch_size` evenly."""
     ways = batch_ways(mesh)
     if batch_size % (ways * accumulate):
         parts = f" x accumulate = {ways * accumulate}" if accumulate > 1 else f" = {ways} devices"
@@ -125,7 +134,7 @@ def check_batch(name: str, batch_size: int, mesh: Mesh, accumulate: int = 1) -> 
 
 
 def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
-    """The axes of a parameter of this path and shape."""
+    """Sharding of the parameter with this path and shape, by `RULES`."""
     for pattern, spec in RULES:
         if re.search(pattern, path) and len(spec) <= len(shape):
             fits = (
@@ -137,9 +146,9 @@ def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
 
 
 def tree_shardings(tree: Any, mesh: Mesh) -> Any:
-    """A sharding for each leaf of a train state: optimizer moments and averages live with their parameters.
+    """Shardings of a train state, one a leaf: optimizer moments and averages are sharded as their parameters.
 
-    A leaf belongs to the parameter whose path is the last string key on the way to it.
+    The last string key on the path to a leaf is the path of its parameter.
     """
 
     def one(key_path, leaf):
@@ -153,10 +162,10 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
 def gather_params(
     params: Mapping[str, jax.Array], mesh: Mesh, dtype: jax.typing.DTypeLike
 ) -> dict[str, jax.Array]:
-    """Inside a step: parameters as the layers compute with them, no longer split over `fsdp`.
+    """Gathers parameters over `fsdp`; for use inside a jitted step.
 
-    Matrices travel in `dtype`, that of the computation. All is said explicitly, because XLA may else move activations
-    to where a parameter's parts are; the gradient of what was split comes back split.
+    Parameters that are split over `fsdp` are cast to `dtype`, the dtype of the computation, and then gathered; their
+    gradients are split again. Without these constraints XLA may move activations to the parts of a parameter instead.
     """
 
     def one(path, x):
@@ -171,23 +180,23 @@ def gather_params(
 
 
 def process_rows(mesh: Mesh) -> tuple[int, int]:
-    """(i, n): this process's devices hold the i-th of n equal parts of a batch's rows.
+    """(i, n): the devices of this process hold the i-th of n equal parts of a batch's rows.
 
-    Processes that a `model` axis spans hold the same part. Raises ConfigError if a process's rows do not lie together.
+    Processes along a `model` axis hold the same part. Raises ConfigError if a process's rows are not consecutive.
     """
     shards = batch_ways(mesh)
     parts = batch_sharding(mesh).addressable_devices_indices_map((shards,)).values()
-    rows = sorted({part[0].indices(shards)[0] for part in parts})
+    rows = sorted({part[0].indices(shards)[0] for part in parts if part is not None})
     if rows != list(range(rows[0], rows[-1] + 1)) or rows[0] % len(rows) or shards % len(rows):
         raise ConfigError(
-            f"mesh={tuple(mesh.shape.values())}: this process's devices hold the parts {rows} of a batch, which do "
-            "not lie together; let the axis model divide, or be divided by, the devices of a process"
+            f"mesh={tuple(mesh.shape.values())}: this process's devices hold the parts {rows} of a batch, which are "
+            "not consecutive; let the axis model divide, or be divided by, the devices of a process"
         )
     return rows[0] // len(rows), shards // len(rows)
 
 
 def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows of a batch -> global arrays; processes hold contiguous rows in order."""
+    """Makes global arrays of this process's rows of a batch. Processes hold consecutive rows, in order."""
     sharding = batch_sharding(mesh)
     return {
         name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()
@@ -195,5 +204,5 @@ def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
 
 
 def to_host(tree: Any) -> Any:
-    """Whole arrays as NumPy ones, on every process; all of them call this."""
+    """Gathers global arrays as NumPy arrays in every process. Every process must call this."""
     return multihost_utils.process_allgather(tree, tiled=True)

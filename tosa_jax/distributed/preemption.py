@@ -1,4 +1,4 @@
-"""Stopping by a signal: the step in progress is finished and saved, on all processes at the same one."""
+"""Stopping by a signal: the current step is finished and saved, in all processes at the same step."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 from tosa_jax.distributed.coordination import first_said
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-"""Those that ask a run to save and stop: a scheduler's, and Ctrl-C."""
+"""Signals that make a run save and stop: a scheduler's SIGTERM, and SIGINT (Ctrl-C)."""
 
 
 class Stopped(Exception):
@@ -25,23 +25,23 @@ class Stopped(Exception):
 
 @dataclass
 class StopRequest:
-    """The signal that asked this process for the end, if any."""
+    """The signal that asked this process to stop; None if there was none."""
 
     signum: int | None = None
     _calls: int = field(default=0, repr=False)
 
     def agreed(self) -> int | None:
-        """The signal to stop by now, or None; every process calls this once a step and gets the same answer.
+        """The signal to stop by, or None. Every process calls this once a step and gets the same result.
 
-        With several processes, the first notice anywhere makes JAX's preemption service choose a call that none of
-        them has reached yet: in between, nothing is exchanged and nobody waits.
+        With several processes, JAX's preemption service reacts to the first signal in any of them: it chooses a later
+        call, the same in all processes, that returns the signal. Until then calls return at once.
         """
         if not jax.distributed.is_initialized():
             return self.signum
-        self._calls += 1  # over all stages: the service compares numbers, which must never fall
+        self._calls += 1  # counted over all stages: the service expects numbers that only grow
         if not multihost_utils.reached_preemption_sync_point(self._calls):
             return None
-        # SIGTERM reaches the service and not Python; an interrupt from a keyboard anywhere names the end of all.
+        # The service receives SIGTERM, Python does not. A SIGINT in any process is the signal of all of them.
         interrupt = first_said(str(self.signum) if self.signum == signal.SIGINT else "")
         self.signum = int(interrupt or signal.SIGTERM)
         return self.signum
@@ -49,10 +49,10 @@ class StopRequest:
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator[StopRequest]:
-    """SIGTERM and SIGINT ask to stop after the step in progress; a second SIGINT acts as usual.
+    """In this context SIGTERM and SIGINT ask to stop after the current step. A second one ends the process as usual.
 
-    So does a second SIGTERM where there is one process. Where there are several it stays with JAX's preemption
-    service, which took SIGTERM when they joined and tells the others: on Cloud TPU that is the maintenance notice.
+    With several processes, JAX's preemption service handles SIGTERM from the time they joined, and tells the other
+    processes. Cloud TPU sends SIGTERM before maintenance.
     """
     request = StopRequest()
     previous = {}

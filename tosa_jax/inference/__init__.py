@@ -1,3 +1,3 @@
-"""A trained network at work: loading one with all that belongs to it, and `Predictor`.
+"""Predictions of trained models: loading a model with its preprocessing, and `Predictor`.
 Training and evaluation on data sets are in `train`.
 """

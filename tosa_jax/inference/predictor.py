@@ -1,10 +1,10 @@
-"""A trained network at work: uint8 images in, logits or depth and selected tokens out, at batch sizes compiled once."""
+"""`Predictor`: a model with its preprocessing, for any number of images."""
 
 import functools
 import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -13,9 +13,8 @@ from PIL import Image
 from tosa_jax.data.class_names import default_names
 from tosa_jax.data.decoding import Preprocess
 from tosa_jax.distributed.memory import check_fits
-from tosa_jax.inference import sources
-from tosa_jax.inference.predictions import Guess, Prediction, by_shape, split_batch
-from tosa_jax.inference.sources import IMAGENET_MEAN, IMAGENET_STD, KeepRate, Say
+from tosa_jax.inference import loading
+from tosa_jax.inference.loading import IMAGENET_MEAN, IMAGENET_STD, KeepRate, OnMessage
 from tosa_jax.models.factory import with_image_size
 from tosa_jax.models.params import Params, set_params, split
 from tosa_jax.models.vit import VisionTransformer
@@ -23,17 +22,48 @@ from tosa_jax.models.vit_config import ViTConfig, check
 from tosa_jax.tasks import TASKS
 
 Picture = str | Path | bytes | np.ndarray | Image.Image
-"""A path, encoded bytes, uint8 [height width 1 or 3], or PIL's."""
+"""An image: a path, encoded bytes, a uint8 array [height, width, 1 or 3], or a PIL image."""
+
+
+class Guess(NamedTuple):
+    """A class, its name, and its probability in [0, 1]."""
+
+    label: int
+    name: str
+    probability: float
+
+
+class Prediction(NamedTuple):
+    """The outputs of a model for `b` images, as NumPy arrays.
+
+    logits    float32 [b, c]; None from a depth model.
+    selected  one int32 [b, s] a selection: indices into the n tokens, ascending, prefix included.
+    scores    one float [b, n] a selection: the token scores that it selected by; higher is better.
+    depth     float32 [b, height, width] in metres; None from a classifier.
+    """
+
+    logits: np.ndarray | None
+    selected: tuple[np.ndarray, ...]
+    scores: tuple[np.ndarray, ...]
+    depth: np.ndarray | None = None
+
+    @property
+    def probabilities(self) -> np.ndarray:
+        """float32 [b, c]; each row sums to 1. Raises ValueError without logits."""
+        if self.logits is None:
+            raise ValueError("a prediction without logits has no probabilities")
+        powers = np.exp(self.logits - self.logits.max(axis=1, keepdims=True))
+        return powers / powers.sum(axis=1, keepdims=True)
 
 
 class Predictor:
-    """Runs a network on any number of images; threads may share it.
+    """Runs a model on any number of images. Several threads may use one predictor.
 
-    Programs are compiled for `batch_sizes` alone, each at its first use (or by `warm_up`); a batch of another size
-    is split and padded to them. A network that takes images of any size, as for depth, compiles them for each size that
-    comes, and 1 is always among them: few pictures may have that size.
+    Programs are compiled only for `batch_sizes`, each at its first use or by `warm_up`. Other batches are split and
+    padded to these sizes. A model that accepts images of any size, such as a depth model, compiles a program for each
+    image size that occurs, and then also for batch size 1.
 
-    Made by `from_workdir`, `from_pretrained` or `from_weights`, or of a model:
+    `from_workdir`, `from_pretrained` and `from_weights` load a model; a model in memory works too:
 
     >>> model = tosa_jax.create_model("vit", image_size=8, patch_size=4, embed_dim=32, depth=2, num_heads=2,
     ...     num_classes=3, keep_rate=0.5, rngs=nnx.Rngs(0))
@@ -43,14 +73,14 @@ class Predictor:
     ((6, 3), [(6, 3)])
 
     Args:
-        model: the network; its parameters stay where they are, on one device.
-        form: how pictures become arrays; None: DeiT's evaluation, or as they are where any size will do.
+        model: its parameters must be on one device, where they stay.
+        form: how images become arrays; None: as in DeiT's evaluation, or unchanged if the model accepts any size.
         mean, std: of each channel's pixels in [0, 1], as in training.
-        options: the task's own fields, `tasks.depth.DepthOptions` for depth; None: their defaults.
+        options: the task's options, for example `DepthOptions`; None: their defaults.
         class_names: one a class; None: ImageNet's for 1000 classes, else numbers.
-        batch_sizes: the sizes to compile.
+        batch_sizes: batch sizes to compile programs for.
 
-    Raises ConfigError: no batch size, one below 1, or another number of names than of classes.
+    Raises ConfigError if `batch_sizes` is empty or has one below 1, or if there are not as many names as classes.
     """
 
     def __init__(
@@ -65,17 +95,22 @@ class Predictor:
         batch_sizes: Sequence[int] = (1, 8, 64),
     ) -> None:
         config = model.config
-        check(len(batch_sizes) > 0 and min(batch_sizes) >= 1,
-              f"batch_sizes={tuple(batch_sizes)} must be numbers of at least 1")  # fmt: skip
+        check(
+            len(batch_sizes) > 0 and min(batch_sizes) >= 1,
+            f"batch_sizes={tuple(batch_sizes)} must be numbers of at least 1",
+        )
         num_classes = 0 if "num_classes" in config.unused else config.num_classes
         names = tuple(default_names(num_classes) if class_names is None else class_names)
-        check(len(names) == num_classes,
-              f"{len(names)} class names, but the network has {num_classes} classes")  # fmt: skip
+        check(
+            len(names) == num_classes,
+            f"{len(names)} class names, but the model has {num_classes} classes",
+        )
         mean, std = (_a_channel(values, config.in_chans) for values in (mean, std))
         self.config: ViTConfig = config
-        self.form = form or sources.preprocess_of("", config)
+        self.form = form or loading.preprocess_of("", config)
         self.class_names = names
-        self.batch_sizes = tuple(sorted({*batch_sizes, *([1] if config.resizes else [])}))
+        sizes = {1, *batch_sizes} if config.resizes else set(batch_sizes)
+        self.batch_sizes: tuple[int, ...] = tuple(sorted(sizes))
         self.options = TASKS[config.task].options() if options is None else options
         self.task = TASKS[config.task].of_network(config, self.options, mean=mean, std=std)
         self._graphdef, self._params = split(model)
@@ -88,19 +123,20 @@ class Predictor:
         workdir: str | Path,
         *,
         keep_rate: KeepRate = None,
-        on_message: Say = print,
+        on_message: OnMessage = print,
         **options: Any,
     ) -> "Predictor":
-        """The network that a run left in its work directory, with the run's preprocessing and class names.
+        """The model of a run, with the run's preprocessing and class names.
 
-        keep_rate   another static budget for the same weights, in (0, 1]: one share, or one a selection.
-        on_message  is told, a line each, what did not go over as it was.
-        options     of `Predictor`.
+        workdir     the run's work directory.
+        keep_rate   another keep rate for the same weights, in (0, 1]: one, or one a selection; None: the run's.
+        on_message  receives one line for each part of the weights that was changed or left out.
+        options     arguments of `Predictor`.
 
         Raises WorkdirError (not a work directory), WeightsError (no checkpoint yet), ConfigError (`keep_rate`).
         """
-        found = sources.from_workdir(Path(workdir).expanduser(), keep_rate, on_message)
-        return cls(**(found | options))
+        found = loading.from_workdir(Path(workdir).expanduser(), keep_rate, on_message)
+        return cls(**{**found, **options})
 
     @classmethod
     def from_pretrained(
@@ -111,26 +147,28 @@ class Predictor:
         selectors: str | Path | None = None,
         keep_rate: KeepRate = None,
         class_names: Sequence[str] | None = None,
-        on_message: Say = print,
+        on_message: OnMessage = print,
         **fields: Any,
     ) -> "Predictor":
-        """A released network: timm's name and a file that `load_pretrained` reads.
+        """A model with released weights.
 
-        Without `selectors` and `keep_rate` it runs densely; with selectors alone at the budget .5. Pictures go
-        through the evaluation that the weights were published with (`sources.preprocess_of`).
+        Without `selectors` and `keep_rate` the model is dense; with selectors alone its keep rate is .5. Images are
+        preprocessed as in the evaluation that the weights were published with (`loading.preprocess_of`).
 
-        selectors    a file of `save_selectors`; without one, layers choose by the map of the layer before them.
+        name         the variant, by timm's name.
+        weights      a file that `load_pretrained` reads.
+        selectors    a file of `save_selectors`; None: tokens are selected by the attention map of the layer before.
         class_names  one a class; sets `num_classes`.
-        fields       any field of the network's configuration, `task` ("depth"), and the options of `Predictor`.
+        fields       fields of the model's configuration, `task` (for example "depth"), and arguments of `Predictor`.
 
         Raises ConfigError (unknown name or field), WeightsError (missing, damaged or other weights).
         """
         own = {"form", "mean", "std", "options", "batch_sizes"} & fields.keys()
         options = {option: fields.pop(option) for option in own}
-        found = sources.from_pretrained(
+        found = loading.from_pretrained(
             name, weights, selectors, keep_rate, class_names, on_message, **fields
         )
-        return cls(**(found | options))
+        return cls(**{**found, **options})
 
     @classmethod
     def from_weights(
@@ -138,16 +176,16 @@ class Predictor:
         path: str | Path,
         *,
         keep_rate: KeepRate = None,
-        on_message: Say = print,
+        on_message: OnMessage = print,
         **options: Any,
     ) -> "Predictor":
-        """What `save` wrote. Raises WeightsError for other files of weights: they do not say of which network."""
-        return cls(**(sources.from_weights(path, keep_rate, on_message) | options))
+        """The model in a file of `save`. Raises WeightsError for other files: they have no model configuration."""
+        return cls(**{**loading.from_weights(path, keep_rate, on_message), **options})
 
     def save(self, path: str | Path) -> None:
-        """Writes network, preprocessing and class names to one `.safetensors` file, for `from_weights`."""
-        sources.save(
-            sources.Network(
+        """Writes the model, its preprocessing and class names to one `.safetensors` file, for `from_weights`."""
+        loading.save(
+            loading.LoadedModel(
                 model=set_params(self._graphdef, self._params),
                 form=self.form,
                 mean=self.task.mean,
@@ -159,9 +197,9 @@ class Predictor:
         )
 
     def prepare(self, image: Picture) -> np.ndarray:
-        """A picture of any size as the network takes it: uint8 [s s c]; for depth [height width c], of its own size.
+        """Makes an input array of an image: uint8 [s, s, c], or [height, width, c] at its own size for a depth model.
 
-        Raises BadImageError (a ValueError): no image, or cut short; OSError: no such file.
+        Raises BadImageError (a ValueError) if it is no image or incomplete, OSError if the file cannot be read.
         """
         if isinstance(image, str | Path):
             image = Path(image).expanduser().read_bytes()
@@ -172,9 +210,11 @@ class Predictor:
         return self.form.fit(image.convert("L" if self.form.channels == 1 else "RGB"))
 
     def __call__(self, images: np.ndarray) -> Prediction:
-        """images uint8 [b height width c] from `prepare`, b >= 0 -> a `Prediction` of as many rows.
+        """Runs the model on images, uint8 [b, height, width, c] as from `prepare`; b may be 0.
 
-        Raises ConfigError (another dtype or shape), DeviceError (a compiled batch size does not fit the device).
+        Returns a `Prediction` of b rows.
+
+        Raises ConfigError (another dtype or shape), DeviceError (a batch size does not fit the device).
         """
         images = np.asarray(images)
         self._check(images)
@@ -191,9 +231,9 @@ class Predictor:
         return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
 
     def each(self, images: Sequence[np.ndarray]) -> list[Prediction]:
-        """Images uint8 [height width c] of whatever sizes -> a `Prediction` of one row for each.
+        """Runs the model on images of different sizes, each uint8 [height, width, c]; those of one size in one batch.
 
-        Those of one size go through the network together. Same errors.
+        Returns a `Prediction` of one row for each image. Raises the errors of a call.
         """
         found: dict[int, Prediction] = {}
         for places in by_shape(images):
@@ -202,9 +242,9 @@ class Predictor:
         return [found[place] for place in range(len(images))]
 
     def top(self, prediction: Prediction, k: int = 5) -> list[list[Guess]]:
-        """The `k` likeliest classes of each image, the likeliest first; all where there are fewer.
+        """The `k` classes of highest probability for each image, highest first; fewer if the model has fewer.
 
-        Raises ConfigError if the network has no classes.
+        Raises ConfigError if the model is not a classifier.
         """
         self._check_task("classification", "classes", "depth")
         rows = []
@@ -214,26 +254,27 @@ class Predictor:
         return rows
 
     def classify(self, images: Iterable[Picture], k: int = 5) -> list[list[Guess]]:
-        """`prepare`, the network and `top` in one call, with their errors."""
+        """The `k` classes of highest probability for each image: `prepare`, a call and `top`, with their errors."""
         self._check_task("classification", "classes", "depth")
         return self.top(self(np.stack([self.prepare(image) for image in images])), k)
 
     def depth(self, images: Iterable[Picture]) -> list[np.ndarray]:
-        """`prepare` and the network in one call: float32 [height width] in metres of each picture, at its own size.
+        """The depth of each image at its own size, float32 [height, width] in metres: `prepare` and `each`.
 
-        Raises ConfigError if the network does not predict depth.
+        Raises ConfigError if the model does not predict depth, and the errors of `prepare` and of a call.
         """
         self._check_task("depth", "depth", "classify")
-        return [out.depth[0] for out in self.each([self.prepare(image) for image in images])]
+        predictions = self.each([self.prepare(image) for image in images])
+        return [out.depth[0] for out in predictions if out.depth is not None]
 
     @functools.cached_property
     def num_selections(self) -> int:
-        """How many times the network selects tokens; 0: it runs densely."""
+        """Number of times the model selects tokens; 0: it is dense."""
         images = self._abstract_images(1, self.config.image_shape)
         return len(jax.eval_shape(self._run, self._params, images).selected)
 
     def warm_up(self) -> None:
-        """Compiles every batch size now, so that no first call waits for it; for images of the network's own size."""
+        """Compiles the programs of all batch sizes, for images of the model's own size."""
         for size in self.batch_sizes:
             self.program(size)
 
@@ -242,9 +283,9 @@ class Predictor:
     ) -> jax.stages.Compiled:
         """The compiled program `(params, images) -> Prediction` of a batch size.
 
-        image_size  height and width, where not the network's own.
+        image_size  height and width; None: the model's own.
 
-        Raises DeviceError: it does not fit the device.
+        Raises DeviceError if the program does not fit the device.
         """
         size = image_size or self.config.image_shape
         with self._lock:
@@ -264,9 +305,10 @@ class Predictor:
         return jax.ShapeDtypeStruct((batch_size, *size, self.config.in_chans), np.uint8)
 
     def _run(self, params: Params, images: jax.Array) -> Prediction:
-        network = with_image_size(set_params(self._graphdef, params), images.shape[1:3])
-        # The key is for random selection, which then draws the same each time.
-        out = self.task.predict(network, images, jax.random.key(0))
+        size = (images.shape[1], images.shape[2])
+        model = with_image_size(set_params(self._graphdef, params), size)
+        # A fixed key: the method "random" then selects the same tokens in every call.
+        out: Any = self.task.predict(model, images, jax.random.key(0))
         logits, depth = jax.tree.map(lambda x: x.astype(np.float32), (out.logits, out.depth))
         return Prediction(logits, out.selected, out.scores, depth)
 
@@ -274,13 +316,17 @@ class Predictor:
         config = self.config
         size = ("height", "width") if config.resizes else config.image_shape
         fits = images.ndim == 4 and images.shape[3] == config.in_chans and min(images.shape[1:]) > 0
-        check(images.dtype == np.uint8 and fits and (config.resizes or images.shape[1:3] == size),
-              f"images are {images.dtype} {list(images.shape)}, but must be uint8 [b, {size[0]}, {size[1]}, "
-              f"{config.in_chans}]: Predictor.prepare makes them")  # fmt: skip
+        check(
+            images.dtype == np.uint8 and fits and (config.resizes or images.shape[1:3] == size),
+            f"images are {images.dtype} {list(images.shape)}, but must be uint8 [b, {size[0]}, {size[1]}, "
+            f"{config.in_chans}]: Predictor.prepare makes them",
+        )
 
     def _check_task(self, task: str, what: str, instead: str) -> None:
-        check(self.config.task == task,
-              f"this network is for {self.config.task} and has no {what}: call Predictor.{instead}")  # fmt: skip
+        check(
+            self.config.task == task,
+            f"this model is for {self.config.task} and has no {what}: call Predictor.{instead}",
+        )
 
 
 def _rows(prediction: Prediction, rows: slice) -> Prediction:
@@ -288,10 +334,38 @@ def _rows(prediction: Prediction, rows: slice) -> Prediction:
 
 
 def _a_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
-    """One value a channel; one given serves all."""
+    """One value a channel; a single value is repeated."""
     values = tuple(values) * (channels if len(values) == 1 else 1)
     check(
         len(values) == channels,
         f"mean and std {values} are not one value for each of {channels} channels",
     )
     return values
+
+
+def split_batch(count: int, sizes: Sequence[int]) -> list[int]:
+    """Splits `count` images into batches of the given ascending sizes: few batches, at most half of one is padding.
+
+    >>> split_batch(70, (1, 8, 64)), split_batch(9, (1, 8, 64))
+    ([64, 8], [8, 1])
+    """
+    chosen = []
+    while count > 0:
+        fitting = [size for size in sizes if size <= count]
+        padded = next((size for size in sizes if size >= count), sizes[-1])
+        size = padded if padded <= 2 * count or not fitting else fitting[-1]
+        chosen.append(size)
+        count -= size
+    return chosen
+
+
+def by_shape(images: Sequence[np.ndarray]) -> list[list[int]]:
+    """Groups the indices of images by shape, in the order in which the shapes first occur.
+
+    >>> by_shape([np.zeros(2), np.zeros(3), np.zeros(2)])
+    [[0, 2], [1]]
+    """
+    places: dict[tuple[int, ...], list[int]] = {}
+    for place, image in enumerate(images):
+        places.setdefault(image.shape, []).append(place)
+    return list(places.values())

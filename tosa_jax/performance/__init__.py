@@ -1,3 +1,3 @@
-"""What a network costs: timed beside rivals, and compiled for devices that are not there.
-Arithmetic of multiply-adds is in `models.cost`; profiles of a training run are in `train`.
+"""Benchmarks of models against baselines, and ahead-of-time compilation for other devices.
+Multiply-adds by arithmetic are in `models.cost`; profiles of a training run are in `train`.
 """

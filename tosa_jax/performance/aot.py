@@ -1,7 +1,7 @@
-"""A recipe's real training and evaluation steps, compiled for devices that need not be there; nothing is run.
+"""Ahead-of-time compilation of a recipe's training and evaluation steps, also for devices that are not present.
 
-The TPU compiler in libtpu works on any machine, so that what a step takes on a slice is known before one is rented:
-bytes, operations, collectives.
+The TPU compiler in libtpu runs on any Linux machine. It reports the memory, operations and collectives of a step on a
+TPU slice without one. No program is run.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from tosa_jax.config import RunConfig
 from tosa_jax.data.pipeline import DatasetFacts
-from tosa_jax.distributed.devices import accelerator
+from tosa_jax.distributed.devices import Device, accelerator
 from tosa_jax.distributed.mesh import batch_sharding, batch_ways, tree_shardings
 from tosa_jax.distributed.preemption import StopRequest
 from tosa_jax.errors import ConfigError
@@ -37,7 +37,7 @@ from tosa_jax.train.stages import plan_stages, uses_labels
 from tosa_jax.train.step import trained_params
 
 MISSING = 'the TPU compiler is not installed: pip install "tosa-jax[tpu]"'
-"""What is said where libtpu is needed and not there."""
+"""Error message if libtpu is not installed."""
 
 _USED = re.compile(r"[Uu]sed ([\d.]+)([KMGT]?)i?B? of [\d.]+[KMGT]?i?B? hbm")
 _TEMPORARIES = re.compile(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM")
@@ -46,14 +46,13 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 @dataclass(frozen=True)
 class Program:
-    """A step before it is compiled.
+    """A step that can be compiled.
 
     name         "train STAGE" or "evaluate ROW".
-    lower        traces it for the mesh.
-    state_bytes  of the parameters, and in training the optimizer's state and the average: one device's share, summed
-                 over their arrays.
-    batch_size   images of all devices together.
-    flops        operations of one device, by arithmetic.
+    lower        traces the step for the mesh.
+    state_bytes  bytes on one device of the parameters, and in training of the optimizer state and the average.
+    batch_size   global: images of all devices together.
+    flops        floating-point operations of one device, by arithmetic.
     """
 
     name: str
@@ -63,15 +62,18 @@ class Program:
     flops: float
 
 
-def tpu_devices(topology: str, slices: int = 1) -> list[jax.Device]:
-    """The devices of `slices` TPU slices such as "v5e:4x4", for compiling only. Raises ConfigError."""
+def tpu_devices(topology: str, slices: int = 1) -> list[Device]:
+    """Devices of `slices` TPU slices of a topology such as "v5e:4x4", for compilation only.
+
+    Raises ConfigError: libtpu is not installed, or does not know the topology.
+    """
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError(MISSING)
     settings = {
-        # Without a TPU beside it libtpu complains of what it cannot find out.
+        # On a machine without a TPU, libtpu logs errors about facts that it cannot find.
         "TPU_ACCELERATOR_TYPE": "v5litepod-8",
         "TPU_WORKER_HOSTNAMES": "localhost",
-        # Its lock is for chips; compilers may stand side by side.
+        # libtpu's lock protects the chips; several compilers may run at once.
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }
     for name, value in settings.items():
@@ -86,7 +88,7 @@ def tpu_devices(topology: str, slices: int = 1) -> list[jax.Device]:
 
 
 def abstract_init(run: RunConfig) -> Params:
-    """Shapes of what a run starts from, were `init_from` and `init_selectors` read."""
+    """Shapes of the parameters that a run would read from `init_from` and `init_selectors`; {} if it pretrains."""
     if run.has_stage("pretrain") and not run.init_from:
         return {}
     params = get_params(cost.abstract_model(run.model))
@@ -94,9 +96,9 @@ def abstract_init(run: RunConfig) -> Params:
 
 
 def programs(run: RunConfig, mesh: Mesh) -> Iterator[Program]:
-    """The steps of a run on this mesh, in order: the training of each stage, then what is evaluated.
+    """The steps of a run on this mesh: training and selector evaluation of each stage, then the final evaluations.
 
-    Without weights to start from and without a pretraining stage, released weights are assumed.
+    A run with neither `init_from` nor a pretraining stage is compiled as if it started from released weights.
     """
     if not run.has_stage("pretrain"):
         run = dataclasses.replace(run, init_from=run.init_from or "released weights")
@@ -154,7 +156,7 @@ def _evaluation(runner: Runner, name: str, model: ViTConfig, task: Any, network:
 
 
 def abstract_batch(model: ViTConfig, batch_size: int, mesh: Mesh) -> dict[str, Any]:
-    """Shapes and sharding of a global batch: images, and labels or depth."""
+    """Shapes, dtypes and sharding of a global batch: images, and labels or depth."""
     images = (batch_size, *model.image_shape, model.in_chans)
     sharding = batch_sharding(mesh)
     target = (
@@ -174,16 +176,17 @@ def _device_bytes(tree: Any) -> int:
 
 
 def compile_program(program: Program, mesh: Mesh) -> dict[str, Any]:
-    """Compiles a step and says what it takes; numbers are one device's, those of the compiler but for:
+    """Compiles a step and returns its record. Numbers are of one device, and by the compiler except where noted:
 
-    compile_*         seconds to trace and compile, by the clock and of all this machine's cores together.
-    flops_arithmetic  by `models/cost.py`; the compiler's `flops` count the body of a loop once.
-    state_bytes       the sum over the arrays of parameters, optimizer and average.
-    total_bytes       arguments, temporaries, code, and results that take no argument's place.
-    collectives       by kind: how many one run executes and the bytes of their buffers.
+    compile_seconds      to trace and compile, by the clock.
+    compile_cpu_seconds  the same, summed over this machine's cores.
+    flops_arithmetic     by `models/cost.py`; the compiler's `flops` count the body of a loop once.
+    state_bytes          parameters, optimizer state and average, by arithmetic.
+    total_bytes          arguments, temporaries, code, and results that do not reuse an argument's memory.
+    collectives          by kind: executions in one run, and the bytes of their buffers.
 
-    Where the compiler itself finds that memory does not suffice, `fits` is False, `total_bytes` what it says is
-    needed, or None, and the rest None.
+    If the compiler itself runs out of device memory, `fits` is False, `total_bytes` is its figure or None, and the
+    other results are None.
     """
     device = mesh.devices.flat[0]
     known = accelerator(device.device_kind)
@@ -199,7 +202,7 @@ def compile_program(program: Program, mesh: Mesh) -> dict[str, Any]:
         "state_bytes": program.state_bytes,
         "flops_arithmetic": program.flops,
     }
-    found = dict.fromkeys(
+    found: dict[str, Any] = dict.fromkeys(
         ("argument_bytes", "temp_bytes", "total_bytes", "flops", "collectives", "custom_calls")
     )
     start, start_cpu = time.perf_counter(), time.process_time()
@@ -210,50 +213,53 @@ def compile_program(program: Program, mesh: Mesh) -> dict[str, Any]:
             raise
         found |= {"fits": False, "total_bytes": _bytes_wanted(str(error))}
     else:
-        found |= _facts(compiled)
-        found["fits"] = known is None or found["total_bytes"] <= known.memory
+        facts = _facts(compiled)
+        found |= facts
+        found["fits"] = known is None or facts["total_bytes"] <= known.memory
     record["compile_seconds"] = time.perf_counter() - start
     record["compile_cpu_seconds"] = time.process_time() - start_cpu
     return record | found
 
 
 def _facts(compiled: jax.stages.Compiled) -> dict[str, Any]:
-    memory, text = compiled.memory_analysis(), compiled.as_text()
+    memory, text = compiled.memory_analysis(), compiled.as_text() or ""
+    assert memory is not None, "every compiler that JAX runs ahead of time reports its memory"
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + results
     return {
         "argument_bytes": memory.argument_size_in_bytes,
         "temp_bytes": memory.temp_size_in_bytes,
         "total_bytes": total + memory.generated_code_size_in_bytes,
-        "flops": compiled.cost_analysis().get("flops"),
+        "flops": (compiled.cost_analysis() or {}).get("flops"),
         "collectives": totals(collectives(text)),
         "custom_calls": sorted(set(re.findall(r'custom_call_target="([^"]+)"', text))),
     }
 
 
 def _bytes_wanted(message: str) -> int | None:
-    """What a TPU program that does not fit would need, from the compiler's words: all, or its temporaries."""
+    """Bytes that a TPU program would need (all, or only temporaries), from the compiler's error message."""
     match = _USED.search(message) or _TEMPORARIES.search(message)
     return int(float(match.group(1)) * _UNITS[match.group(2)]) if match else None
 
 
 def following(batch: int) -> int:
-    """The next larger batch worth trying: 1, 2, 4, then multiples of 8, which fill a TPU's tiles."""
+    """The next larger batch size to try: 1, 2, 4, then multiples of 8, which fill a TPU's tiles."""
     return max(1, 2 * batch) if batch < 8 else batch + 8
 
 
 def preceding(batch: int) -> int:
-    """The largest batch worth trying below this one; 0 below 1."""
+    """The next smaller batch size to try; 0 below 1."""
     if batch > 8:
         return (batch - 1) // 8 * 8
     return 2 ** ((batch - 1).bit_length() - 1) if batch > 1 else 0
 
 
 def largest_batch(needed: Callable[[int], tuple[bool, int | None]], memory: int, start: int) -> int:
-    """The largest batch that fits in `memory` bytes, 0 if none does.
+    """The largest batch size that fits in `memory` bytes; 0 if none does.
 
-    `needed(batch)` says whether one fits and, if known, how many bytes it takes; these grow about linearly, which
-    guides the search.
+    needed  batch size -> (whether it fits, the bytes it needs or None). Bytes should grow about linearly.
+    memory  bytes of a device.
+    start   the first batch size to try.
     """
     fits, fails, known = 0, None, {}
     batch = preceding(start + 1)
@@ -267,7 +273,7 @@ def largest_batch(needed: Callable[[int], tuple[bool, int | None]], memory: int,
 
 
 def _where_full(known: dict[int, int | None], memory: int) -> int | None:
-    """The batch that would take `memory` bytes, on the line through what the two largest take."""
+    """The batch size that needs `memory` bytes, on the line through the two largest known points."""
     points = sorted((batch, used) for batch, used in known.items() if used is not None)
     if len(points) < 2:
         return int(points[0][0] * memory / points[0][1]) if points else None

@@ -1,7 +1,7 @@
 """Who takes turns in the benchmark: the dense network, ToSA and the controls, each a compiled JAX program.
 
 A candidate is little more than a callable and what waits for its result, so that networks of other frameworks
-(`performance/torch_candidates.py`) take part as well.
+(`performance/torch_baselines.py`) take part as well.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -44,16 +44,16 @@ def networks(
 
 
 class Candidate(NamedTuple):
-    """One of those that take turns.
+    """One of the models that the benchmark times.
 
-    name        as in the records: "dense", "tosa", one of `CONTROLS`, or the library whose dense network it is.
-    keep_rate   None where nothing is selected.
-    config      the network, which says what it costs.
-    run         starts one pass over a batch; what it returns may not be there yet.
-    wait        returns when what `run` returned is there.
-    xla_gmacs   multiply-adds / 1e9 of an image by XLA's count of the program; None if there is none.
-    temp_bytes  of the program's temporaries by XLA's analysis; None if there is none.
-    rest        seconds after its turn in which nobody runs: its threads may stay awake for a while.
+    name        in the records: "dense", "tosa", a control, or the library of a baseline.
+    keep_rate   None if it selects no tokens.
+    config      the model's configuration, from which its multiply-adds are computed.
+    run         starts one pass over a batch; its result may still be computing.
+    wait        blocks until the result of `run` is there.
+    xla_gmacs   multiply-adds / 1e9 of one image by XLA's count of the program; None if unknown.
+    temp_bytes  bytes of the program's temporaries by XLA's analysis; None if unknown.
+    rest        seconds to pause after it, because its threads stay busy for a while.
     """
 
     name: str
@@ -69,9 +69,9 @@ class Candidate(NamedTuple):
 def candidate(
     name: str, keep_rate: float | None, config: ViTConfig, batch_size: int, *, train: bool
 ) -> Candidate:
-    """A network with random weights and images: its forward pass, or forward, backward and AdamW's update.
+    """A model with random weights and images: its forward pass, or a training step (forward, backward, AdamW).
 
-    A training step takes its state's memory for the new one, as `train/loop.py` does.
+    A training step reuses the memory of its state (donation), as in `train/loop.py`.
 
     Raises DeviceError if the program does not fit the device, before it allocates anything.
     """
@@ -123,23 +123,24 @@ def _training_step(graphdef: nnx.GraphDef, optimizer: Any) -> Callable:
 
 
 def _task_loss(out: Output) -> jax.Array:
-    """The loss of the network's task against made-up targets."""
+    """The loss of the model's task for constant targets."""
     if out.depth is not None:
         return silog(out.depth, jnp.full_like(out.depth, 2.0), jnp.ones(out.depth.shape, bool))
+    assert out.logits is not None
     batch_size, num_classes = out.logits.shape
     labels = jnp.zeros(batch_size, jnp.int32)
     return soft_cross_entropy(out.logits, smoothed_targets(labels, num_classes, 0.1))
 
 
 def _gmacs_by_xla(program: jax.stages.Compiled, batch_size: int) -> float | None:
-    flops = program.cost_analysis().get("flops")
+    flops = (program.cost_analysis() or {}).get("flops")
     return None if flops is None else flops / 2e9 / batch_size
 
 
 def check_fits(program: jax.stages.Compiled, state: Any, what: str, batch_size: int) -> None:
-    """Raise a DeviceError that names the largest batch that probably fits, if this one does not.
+    """Raises DeviceError if the program does not fit; the message names a batch size that probably does.
 
-    `state` holds the arguments, or their shapes, that do not grow with the batch; all else is taken to.
+    state  arrays, or their shapes, whose size does not depend on the batch; everything else is assumed to grow with it.
     """
     fixed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     an_image = (memory.needed_bytes(program) - fixed) / batch_size
@@ -150,5 +151,5 @@ def check_fits(program: jax.stages.Compiled, state: Any, what: str, batch_size: 
         f"{what}, batch_size={batch_size}",
         f"--batch_size={fitting} probably fits"
         if fitting > 0
-        else "not even one image does; --map_chunk=64 walks attention maps in parts, or take a smaller --image_size",
+        else "not even one image fits; --map_chunk=64 computes attention maps in parts, or take a smaller --image_size",
     )

@@ -1,6 +1,6 @@
-"""What a compiled program sends between devices: its collectives, read from the text of its optimised HLO.
+"""Counts the collectives of a compiled program and their bytes, by parsing the text of its optimised HLO.
 
-XLA has no other public record of them. A collective in the body of a loop counts as often as the loop runs it.
+XLA offers no other public way. A collective in the body of a loop counts once for each iteration.
 """
 
 import math
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-"""XLA's names of the instructions that devices exchange data by."""
+"""XLA's names of the instructions that exchange data between devices."""
 
 _HEADER = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
 _COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\((.*)$")
@@ -27,11 +27,11 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 class Collective:
     """One collective instruction of a program.
 
-    kind    one of KINDS; the start of an asynchronous pair counts as the collective.
-    bytes   the whole buffer on one device: what an all-gather yields, what a reduce-scatter takes, what the others
-            take and yield.
-    groups  device positions that exchange with each other, in the order of the program's devices; () if all do.
-    runs    times that one run of the program executes it.
+    kind    one of KINDS. Of an asynchronous pair, the start counts.
+    bytes   size of the full buffer on one device: the result of an all-gather, the operand of a reduce-scatter; of the
+            other kinds both have this size.
+    groups  devices that exchange data with each other, as positions in the program's device list; () means all.
+    runs    number of executions in one run of the program.
     """
 
     kind: str
@@ -49,8 +49,8 @@ def collectives(hlo: str) -> list[Collective]:
         for number, line in enumerate(lines):
             if (match := _COLLECTIVE.search(line)) and runs[name]:
                 one = _collective(match, name, runs[name])
-                # A fused asynchronous collective stands in several computations, with one channel; a TPU's
-                # reduce-scatters have numbers of their own.
+                # A fused asynchronous collective appears in several computations with the same channel. On a TPU,
+                # reduce-scatters are numbered separately: the key has the kind, too.
                 channel = re.search(r"channel_id=(\d+)", line)
                 key = f"{one.kind} {channel.group(1)}" if channel else f"{name} {number}"
                 found.setdefault(key, one)
@@ -58,7 +58,7 @@ def collectives(hlo: str) -> list[Collective]:
 
 
 def totals(found: Iterable[Collective]) -> dict[str, dict[str, int]]:
-    """`{kind: {"count", "bytes"}}` of one run, for the kinds that occur."""
+    """Number of executions and sum of bytes in one run, for each kind that occurs: `{kind: {"count", "bytes"}}`."""
     table = {kind: {"count": 0, "bytes": 0} for kind in KINDS}
     for one in found:
         table[one.kind]["count"] += one.runs
@@ -79,7 +79,7 @@ def _computations(hlo: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def _runs(computations: dict[str, list[str]], hlo: str) -> dict[str, int]:
-    """How often each computation runs: callers stand below what they call in the text."""
+    """Number of runs of each computation. In the text, a computation comes before its callers."""
     entry = re.search(r"^ENTRY %?([\w.-]+) ", hlo, re.MULTILINE)
     runs: dict[str, int] = defaultdict(int)
     if entry:
@@ -96,7 +96,7 @@ def _runs(computations: dict[str, list[str]], hlo: str) -> dict[str, int]:
 
 
 def _trips(line: str, computations: dict[str, list[str]]) -> int:
-    """How often a loop runs its body: as the program says, or up to where a TPU's counter from 0 goes."""
+    """Number of iterations of a loop: XLA's annotation, or on a TPU the constant that its counter is compared with."""
     if match := _TRIPS.search(line):
         return int(match.group(1))
     condition = re.search(r"condition=%?([\w.-]+)", line)
@@ -112,22 +112,24 @@ def _collective(match: re.Match, computation: str, runs: int) -> Collective:
     size = sum(_bytes(*shape) for shape in _SHAPE.findall(shapes))
     if kind == "reduce-scatter":
         size *= ways
-    elif start and kind == "all-gather":  # the result stands beside the operand
+    elif start and kind == "all-gather":  # the start's type lists the operand and the result
         size = size * ways // (ways + 1)
     elif start and kind == "collective-permute":
         size //= 2
-    if computation.startswith("all-reduce-scatter"):  # how a TPU program fuses one
+    if computation.startswith(
+        "all-reduce-scatter"
+    ):  # a reduce-scatter that the TPU compiler has fused
         kind = "reduce-scatter"
     return Collective(kind, size, groups, runs)
 
 
 def _bytes(dtype: str, dims: str) -> int:
-    bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype).group())
+    bits = 8 if dtype == "pred" else int(re.findall(r"\d+", dtype)[0])
     return math.prod(int(x) for x in dims.split(",") if x) * bits // 8
 
 
 def _groups(attributes: str) -> tuple[tuple[int, ...], ...]:
-    """Replica groups in any of XLA's notations: listed, as a reshaped iota, or as axes of a mesh."""
+    """Replica groups, parsed from each of XLA's notations: a list, a reshaped iota, or axes of a mesh."""
     if match := _LISTED.search(attributes):
         return tuple(tuple(_ints(group)) for group in re.findall(r"\{([\d,]*)\}", match.group(1)))
     if match := _RESHAPED.search(attributes):

@@ -1,3 +1,3 @@
-"""What people look at: figures, pictures of tokens, the closing report and its page.
-Numbers are made in `train`, `models.cost` and `performance`.
+"""Reports and figures: `report.json` and its table, the HTML page, charts, pictures of tokens and depth.
+The numbers come from `train`, `models.cost` and `performance`.
 """

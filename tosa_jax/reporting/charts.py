@@ -1,4 +1,4 @@
-"""The curves of a run as SVG that takes its colours from the page it stands in."""
+"""Charts of a run as SVG; their colours are custom properties of the page that contains them."""
 
 import io
 import json
@@ -21,7 +21,13 @@ _DASHES = ("-", "--", ":", "-.")  # budgets of one network, in order
 
 
 class Curve(NamedTuple):
-    """One line of a chart: its label, its network (`SERIES`), which of its budgets, and its points."""
+    """One line of a chart.
+
+    label    text of the legend.
+    network  name of the model, which decides the colour.
+    budget   index of its keep rate among those of the model, which decides the dashes.
+    points   pairs (step, value).
+    """
 
     label: str
     network: str
@@ -30,7 +36,7 @@ class Curve(NamedTuple):
 
 
 def read_metrics(workdir: AnyPath) -> list[dict[str, Any]]:
-    """The records of `metrics.jsonl`, in order; lines that hold none are passed over."""
+    """The records of `metrics.jsonl`, in order; other lines are skipped."""
     try:
         lines = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
@@ -46,7 +52,7 @@ def read_metrics(workdir: AnyPath) -> list[dict[str, Any]]:
 
 
 def stage_groups(stages: Sequence[str]) -> dict[str, list[str]]:
-    """Stages that belong into one chart: all fine-tunes start from one network and take as long."""
+    """Groups stages that share one chart: the fine-tuning stages start from the same model and take as many steps."""
     groups: dict[str, list[str]] = {}
     for stage in dict.fromkeys(stages):
         groups.setdefault(stage.partition("_")[0], []).append(stage)
@@ -54,7 +60,7 @@ def stage_groups(stages: Sequence[str]) -> dict[str, list[str]]:
 
 
 def stage_network(stage: str) -> tuple[str, str]:
-    """The network that a stage trains, and its budget: "finetune_random_0.5" -> ("random", "0.5").
+    """The model that a stage trains, and its keep rate: "finetune_random_0.5" -> ("random", "0.5").
 
     >>> stage_network("finetune"), stage_network("finetune_0.25"), stage_network("pretrain")
     (('tosa', ''), ('tosa', '0.25'), ('dense', ''))
@@ -73,7 +79,7 @@ def stage_network(stage: str) -> tuple[str, str]:
 def curves(
     records: Sequence[Mapping[str, Any]], stages: Sequence[str], metric: str, factor: float = 1.0
 ) -> list[Curve]:
-    """A metric of each stage against its step; none where no stage has two points of it to connect."""
+    """A metric of each stage over steps, times `factor`; [] if no stage has two points."""
     found, budgets = [], dict[str, int]()
     for stage in stages:
         network, budget = stage_network(stage)
@@ -110,7 +116,7 @@ def line_chart(lines: Sequence[Curve], *, log: bool = False) -> str:
 
 
 def scatter_chart(points: Sequence[tuple[float, float, str, str]], *, ylabel: str) -> str:
-    """(x, y, network, text) of each row as an `<svg>`: what a network costs against how good it is."""
+    """Quality against cost as an `<svg>`. Points are (share of the dense multiply-adds, quality, model, text)."""
     from matplotlib.figure import Figure
 
     with _style():
@@ -172,7 +178,7 @@ def _colour(network: str) -> str:
 
 
 def _svg(figure: Any) -> str:
-    """The figure as an element for a page: no prologue, no metadata, colours by custom property."""
+    """The figure as an `<svg>` element without prologue and metadata, with custom properties as colours."""
     data = io.StringIO()
     figure.savefig(data, format="svg", metadata={"Date": None, "Creator": None})
     text = data.getvalue()
@@ -183,5 +189,5 @@ def _svg(figure: Any) -> str:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value can be drawn."""
+    """Whether a value is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,4 +1,4 @@
-"""Pictures of what a model did, drawn with Pillow; matplotlib lends its colours. No display, no plotting backend."""
+"""Figures of selected tokens and of depth, drawn with Pillow. They need no display and no plotting backend."""
 
 import io
 import os
@@ -10,10 +10,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from tosa_jax.paths import write_atomically
 
-_SMALL_SIDE = 112  # a smaller picture is enlarged to about this many pixels
-_LARGE_SIDE = 336  # a larger one is reduced to about this many
-_GRID_FROM = 6  # narrower patches get no grid: it would hide them
-_KEPT_LIGHT = 0.25  # what is left of a bypassed patch
+_SMALL_SIDE = 112  # pixels; smaller images are enlarged to about this
+_LARGE_SIDE = 336  # pixels; larger images are reduced to about this
+_GRID_FROM = 6  # pixels; narrower patches get no grid lines, which would hide them
+_KEPT_LIGHT = 0.25  # share of its own colour that a bypassed patch keeps
 _GAP = 10
 _FONT_SIZE = 13
 _TEXT_HEIGHT = 20
@@ -29,7 +29,10 @@ _SCORE_COLOURS = (
     (250, 232, 80),
 )
 _BAR_HEIGHT = 12
-_FADE_TO, _GRID_DEPTH = 225.0, 20.0  # grey levels: pale, but not the white of the paper
+_FADE_TO, _GRID_DEPTH = (
+    225.0,
+    20.0,
+)  # grey levels; paler than most images, darker than the white background
 
 
 def selected_tokens_figure(
@@ -42,16 +45,16 @@ def selected_tokens_figure(
     labels: Sequence[str] | None = None,
     scores: Sequence[Float[np.ndarray, "b _"]] | None = None,
 ) -> UInt8[np.ndarray, "rows columns 3"]:
-    """A row an image: the picture, then a panel a selection with its bypassed patches faded.
+    """One row an image: the image, then one panel a selection in which bypassed patches are faded.
 
     Args:
         images: uint8 [b, height, width, 1 or 3].
         selections: one int [b, s] a selection: indices into the tokens, prefix included.
-        grid: patches down and across; it divides the images.
-        num_prefix_tokens: prefix tokens, which come first and are nowhere in the picture.
-        titles: one text a column, the picture's first; "input", "selection 1", ... if None.
+        grid: rows and columns of patches; they must divide the image size.
+        num_prefix_tokens: number of prefix tokens, which come first and have no place in the image.
+        titles: one text a column, the input's first; None: "input", "selection 1", ...
         labels: one text an image, written below it.
-        scores: one float [b, tokens] a selection: a second row an image maps them from dark (low) to light.
+        scores: one float [b, tokens] a selection, drawn in a second row an image, from dark (low) to light (high).
 
     Returns:
         The figure, uint8 RGB.
@@ -88,18 +91,18 @@ def depth_panel(
     titles: Sequence[str] = (),
     labels: Sequence[str] | None = None,
 ) -> UInt8[np.ndarray, "rows columns 3"]:
-    """A row an image: the picture, the true depth and the error where truth is given, the depth, each selection.
+    """One row an image: the image, the depth (with truth also the true depth and the error), each selection.
 
     Args:
         images: uint8 [b, height, width, 1 or 3].
         depth: the prediction in metres, at the images' size.
-        truth: metres, 0 where nothing was measured; such pixels are grey. Truth and prediction of a row share their
-            colours: near is blue, far is red.
+        truth: metres, 0 where nothing was measured; these pixels are grey. Truth and prediction of a row have the
+            same colour scale: near is blue, far is red.
         selections: one int [b, s] a selection: indices into the tokens, prefix included.
-        grid: patches down and across, which cover the images.
-        num_prefix_tokens: prefix tokens, which come first and are nowhere in the picture.
-        titles: one text a selection; "selection 1", ... if empty.
-        labels: one text a row, written below it; the range of its colours and its mean relative error if None.
+        grid: rows and columns of patches.
+        num_prefix_tokens: number of prefix tokens, which come first and have no place in the image.
+        titles: one text a selection; empty: "selection 1", ...
+        labels: one text a row, written below it; None: the range of depth and the mean relative error.
 
     Returns:
         The figure, uint8 RGB.
@@ -136,7 +139,7 @@ def depth_panel(
 def colour_map(
     values: Float[np.ndarray, "height width"], low: float, high: float
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Values as colours, blue at `low` or below to red at `high` or above (the map "turbo")."""
+    """Values as colours of matplotlib's map "turbo": blue at `low` or below, red at `high` or above."""
     import matplotlib
 
     share = (values - low) / max(high - low, 1e-9)
@@ -144,7 +147,10 @@ def colour_map(
 
 
 def save_depth_png(path: str | os.PathLike, metres: Float[np.ndarray, "height width"]) -> None:
-    """Writes depth as a 16-bit PNG in millimetres, 0 where not finite or not above 0; 65.535 m is the most."""
+    """Writes depth as a 16-bit PNG in millimetres.
+
+    Values that are not finite or not above 0 become 0; those above 65.535 m become 65.535 m.
+    """
     known = np.where(np.isfinite(metres) & (metres > 0), metres, 0)
     millimetres = (known * 1000).round().clip(0, 2**16 - 1).astype(np.uint16)
     data = io.BytesIO()
@@ -153,7 +159,7 @@ def save_depth_png(path: str | os.PathLike, metres: Float[np.ndarray, "height wi
 
 
 def write_png(path: str | os.PathLike, array: UInt8[np.ndarray, "rows columns 3"]) -> None:
-    """Writes a uint8 RGB picture; a reader finds the old file or the new one, never a part."""
+    """Writes a uint8 RGB image as a PNG, atomically."""
     data = io.BytesIO()
     Image.fromarray(array).save(data, format="png")
     write_atomically(path, data.getvalue())
@@ -194,7 +200,10 @@ def _rgb(image: np.ndarray) -> np.ndarray:
 
 
 def _resize(image: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """RGB at a size people can look at, every patch a whole number of pixels."""
+    """The image as RGB, enlarged or reduced to between `_SMALL_SIDE` and `_LARGE_SIDE` pixels or so.
+
+    Every patch gets a whole number of pixels.
+    """
     image = _rgb(image)
     side = max(image.shape[:2])
     if side < _SMALL_SIDE:
@@ -208,10 +217,9 @@ def _resize(image: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
 
 
 def _fade(picture: np.ndarray, selected: np.ndarray) -> np.ndarray:
-    """Fades the patches that are not selected, and outlines those that are.
+    """Fades the patches that are not selected, and outlines the selected regions.
 
-    The fading alone would not show on what is pale anyway, the outline alone not which side of it
-    is the selected one.
+    Fading alone does not show on pale images; the outline alone does not tell which side is selected.
     """
     height, width = (p // g for p, g in zip(picture.shape, selected.shape, strict=False))
     mask = selected.repeat(height, axis=0).repeat(width, axis=1)
@@ -221,7 +229,7 @@ def _fade(picture: np.ndarray, selected: np.ndarray) -> np.ndarray:
         lines = np.zeros_like(mask)
         lines[height::height] = lines[:, width::width] = True
         panel[lines & ~mask] -= _GRID_DEPTH
-        # The outline stands on the bypassed side: selected patches stay untouched.
+        # The outline is drawn on bypassed pixels, so that selected patches stay as they are.
         wide = np.pad(mask, 1)
         near = wide[:-2, 1:-1] | wide[2:, 1:-1] | wide[1:-1, :-2] | wide[1:-1, 2:]
         panel[near & ~mask] = _OUTLINE
@@ -229,9 +237,9 @@ def _fade(picture: np.ndarray, selected: np.ndarray) -> np.ndarray:
 
 
 def _score_map(scores: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Scores [rows columns] as colours at the size of a picture.
+    """Scores [rows, columns] as colours at the size of an image, scaled from the 2nd to the 98th percentile.
 
-    From the 2nd to the 98th percentile: one patch that all attend to would leave the others equally dark.
+    Scaled to the maximum, one patch of very high score would make all others equally dark.
     """
     low, high = np.percentile(scores, (2, 98))
     level = ((scores - low) / max(high - low, 1e-12)).clip(0, 1)
@@ -247,7 +255,7 @@ def _colours(level: np.ndarray) -> np.ndarray:
 
 
 def _colour_key(shape: tuple[int, ...]) -> np.ndarray:
-    """What the colours of a row of score maps mean, in a panel of the size of a picture."""
+    """A panel of the size of an image with the colour scale of the score maps."""
     height, width = shape[:2]
     panel = Image.new("RGB", (width, height), _PAPER)
     draw, font = ImageDraw.Draw(panel), ImageFont.load_default(size=_FONT_SIZE)
@@ -266,7 +274,7 @@ def _assemble(
     font = ImageFont.load_default(size=_FONT_SIZE)
     labels = labels or [""] * len(rows)
     height, width = rows[0][0].shape[:2]
-    # A long title or a long label widens the figure rather than being cut.
+    # A long title or label widens the figure, so that it is not cut.
     across = max([width, *(int(font.getlength(title)) + 2 for title in titles)]) + _GAP
     longest = max([0, *(int(font.getlength(label)) + 2 for label in labels)])
     down = [height + _GAP + (_TEXT_HEIGHT if label else 0) for label in labels]

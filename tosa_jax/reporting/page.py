@@ -1,4 +1,4 @@
-"""`report.html`: a run on one page that needs nothing else, in the reader's light or dark colours."""
+"""`report.html`: the report of a run as one self-contained page, with a light and a dark colour scheme."""
 
 import base64
 import importlib.resources
@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from tosa_jax.paths import AnyPath, as_path, write_atomically
-from tosa_jax.reporting import charts as charts
+from tosa_jax.reporting import charts
 from tosa_jax.reporting.report import MODEL_NAMES, format_seconds, table_columns
 
 _GROUPS = {
@@ -29,9 +29,10 @@ _METRIC_NAMES = {
 
 
 def write_page(workdir: str | os.PathLike, report: Mapping[str, Any]) -> None:
-    """Writes `report.html` beside `report.json`, whose content `report` is.
+    """Writes `report.html` to the work directory.
 
-    Curves come from `metrics.jsonl`, the picture from `selected_tokens.png`; what is missing is left out.
+    report  the content of `report.json`. Curves are read from `metrics.jsonl`, the figure of selected tokens from
+            `selected_tokens.png`; a section without its file is left out.
     """
     workdir = as_path(workdir)
     page = make_page(
@@ -51,9 +52,10 @@ def make_page(
 ) -> str:
     """The page as HTML.
 
-    name     of the run.
-    records  of `metrics.jsonl`.
-    picture  a PNG of selected tokens.
+    name     name of the run.
+    report   the content of `report.json`.
+    records  the records of `metrics.jsonl`.
+    picture  the PNG of selected tokens; None: no such section.
     """
     css = importlib.resources.files("tosa_jax.reporting").joinpath("page.css").read_text()
     parts = [
@@ -120,7 +122,7 @@ def _row(tag: str, cells: Sequence[str], attributes: str = "") -> str:
 
 
 def _cost_chart(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Cost against quality, where both are known of more than one network."""
+    """A chart of quality against cost, if both are known for at least two models."""
     dense = next((r["gmacs"] for r in rows if r["name"] == "dense"), None)
     dense = dense or next((r["gmacs"] for r in rows if r["name"] == "dense_pretrained"), None)
     metric = headline([f"val/{name}" for row in rows for name in row.get("metrics") or {}])
@@ -185,7 +187,7 @@ def _curves(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def headline(names: Sequence[str]) -> str | None:
-    """The one evaluation metric to draw: accuracy, else the selectors' recall, else the first there is.
+    """The evaluation metric to draw: accuracy, else the selectors' recall, else the first one, the loss last.
 
     >>> headline(["val/loss", "val/acc1"]), headline(["train/loss"])
     ('val/acc1', None)
@@ -200,7 +202,7 @@ def headline(names: Sequence[str]) -> str | None:
 
 
 def metric_title(metric: str) -> str:
-    """A metric's name for people."""
+    """A metric's title on the page."""
     name = metric.removeprefix("val/")
     return "Top-1 %" if name == "acc1" else _METRIC_NAMES.get(name, name)
 
@@ -234,7 +236,7 @@ def _stages(report: Mapping[str, Any]) -> str:
 
 def _summary(metrics: Mapping[str, float] | None) -> str:
     metric = headline([f"val/{name}" for name in metrics or {}])
-    if metric is None:
+    if not metrics or metric is None:
         return "-"
     value = metrics[metric.removeprefix("val/")]
     return (
@@ -254,7 +256,7 @@ def _settings(report: Mapping[str, Any]) -> str:
 
 
 def flat_lines(values: Mapping[str, Any], where: str = "config.") -> list[str]:
-    """One line a field, as it is written on the command line.
+    """One line a field, with the name that it has on the command line.
 
     >>> flat_lines({"seed": 0, "model": {"depth": 6}})
     ['config.seed = 0', 'config.model.depth = 6']

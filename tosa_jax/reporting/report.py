@@ -1,4 +1,4 @@
-"""The closing report of a run: `report.json`, and the table that a person reads."""
+"""The report of a run: writing and reading `report.json`, and its text table."""
 
 import json
 import math
@@ -27,15 +27,14 @@ _GAP = "  "
 
 
 def write_report(workdir: str | os.PathLike, report: Mapping[str, Any]) -> None:
-    """Writes `report.json`; a reader finds the old report or the new one, never a part of it.
+    """Writes `report.json` atomically.
 
     Args:
         workdir: the work directory; it must exist.
-        report: "config", "device", "versions", "stages" and "results" as in the contract; array
-            scalars become numbers.
+        report: "config", "device", "versions", "stages" and "results"; array scalars become numbers.
 
     Raises:
-        ValueError: a number is not finite, which JSON cannot say.
+        ValueError: a number is not finite, which JSON cannot store.
     """
     text = json.dumps(report, indent=2, allow_nan=False, default=lambda scalar: scalar.item())
     write_atomically(as_path(workdir) / "report.json", (text + "\n").encode())
@@ -60,10 +59,10 @@ def read_report(workdir: str | os.PathLike) -> dict[str, Any] | None:
 
 
 def format_table(report: Mapping[str, Any]) -> str:
-    """The results as a plain text table of at most 100 columns; no line ends in blanks.
+    """The results as a plain text table at most 100 characters wide.
 
-    The dense network is the reference of both ratios, fine-tuned if the report has it so. `acc1` is
-    shown in per cent; without it the metrics are shown as they are, as many as fit.
+    Both ratios are relative to the dense model, the fine-tuned one if the report has it. `acc1` is shown in per cent.
+    Without `acc1`, other metrics are shown in their own units, as many as fit.
     """
     rows = sorted(report["results"], key=_order)
     if not rows:
@@ -86,13 +85,13 @@ def format_table(report: Mapping[str, Any]) -> str:
 def table_columns(
     report: Mapping[str, Any],
 ) -> tuple[list[Mapping[str, Any]], list[list[str]]]:
-    """The rows in the order of the table, and all its columns of cells, each with its title first."""
+    """The rows in the order of the table, and all columns of cells, each with its title first."""
     rows = sorted(report["results"], key=_order)
     return rows, _columns(rows, width=10**6)[0] if rows else []
 
 
 def _order(row: Mapping[str, Any]) -> tuple:
-    """Dense first, then each budget with its controls, the largest budget first."""
+    """Sort key: dense first, then by falling keep rate; within a keep rate ToSA and its controls."""
     names = list(MODEL_NAMES)
     place = names.index(row["name"]) if row["name"] in names else len(names)
     if place < 2:
@@ -106,7 +105,7 @@ def _order(row: Mapping[str, Any]) -> tuple:
 def _columns(
     rows: Sequence[Mapping[str, Any]], width: int = _TABLE_WIDTH
 ) -> tuple[list[list[str]], list[str]]:
-    """Columns of cells, the title first, and the names of the metrics that did not fit."""
+    """The columns of cells, each with its title first, and the names of the metrics that do not fit into `width`."""
     splits = {row.get("split") for row in rows}
     names = [MODEL_NAMES.get(row["name"], row["name"]) for row in rows]
     if len(splits) > 1:
@@ -153,7 +152,7 @@ def _keep_rate(rate: float | Sequence[float] | None) -> str:
 
 
 def _ratios(rows: Sequence[Mapping[str, Any]], key: str, spec: str, unit: str = "") -> list[str]:
-    """Each row's value over the dense one's; "-" where one of them is not known."""
+    """Each row's value divided by the dense model's; "-" if one of them is unknown."""
     dense = {row["name"]: row[key] for row in rows if row.get(key)}
     reference = dense.get("dense", dense.get("dense_pretrained"))
     if reference is None:
@@ -163,7 +162,7 @@ def _ratios(rows: Sequence[Mapping[str, Any]], key: str, spec: str, unit: str = 
 
 
 def _numbers(values: Sequence[float | None]) -> list[str]:
-    """One column: as many decimals in every cell as the largest needs for four digits."""
+    """The cells of a column, all with as many decimals as the largest value needs for four digits."""
     largest = max((value for value in values if value is not None), default=0.0)
     decimals = 3 if largest < 10 else 2 if largest < 100 else 1 if largest < 1000 else 0
     return [_number(value, f".{decimals}f") for value in values]
@@ -174,7 +173,7 @@ def _number(value: float | None, spec: str, factor: float = 1.0) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """A duration for people: "4.2s", "37s", "3m12s", "3h12m", "2d04h"; "--" if not finite."""
+    """A duration as text: "4.2s", "37s", "3m12s", "3h12m", "2d04h"; "--" if not finite."""
     if not math.isfinite(seconds):
         return "--"
     if round(seconds, 1) < 10:

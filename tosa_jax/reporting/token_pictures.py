@@ -1,4 +1,4 @@
-"""The figures of what a network selected and predicts: its selections named by layer, drawn by `figures`."""
+"""Figures of a model's selections and depth: chooses grid and titles by its configuration; `figures` draws them."""
 
 from collections.abc import Sequence
 
@@ -17,13 +17,14 @@ def draw_tokens(
     scores: Sequence[np.ndarray] | None = None,
     labels: Sequence[str] | None = None,
 ) -> np.ndarray:
-    """A row an image: the picture, then each selection with bypassed tokens dimmed; below them the score maps.
+    """One row an image: the image, then each selection with bypassed patches faded; below them the score maps.
 
-    images    uint8 [b height width 1 or 3], as the network took them.
-    selected  one int [b s] a selection, `scores` one float [b n]: the fields of a model's `Output`.
+    images    uint8 [b, height, width, 1 or 3], the model's input.
+    selected  one int [b, s] a selection, as in a model's `Output`.
+    scores    one float [b, n] a selection, as in a model's `Output`; None: no score maps.
     labels    one text an image.
 
-    Returns uint8 [rows columns 3].
+    Returns uint8 [rows, columns, 3].
     """
     return figures.selected_tokens_figure(
         np.asarray(images),
@@ -44,13 +45,14 @@ def draw_depth(
     *,
     truth: np.ndarray | None = None,
 ) -> np.ndarray:
-    """A row an image: the picture, the true depth and the error where there is truth, the depth, each selection.
+    """One row an image: the image, the depth (with truth also the true depth and the error), each selection.
 
-    images    uint8 [b height width 1 or 3].
-    depth     metres, float [b height width]; `truth` likewise, 0 where nothing was measured.
-    selected  one int [b s] a selection.
+    images    uint8 [b, height, width, 1 or 3].
+    depth     float [b, height, width] in metres.
+    selected  one int [b, s] a selection.
+    truth     float [b, height, width] in metres, 0 where nothing was measured; None: no truth.
 
-    Returns uint8 [rows columns 3].
+    Returns uint8 [rows, columns, 3].
     """
     return figures.depth_panel(
         images,
@@ -64,9 +66,9 @@ def draw_depth(
 
 
 def selection_titles(config: ViTConfig, selected: Sequence[np.ndarray]) -> list[str]:
-    """The layer that opens each selection, counted from 1, and how many patches it takes."""
+    """One title a selection: its first layer, counted from 1, and how many patches are selected."""
     opens = [spec.layer for spec in layer_specs(config) if spec.opens]
-    if len(opens) != len(selected):  # a plan in which not all that select report it
+    if len(opens) != len(selected):  # some layers of this plan select tokens without reporting them
         return [f"selection {i + 1}" for i in range(len(selected))]
     counts = [x.shape[1] - config.num_prefix_tokens for x in selected]
     return [

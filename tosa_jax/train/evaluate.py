@@ -1,7 +1,6 @@
 """Exact evaluation: every example of a split is scored once, whatever the batch size and the number of devices."""
 
 import functools
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from jax.sharding import Mesh
 from tosa_jax.data.pipeline import DataConfig, eval_batches
 from tosa_jax.distributed.memory import check_fits
 from tosa_jax.distributed.mesh import process_rows, replicated, to_global, tree_shardings
+from tosa_jax.distributed.timing import interleaved_seconds
 from tosa_jax.models.factory import with_image_size
 from tosa_jax.models.params import Params, set_params
 from tosa_jax.models.vit import Output
@@ -115,10 +115,13 @@ def throughput(candidates: Sequence[tuple[Evaluator, Params]], rounds: int = 7) 
     batch = next(iter(candidates[0][0].batches()))
     for evaluator, params in candidates:
         evaluator.check(params, batch)
-    seconds = np.zeros((rounds + 1, len(candidates)))
-    for i in range(rounds + 1):
-        for j, (evaluator, params) in enumerate(candidates):
-            start = time.perf_counter()
-            jax.block_until_ready(evaluator.step(params, batch, np.uint32(0)))
-            seconds[i, j] = time.perf_counter() - start
-    return list(candidates[0][0].batch_size / np.median(seconds[1:], axis=0))
+    runs = [
+        functools.partial(_score_and_wait, evaluator, params, batch)
+        for evaluator, params in candidates
+    ]
+    seconds = interleaved_seconds(runs, rounds)
+    return list(candidates[0][0].batch_size / np.median(seconds, axis=0))
+
+
+def _score_and_wait(evaluator: Evaluator, params: Params, batch: Batch) -> None:
+    jax.block_until_ready(evaluator.step(params, batch, np.uint32(0)))

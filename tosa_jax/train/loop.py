@@ -73,7 +73,7 @@ class StageRun:
         return self.is_due(step, self.eval_steps) or (step == 0 and self.evaluate_first)
 
 
-def compile_step(setup: StepSetup, shardings: Any, mesh: Mesh) -> Callable:
+def compile_step(setup: StepSetup, shardings: Any, mesh: Mesh) -> jax.stages.Wrapped:
     """The jitted training step: state donated, and sharded going in and coming out."""
     return jax.jit(
         functools.partial(train_step, setup=setup, mesh=mesh),

@@ -1,6 +1,6 @@
-"""A network ready to be run: from the work directory of a run, released weights, or one file that says all.
+"""Loads a model with its preprocessing, task options and class names: the arguments of a `Predictor`.
 
-Each comes with its preprocessing, its task's options and class names: the arguments of a `Predictor`.
+The sources are the work directory of a run, released weights, and a file of `Predictor.save`.
 """
 
 import dataclasses
@@ -20,27 +20,29 @@ from tosa_jax.models import cost
 from tosa_jax.models.factory import NETWORKS, build, network_config
 from tosa_jax.models.params import Params, get_params, set_params, split
 from tosa_jax.models.vit import VisionTransformer
-from tosa_jax.models.vit_config import ViTConfig, check
+from tosa_jax.models.vit_config import ViTConfig
 from tosa_jax.models.weights.load import pretrained_params, save_weights, selector_params
 from tosa_jax.models.weights.readers import read_weights
 from tosa_jax.tasks import TASKS
 
 KeepRate = float | tuple[float, ...] | None
-"""Share of patches in (0, 1] that selective layers take: one, or one a selection; None: as the network was trained."""
-Say = Callable[[str], None]
+"""Share of patches in (0, 1] that selective layers process: one, or one a selection; None: as in training."""
+
+OnMessage = Callable[[str], None]
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of the red, green and blue of ImageNet's pixels in [0, 1], as DeiT (timm) and DINOv2 normalise them."""
+"""Mean and standard deviation of ImageNet's red, green and blue in [0, 1], as DeiT (timm) and DINOv2 use them."""
 
-_METADATA = "predictor"  # the key, in a file of weights, of what is no weight
+_METADATA = "predictor"  # key in a weights file's metadata
 
 
-class Network(TypedDict):
-    """A model and what it takes and means.
+class LoadedModel(TypedDict):
+    """A model and everything needed to use it.
 
-    form         how pictures become arrays.
-    mean, std    of each channel's pixels in [0, 1].
-    options      the task's own fields, those of a recipe's section `task`.
+    model        with its parameters on the default device.
+    form         how images of any size become the model's input arrays.
+    mean, std    of each channel's pixels in [0, 1], for normalisation.
+    options      the task's options: the section `task` of a recipe.
     class_names  one a class; None: ImageNet's for 1000 classes, else numbers.
     """
 
@@ -52,21 +54,21 @@ class Network(TypedDict):
     class_names: Sequence[str] | None
 
 
-def from_workdir(workdir: Path, keep_rate: KeepRate, say: Say) -> Network:
-    """What a run left in its work directory, or started from where it trains nothing.
+def from_workdir(workdir: Path, keep_rate: KeepRate, on_message: OnMessage) -> LoadedModel:
+    """Loads the model of a run from its work directory; if the run trains nothing, from the weights that it evaluates.
 
-    Raises WorkdirError (no run is there), WeightsError (it has no checkpoint yet), ConfigError (`keep_rate`).
+    Raises WorkdirError (not a work directory), WeightsError (no checkpoint yet), ConfigError (`keep_rate`).
     """
     run = read_run(workdir)
     config = with_keep_rate(run.model, keep_rate)
     if any((workdir / "checkpoints").glob("*/*/state")):
-        params = _load(config, workdir, None, say)
+        params = _load(config, workdir, None, on_message)
     elif run.init_from:
-        params = _load(config, run.init_from, run.init_selectors, say)
+        params = _load(config, run.init_from, run.init_selectors, on_message)
     else:
-        raise WeightsError(f"{workdir} holds no checkpoint yet: let its run come to one first")
+        raise WeightsError(f"{workdir} holds no checkpoint yet: wait until its run has written one")
     names = workdir / names_of.FILE
-    return Network(
+    return LoadedModel(
         model=_model(config, params),
         form=preprocess_of("", config) if config.resizes else run.data.preprocess,
         mean=run.inputs.mean,
@@ -82,12 +84,14 @@ def from_pretrained(
     selectors: str | Path | None,
     keep_rate: KeepRate,
     class_names: Sequence[str] | None,
-    say: Say,
+    on_message: OnMessage,
     *,
     task: str = "classification",
     **fields: Any,
-) -> Network:
-    """A released network and the preprocessing that it was published with.
+) -> LoadedModel:
+    """Loads released weights, with the preprocessing that they were published with.
+
+    The arguments are those of `Predictor.from_pretrained`.
 
     Raises ConfigError (unknown name or field), WeightsError (missing, damaged or other weights).
     """
@@ -97,10 +101,10 @@ def from_pretrained(
         fields = {"plan": "selective"} | fields
     config = with_keep_rate(network_config(task, name, **fields), keep_rate)
     if not selectors and "selective" in config.plan:
-        say("no selectors were given: tokens are chosen by the map of the layer before")
+        on_message("no selectors were given: tokens are chosen by the map of the layer before")
     halves = _is_augreg(name)
-    return Network(
-        model=_model(config, _load(config, weights, selectors, say)),
+    return LoadedModel(
+        model=_model(config, _load(config, weights, selectors, on_message)),
         form=preprocess_of(name, config),
         mean=(0.5,) if halves else IMAGENET_MEAN,
         std=(0.5,) if halves else IMAGENET_STD,
@@ -109,24 +113,24 @@ def from_pretrained(
     )
 
 
-def from_weights(path: str | Path, keep_rate: KeepRate, say: Say) -> Network:
-    """What `save` wrote. Raises WeightsError for any other file: it does not say of which network its weights are."""
+def from_weights(path: str | Path, keep_rate: KeepRate, on_message: OnMessage) -> LoadedModel:
+    """Loads a file of `save`. Raises WeightsError for any other file: it has no model configuration."""
     text = read_weights(path).metadata.get(_METADATA)
     if text is None:
         raise WeightsError(
-            f"{path} does not say which network its weights are of: name the variant too (--model=NAME, or "
+            f"{path} has no model configuration: name the variant too (--model=NAME, or "
             "Predictor.from_pretrained)"
         )
     said = as_tuples(json.loads(text))
-    task = said.pop("task", "classification")  # files of before there was depth do not say
+    task = said.pop("task", "classification")  # older files have no task: they are all classifiers
     options = TASKS[task].options(**said.pop("options", {}))
     config = with_keep_rate(NETWORKS[task].config_class(**said.pop("model")), keep_rate)
-    params, form = _load(config, path, None, say), Preprocess(**said.pop("form"))
-    return Network(model=_model(config, params), form=form, options=options, **said)
+    params, form = _load(config, path, None, on_message), Preprocess(**said.pop("form"))
+    return LoadedModel(model=_model(config, params), form=form, options=options, **said)
 
 
-def save(network: Network, path: str | Path) -> None:
-    """Writes a network and what belongs to it to one `.safetensors` file, for `from_weights`."""
+def save(network: LoadedModel, path: str | Path) -> None:
+    """Writes a model with its preprocessing, options and class names to one `.safetensors` file, for `from_weights`."""
     config = dataclasses.asdict(network["model"].config)
     config |= {name: str(config[name]) for name in ("dtype", "param_dtype")}
     said = {**network, "task": network["model"].config.task, "model": config}
@@ -135,44 +139,42 @@ def save(network: Network, path: str | Path) -> None:
 
 
 def preprocess_of(name: str, config: ViTConfig) -> Preprocess:
-    """How the weights of a variant were evaluated: the short side resized, bicubic, and the centre cropped.
+    """The preprocessing of a variant's published evaluation: resize the short side (bicubic), then crop the centre.
 
-    Images of a network that takes any size keep theirs.
+    The crop's side is .875 of the short side as in DeiT (facebookresearch/deit), .9 for AugReg's `vit_*` (timm), and
+    the whole short side from 384 pixels on (both). A model that accepts images of any size gets them in their own.
 
-    The share kept is .875 as in DeiT's code (facebookresearch/deit), .9 for AugReg's `vit_*` (timm), and all of it from
-    384 pixels on (both).
-
-    Raises ConfigError: the network takes images of one size, which is no square.
+    Raises ConfigError if the model takes images of one size that is not square.
     """
     if config.resizes:
         return Preprocess(image_size=None, channels=config.in_chans)
     size = config.image_size
-    check(
-        isinstance(size, int),
-        f"image_size={size} is no square: say how pictures become such arrays (form)",
-    )
+    if not isinstance(size, int):
+        raise ConfigError(
+            f"image_size={size} is not square: give `form`, which makes such arrays of images"
+        )
     crop_pct = 1.0 if size >= 384 else 0.9 if _is_augreg(name) else 0.875
     return Preprocess(image_size=size, channels=config.in_chans, resize="crop", crop_pct=crop_pct)
 
 
 def _is_augreg(name: str) -> bool:
-    """Steiner et al. 2021, whose inputs are in [-1, 1]; timm names them vit_<size>_patch16."""
+    """Whether a variant is of AugReg (Steiner et al. 2021), timm's vit_<size>_patch16, with inputs in [-1, 1]."""
     return name.startswith("vit_") and "dinov2" not in name
 
 
 def with_keep_rate(config: ViTConfig, keep_rate: KeepRate) -> ViTConfig:
-    """The same network at another budget; None leaves it. Raises ConfigError if nothing in it selects."""
+    """The configuration with another keep rate; None: unchanged. Raises ConfigError if no layer selects tokens."""
     if keep_rate is None:
         return config
     if set(config.plan) <= {"standard", "skip"}:
         raise ConfigError(
-            f"keep_rate={keep_rate} was given, but no layer of this network selects: its plan is all standard"
+            f"keep_rate={keep_rate} was given, but no layer of this model selects tokens: its plan is all standard"
         )
     return dataclasses.replace(config, keep_rate=keep_rate)
 
 
 def read_run(workdir: Path) -> RunConfig:
-    """The configuration of the run in a work directory. Raises WorkdirError if there is none to read."""
+    """The configuration of the run in a work directory. Raises WorkdirError if it cannot be read."""
     path = workdir / "config.json"
     if not path.exists():
         raise WorkdirError(
@@ -184,10 +186,12 @@ def read_run(workdir: Path) -> RunConfig:
         raise WorkdirError(f"{path} cannot be read ({error})") from error
 
 
-def _load(config: ViTConfig, path: str | Path, selectors: str | Path | None, say: Say) -> Params:
-    """Parameters from files; random ones, as for training, where no file has them."""
+def _load(
+    config: ViTConfig, path: str | Path, selectors: str | Path | None, on_message: OnMessage
+) -> Params:
+    """Parameters from files; those that no file has are initialised at random, as for training."""
     abstract = cost.abstract_model(config)
-    params = pretrained_params(abstract, path, on_message=say)
+    params = pretrained_params(abstract, path, on_message=on_message)
     if selectors:
         params |= selector_params(abstract, selectors)
     if get_params(abstract).keys() - params.keys():

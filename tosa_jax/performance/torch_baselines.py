@@ -1,7 +1,7 @@
-"""The dense network in PyTorch, timm's or transformers', as a candidate of the benchmark on the same device.
+"""Baselines in PyTorch: the dense model of timm or transformers as a candidate of the benchmark.
 
-Nothing here is imported before it is asked for. Both frameworks get what is fast for them: on a GPU the network is
-compiled, attention is `scaled_dot_product_attention`, AdamW is fused; on a CPU PyTorch gets a thread for each core.
+It runs on the device that JAX uses, with PyTorch's fast settings: on a GPU `torch.compile`, everywhere
+`scaled_dot_product_attention` and fused AdamW, on a CPU one thread a core. PyTorch is imported only if it is used.
 """
 
 import contextlib
@@ -18,32 +18,35 @@ from tosa_jax.models.vit_config import ViTConfig, check, check_choice
 from tosa_jax.performance.candidates import Candidate
 
 LIBRARIES = ("timm", "transformers")
-"""Whose dense networks can be measured beside ours."""
+"""Libraries that a baseline can come from."""
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "none")
-"""Of `torch.compile`; "none": the network is run as it is."""
+"""Modes of `torch.compile`; "none": the model is not compiled."""
 
 INSTALL = 'pip install "tosa-jax[compare]"'
-"""What is said where a library is missing."""
+"""The command that installs the libraries, for error messages."""
 
-_OPENMP_REST = 0.05  # its threads wait for more work by spinning, which slows down who comes next
-_WARM_UP_PASSES = 3  # compilation, the recording of CUDA graphs, a replay
+_OPENMP_REST = 0.05  # seconds; OpenMP's idle threads spin for a while, which would slow down the next candidate
+_WARM_UP_PASSES = 3  # they compile, record CUDA graphs, and replay them once
 
 
 def check_arguments(against: Sequence[str], task: str, mode: str) -> list[str]:
-    """The libraries of `against`, without "none", imported; the GPU's memory is left for both frameworks.
+    """Checks the arguments, imports the libraries, and returns their names without "none".
 
-    JAX reads `XLA_PYTHON_CLIENT_PREALLOCATE` when it first looks for devices: what is set already stays.
+    It also keeps JAX from reserving most of the GPU's memory (XLA_PYTHON_CLIENT_PREALLOCATE=false), unless the variable
+    is set. Call it before JAX looks for devices.
 
-    Raises ConfigError for unknown names, for depth networks, and where a package is missing or broken.
+    Raises ConfigError for unknown names, for depth models, and if a package is missing or broken.
     """
     for name in against:
         check_choice("--against", name, (*LIBRARIES, "none"))
     check_choice("--torch_compile", mode or "none", MODES)
     libraries = [name for name in dict.fromkeys(against) if name != "none"]
     if libraries:
-        check(task == "classification",
-              f"--against={libraries[0]} has no network for --task={task}; leave one of them out")  # fmt: skip
+        check(
+            task == "classification",
+            f"--against={libraries[0]} has no network for --task={task}; leave one of them out",
+        )
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     for name in libraries:
         load("torch", name)
@@ -59,7 +62,7 @@ def load(module: str, library: str) -> Any:
         missing = isinstance(error, ModuleNotFoundError) and error.name == module
         if missing:
             raise ConfigError(f"--against={library}: {module} is missing; {INSTALL}") from error
-        # timm imports torchvision, whose build must be that of torch; this fails in several ways.
+        # timm imports torchvision. If its build does not fit that of torch, the import fails in several ways.
         other = "; --against=transformers needs no torchvision" if library == "timm" else ""
         raise ConfigError(
             f"--against={library}: {module} cannot be imported ({str(error)[:160]}){other}"
@@ -67,7 +70,7 @@ def load(module: str, library: str) -> Any:
 
 
 def settings(against: Sequence[str], dtype: str, mode: str, *, train: bool) -> dict[str, Any]:
-    """What a reader of the numbers should know of how PyTorch ran, for the file of results."""
+    """How PyTorch ran: its threads, compile mode and float32 precision, for the result file."""
     if not against:
         return {}
     if _device_type() == "cpu":
@@ -77,7 +80,7 @@ def settings(against: Sequence[str], dtype: str, mode: str, *, train: bool) -> d
 
 
 def versions(against: Sequence[str]) -> dict[str, str]:
-    """Versions of PyTorch and of these libraries."""
+    """Versions of PyTorch and of the libraries; empty without libraries."""
     names = ["torch", *against] if against else []
     return {name: load(name, name).__version__ for name in names}
 
@@ -85,12 +88,12 @@ def versions(against: Sequence[str]) -> dict[str, str]:
 def candidate(
     library: str, model: str, config: ViTConfig, batch_size: int, *, train: bool, mode: str = ""
 ) -> Candidate:
-    """The dense network `config` of `library` with random weights, warmed up.
+    """The dense model of `library` that corresponds to `config`, with random weights, warmed up.
 
-    A forward pass runs in inference mode; a training step is forward, backward and AdamW. Weights are stored in
-    `config.param_dtype`; another `config.dtype` computes under autocast.
+    It runs a forward pass in inference mode, or a training step: forward, backward and AdamW. Weights are stored in
+    `config.param_dtype`. If `config.dtype` differs, it computes under autocast.
 
-    Raises ConfigError if the library has no such network, DeviceError if there is no such device or it is full.
+    Raises ConfigError if the library has no such model, DeviceError if PyTorch has no such device or it is full.
     """
     torch = load("torch", library)
     device = _device(torch, library)
@@ -137,19 +140,19 @@ def num_cores() -> int:
 
 
 def _device_type() -> str:
-    """Where JAX runs: "cpu", "gpu" or "tpu"."""
+    """The platform that JAX runs on: "cpu", "gpu" or "tpu"."""
     return jax.devices()[0].platform
 
 
 def _device(torch: Any, library: str) -> str:
-    """PyTorch's name of JAX's device, with threads and precision set as JAX has them."""
+    """PyTorch's name of JAX's device. Also sets PyTorch's threads and float32 precision as JAX has them."""
     platform = _device_type()
     if platform == "cpu":
         torch.set_num_threads(num_cores())
         return "cpu"
     if platform != "gpu" or not torch.cuda.is_available():
         raise DeviceError(
-            f"--against={library}: JAX runs on a {platform}, and this PyTorch has none of its kind; install its CUDA "
+            f"--against={library}: JAX runs on a {platform}, which this PyTorch does not support; install its CUDA "
             "build, or set JAX_PLATFORMS=cpu"
         )
     tf32 = _float32_products() == "TF32"
@@ -158,13 +161,14 @@ def _device(torch: Any, library: str) -> str:
 
 
 def _float32_products() -> str:
-    """What JAX multiplies float32 matrices in on a GPU: TF32, unless JAX_DEFAULT_MATMUL_PRECISION says otherwise."""
-    exact = jax.config.jax_default_matmul_precision in ("float32", "highest", "F32_F32_F32")
+    """The precision of JAX's float32 matrix products on a GPU: TF32, or as JAX_DEFAULT_MATMUL_PRECISION says."""
+    config: Any = jax.config  # its fields are made at run time
+    exact = config.jax_default_matmul_precision in ("float32", "highest", "F32_F32_F32")
     return "float32" if exact else "TF32"
 
 
 def _mode(mode: str, train: bool) -> str:
-    """CUDA graphs by default for a forward pass, which small networks spend on launches; not for training."""
+    """The compile mode; by default CUDA graphs for a forward pass (less launch overhead), not for training."""
     return mode or ("default" if train else "reduce-overhead")
 
 
@@ -188,18 +192,22 @@ def _telling_full_memory(torch: Any, run: Callable, library: str, batch_size: in
 
 
 def _check_same(library: str, network: Any, config: ViTConfig) -> None:
-    """Raise a ConfigError unless the network is as large as ours, small differences at its ends aside."""
+    """Raises ConfigError unless both models have the same number of parameters within 2 %."""
     theirs = sum(p.numel() for p in network.parameters())
     ours = cost.num_params(cost.abstract_model(config))
-    check(abs(theirs - ours) <= 0.02 * ours,
-          f"--against={library}: its network has {theirs / 1e6:.2f} M parameters and ours {ours / 1e6:.2f} M: "
-          "their times cannot be compared")  # fmt: skip
+    check(
+        abs(theirs - ours) <= 0.02 * ours,
+        f"--against={library}: its network has {theirs / 1e6:.2f} M parameters and ours {ours / 1e6:.2f} M: "
+        "their times cannot be compared",
+    )
 
 
 def _timm_network(model: str, config: ViTConfig) -> Any:
     timm = load("timm", "timm")
-    check(timm.is_model(model),
-          f"--against=timm: timm has no model {model!r}; --against=transformers builds any size")  # fmt: skip
+    check(
+        timm.is_model(model),
+        f"--against=timm: timm has no model {model!r}; --against=transformers builds any size",
+    )
     return timm.create_model(
         model,
         img_size=config.image_shape,
@@ -209,7 +217,7 @@ def _timm_network(model: str, config: ViTConfig) -> Any:
 
 
 def transformers_fields(config: ViTConfig) -> tuple[str, dict[str, Any]]:
-    """The family of transformers that has this network, "ViT" say, and the fields of its configuration."""
+    """The model family of transformers, for example "ViT", and its configuration fields for `config`."""
     fields = {
         "hidden_size": config.embed_dim,
         "num_hidden_layers": config.depth,
@@ -225,7 +233,7 @@ def transformers_fields(config: ViTConfig) -> tuple[str, dict[str, Any]]:
     swiglu = config.mlp == "swiglu"
     if not (swiglu or config.layer_scale or config.reg_tokens):
         return "DeiT" if config.distilled else "ViT", fields | {"intermediate_size": config.mlp_dim}
-    # It makes the two halves of a SwiGLU two thirds as wide as its ratio says.
+    # transformers makes each half of a SwiGLU two thirds as wide as its ratio says.
     fields["mlp_ratio"] = round(config.mlp_ratio * (0.75 if swiglu else 1))
     fields |= {"use_swiglu_ffn": swiglu, "layerscale_value": config.layer_scale or 1.0}
     if config.reg_tokens:
@@ -241,7 +249,7 @@ def _transformers_network(model: str, config: ViTConfig) -> Any:
     backbone = getattr(transformers, f"{family}Model")(settings, **pooling)
 
     class Classifier(torch.nn.Module):
-        """Logits of the normalised class token; the mean of both with a distillation token."""
+        """Logits of the class token after the final norm; with a distillation token the mean of both heads."""
 
         def __init__(self) -> None:
             super().__init__()

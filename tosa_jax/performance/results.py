@@ -1,13 +1,11 @@
-"""A benchmark over budgets and batch sizes as files: all records, a table, and a plot of cost against speed."""
+"""Results of the benchmark for people: a text table, and files with all records, a table and a plot."""
 
 import io
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tosa_jax.errors import DeviceError
 from tosa_jax.paths import AnyPath, write_atomically
-from tosa_jax.performance.records import Record, table
 
 _COLOURS = {
     "dense": "#303030",
@@ -23,29 +21,64 @@ _COLOURS = {
 _MARKERS = "osD^vP*X"
 
 
-def run(
-    batch_sizes: Iterable[int], measure: Callable[[int], list[Record]]
-) -> tuple[list[Record], dict[str, str]]:
-    """The records of every batch size that fits the device, and why others were left out, by batch size.
+COLUMNS = {
+    "name": "name",
+    "keep": "keep_rate",
+    "batch": "batch_size",
+    "GMACs": "gmacs",
+    "ms": "ms",
+    "iqr": "ms_iqr",
+    "img/s": "img_per_sec",
+    "speed-up": "speedup",
+    "GMACs ratio": "gmac_ratio",
+    "realised": "realised",
+    "overhead": "selector_overhead",
+}
+"""Title of a table's column -> field of the record."""
 
-    Raises the last DeviceError if none fits.
-    """
-    records, left_out, error = [], {}, None
-    for batch_size in dict.fromkeys(batch_sizes):
-        try:
-            records += measure(batch_size)
-        except DeviceError as too_large:
-            error = too_large
-            left_out[str(batch_size)] = str(too_large)
-    if not records and error is not None:
-        raise error
-    return records, left_out
+_FORMATS = {
+    "keep_rate": "{:g}",
+    "gmacs": "{:.3f}",
+    "ms": "{:.1f}",
+    "ms_iqr": "{:.1f}",
+    "img_per_sec": "{:.1f}",
+    "speedup": "{:.2f}x",
+    "gmac_ratio": "{:.2f}x",
+    "realised": "{:.2f}",
+    "selector_overhead": "{:.1%}",
+}
+
+
+def table(records: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """A row of titles, then one row of texts a record. Columns whose field the records lack are left out."""
+    shown = {title: field for title, field in COLUMNS.items() if field in records[0]}
+    return [list(shown), *([_text(r, field) for field in shown.values()] for r in records)]
+
+
+def _text(record: Mapping[str, Any], field: str) -> str:
+    value = record[field]
+    if field == "name":
+        return value + (" (training)" if record["train"] else "")
+    return "-" if value is None else _FORMATS.get(field, "{}").format(value)
+
+
+def format_records(records: Sequence[Mapping[str, Any]]) -> str:
+    """The records as an aligned table."""
+    rows = table(records)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
 
 
 def write(folder: AnyPath, name: str, result: Mapping[str, Any]) -> list[AnyPath]:
-    """Writes `bench_NAME.json`, `.md` and `.png`, each whole or not at all; returns their paths.
+    """Writes `bench_NAME.json`, `.md` and `.png`, each atomically; returns their paths.
 
-    result   `command`, `device`, `versions`, `settings`, `left_out` and `rows` (the records).
+    result  `command`, `device`, `versions`, `settings`, `left_out` and `rows` (the records).
     """
     folder.mkdir(parents=True, exist_ok=True)
     contents = {
@@ -60,7 +93,7 @@ def write(folder: AnyPath, name: str, result: Mapping[str, Any]) -> list[AnyPath
 
 
 def markdown(name: str, result: Mapping[str, Any]) -> str:
-    """The records as a Markdown table, with the device, the versions, the settings and the command above it."""
+    """The command, the device, versions and settings, then the records as a Markdown table."""
     head, *rows = table(result["rows"])
     first = result["rows"][0]
     about = {"device": result["device"], "image size": first["image_size"], "dtype": first["dtype"]}
@@ -68,7 +101,7 @@ def markdown(name: str, result: Mapping[str, Any]) -> str:
     lines = [
         f"# {name}",
         "",
-        "Random weights and images: time alone. Medians of interleaved rounds; speed-ups are over `dense`.",
+        "Random weights and images: only time is measured. Medians of interleaved rounds; speed-ups are over `dense`.",
         "",
         f"    {result['command']}",
         "",
@@ -86,7 +119,7 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def plot(result: Mapping[str, Any]) -> bytes:
-    """A PNG: speed-up, and images a second, against GMACs an image; a line a candidate and batch size."""
+    """Two plots as a PNG: speed-up and images a second against GMACs an image; one line a candidate and batch size."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

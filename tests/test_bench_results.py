@@ -9,7 +9,7 @@ from PIL import Image
 
 from tosa_jax import bench
 from tosa_jax.errors import DeviceError
-from tosa_jax.performance import sweep
+from tosa_jax.performance import results
 
 
 def record(name, keep_rate, batch_size, ms, gmacs):
@@ -60,20 +60,20 @@ def test_files_hold_all_that_was_measured_and_why_the_rest_was_not(argv, tmp_pat
 
 def test_the_plot_shows_every_record(tmp_path):
     both = {"rows": rows_of(8) + rows_of(16), "device": "1 x cpu"}
-    image = np.asarray(Image.open(io.BytesIO(sweep.plot(both))).convert("RGB")).astype(int)
+    image = np.asarray(Image.open(io.BytesIO(results.plot(both))).convert("RGB")).astype(int)
     assert image.shape[1] > 900
     for colour in ("#d07030", "#9060a8"):  # ToSA's and that of other frameworks
         rgb = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
         assert (abs(image - np.array(rgb)[None, None]).max(axis=2) < 8).sum() > 20
-    fewer = sweep.plot(both | {"rows": rows_of(8)[:2]})
-    assert fewer != sweep.plot(both | {"rows": rows_of(8)})
+    fewer = results.plot(both | {"rows": rows_of(8)[:2]})
+    assert fewer != results.plot(both | {"rows": rows_of(8)})
 
 
 def test_nothing_is_written_if_something_goes_wrong(argv, monkeypatch, tmp_path):
     def fail(result):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(sweep, "plot", fail)
+    monkeypatch.setattr(results, "plot", fail)
     with pytest.raises(ZeroDivisionError):
         bench.main([*argv, "--batch_size", "8"])
     assert not list((tmp_path / "results").iterdir())

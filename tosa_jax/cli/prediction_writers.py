@@ -1,4 +1,4 @@
-"""What the predict command prints and writes for an image: classes, or depth. One class a task."""
+"""The output of the predict command: one writer class a task, which prints results and writes files."""
 
 import argparse
 import dataclasses
@@ -13,19 +13,23 @@ import numpy as np
 from tosa_jax.data.decoding import BadImageError
 from tosa_jax.data.depth.maps import depth_of_png
 from tosa_jax.errors import ConfigError, DataError
-from tosa_jax.inference.predictions import Prediction
-from tosa_jax.inference.predictor import Predictor
+from tosa_jax.inference.predictor import Prediction, Predictor
 from tosa_jax.reporting.figures import colour_map, save_depth_png, write_png
 from tosa_jax.reporting.token_pictures import draw_depth, draw_tokens
 
 Record = dict[str, Any]
-"""What is said of an image: plain JSON values."""
+"""The result of one image, as JSON values."""
 
 
 class PredictionWriter:
-    """The answers of one command, whose flags are `args`, to the pictures in the files `paths`.
+    """Writes the results of one call of the predict command.
 
-    foreign  flags that are for networks of other tasks.
+    predictor  the model.
+    args       the parsed command line.
+    paths      the image files.
+    foreign    flags that only other tasks have.
+
+    Raises ConfigError for flags that the model does not support, DataError if an output folder cannot be made.
     """
 
     foreign: ClassVar[tuple[str, ...]]
@@ -39,11 +43,11 @@ class PredictionWriter:
         for flag in self.foreign:
             if getattr(args, flag) is not None:
                 raise ConfigError(
-                    f"--{flag} is not for this network, whose task is {predictor.config.task}: leave it out"
+                    f"--{flag} is not for this model, whose task is {predictor.config.task}: leave it out"
                 )
         if args.show_tokens and not (predictor.num_selections or task.draws_predictions):
             raise ConfigError(
-                "--show_tokens: this network selects no tokens; give --keep_rate (and --selectors)"
+                "--show_tokens: this model selects no tokens; give --keep_rate (and --selectors)"
             )
         self.check(paths)
         for flag in ("show_tokens", "depth_dir"):
@@ -51,21 +55,24 @@ class PredictionWriter:
                 _make_folder(flag, folder)
 
     def check(self, paths: Sequence[Path]) -> None:
-        """Raise a UserError for what these pictures lack."""
+        """Raises UserError if files that belong to the images are missing."""
 
     def record(self, path: Path, image: np.ndarray, prediction: Prediction) -> Record:
-        """What to say of an image uint8 [height width c] and its `Prediction` of one row; files are written.
+        """Writes the files of one image and returns its record.
 
-        Raises BadImageError where a file that belongs to the picture is no good.
+        image       uint8 [height, width, c], the model's input.
+        prediction  of one row.
+
+        Raises BadImageError if a file that belongs to the image, such as its true depth, cannot be used.
         """
         raise NotImplementedError
 
     def lines(self, record: Record) -> list[str]:
-        """A record as text, the image's name left out."""
+        """The lines to print for a record, without the image's name."""
         raise NotImplementedError
 
     def _free(self, path: Path) -> Path:
-        """`path`, or with a number where another image of this command has it."""
+        """`path`, with a number appended to its stem if another image of this command already has it."""
         numbered = (path.with_stem(f"{path.stem}-{i}") for i in count(2))
         while path in self._taken:
             path = next(numbered)
@@ -73,8 +80,8 @@ class PredictionWriter:
         return path
 
 
-class ClassAnswers(PredictionWriter):
-    """The likeliest classes; a picture of the selections with their scores."""
+class ClassWriter(PredictionWriter):
+    """Writes the classes of highest probability, and figures of the selections with their scores."""
 
     foreign = ("depth_dir", "truth", "depth_scale")
 
@@ -100,8 +107,8 @@ class ClassAnswers(PredictionWriter):
         return [f"  {g['name']:{width}}  {g['probability']:6.1%}" for g in record["top"]]
 
 
-class DepthAnswers(PredictionWriter):
-    """The range of depth and, where there is truth, its error; depth as a 16-bit PNG and in colours; the panel."""
+class DepthWriter(PredictionWriter):
+    """Writes the range of depth, its error if there is truth, depth maps as 16-bit PNG and in colours, and figures."""
 
     foreign = ("top",)
 
@@ -150,7 +157,7 @@ class DepthAnswers(PredictionWriter):
         return self.args.truth / f"{path.stem}.png"
 
     def _read_truth(self, path: Path, image: np.ndarray) -> np.ndarray | None:
-        """Metres, float32 [1 height width]; None if the command gives no truth."""
+        """The true depth in metres, float32 [1, height, width]; None without --truth."""
         if not self.args.truth:
             return None
         file = self._truth_of(path)
@@ -164,10 +171,10 @@ class DepthAnswers(PredictionWriter):
 
 
 PREDICTION_WRITERS: dict[str, type[PredictionWriter]] = {
-    "classification": ClassAnswers,
-    "depth": DepthAnswers,
+    "classification": ClassWriter,
+    "depth": DepthWriter,
 }
-"""By the network's task."""
+"""Writer class of each task."""
 
 
 def _make_folder(flag: str, folder: Path) -> None:

@@ -1,0 +1,77 @@
+"""How a command runs: its exit status, one line on standard error for a user's mistake, JAX's settings."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from absl import flags, logging
+
+from tosa_jax.distributed import coordination
+from tosa_jax.errors import DeviceError, UserError
+
+CACHE_DIR = "~/.cache/tosa_jax/compiled"
+"""Folder of compiled programs, unless the environment variable JAX_COMPILATION_CACHE_DIR names another."""
+
+
+def configure_jax() -> None:
+    """Sets what every command wants of JAX. Call it before JAX looks for devices.
+
+    Compiled programs are cached in `CACHE_DIR`. The environment variable JAX_COMPILATION_CACHE_DIR names another
+    folder; if it is empty, nothing is cached. With several CPU devices, dispatch is synchronous: two programs with
+    collectives that run at the same time can starve each other of threads.
+    """
+    config: Any = jax.config  # its fields are made at run time
+    several = config.jax_num_cpu_devices > 1 or "device_count" in os.environ.get("XLA_FLAGS", "")
+    if several:
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(CACHE_DIR))
+
+
+def run_command(command: Callable[[], int]) -> int:
+    """Runs a command and returns its exit status.
+
+    A UserError becomes one line on standard error and status 2. So does what JAX says of a missing device or a full
+    memory. Any other error is a defect of this project and keeps its traceback.
+
+    In a run of several processes an error here ends the other processes too.
+    """
+    # Grain reads absl's flags, and fails if nobody has parsed them.
+    flags.FLAGS.mark_as_parsed()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        status = command()
+    except BaseException as error:
+        user_error = error if isinstance(error, UserError) else _device_error(error)
+        if user_error is not None:
+            print(f"error: {user_error}", file=sys.stderr)
+            return coordination.end_all(2, str(user_error))
+        if not coordination.are_several():
+            raise
+        sys.stderr.write(coordination.explain(error))
+        return coordination.end_all(1, str(error) or type(error).__name__)
+    coordination.finish()
+    return status
+
+
+def _device_error(error: BaseException) -> UserError | None:
+    """An error of JAX about devices as a DeviceError; None if `error` is anything else."""
+    if not isinstance(error, RuntimeError | AssertionError):
+        return None
+    frames = traceback.extract_tb(error.__traceback__)
+    # If no platform of JAX_PLATFORMS exists, JAX raises only an AssertionError: the file tells it from others.
+    if frames and frames[-1].filename.endswith("xla_bridge.py"):
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        return DeviceError(
+            f"JAX finds no device of the kind asked for (JAX_PLATFORMS={platforms!r} {error}): install tosa-jax[cuda] "
+            "or tosa-jax[tpu], or set JAX_PLATFORMS=cpu"
+        )
+    if "RESOURCE_EXHAUSTED" in str(error):
+        return DeviceError(
+            f"the device's memory is full ({str(error)[:160]}): take a smaller batch size, model.map_chunk=64, or more "
+            "devices along --config.mesh.fsdp"
+        )
+    return None
