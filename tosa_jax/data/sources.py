@@ -25,9 +25,8 @@ _log = logging.getLogger(__name__)
 
 def undecoded(builder: tfds.core.DatasetBuilder, split: str, encoded: Iterable[str]) -> Any:
     """A TFDS split as a sequence of features by name. Those named in `encoded` stay the bytes of their files."""
-    decoders: Any = vars(tfds.decode)  # a plain look-up: pyright misreads the class's decorator
-    skip = decoders["SkipDecoding"]()
-    return builder.as_data_source(split, decoders=dict.fromkeys(encoded, skip))
+    skip = tfds.decode.SkipDecoding()
+    return builder.as_data_source(split=split, decoders=dict.fromkeys(encoded, skip))
 
 
 class Encoded:

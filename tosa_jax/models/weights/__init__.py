@@ -1,3 +1,3 @@
-"""Released weights into a model, and a model's weights out: file formats, names, checks.
-What a network looks like is in `models`; checkpoints of training runs are in `train.checkpoints`.
+"""Loads released weights into models and saves models' weights: file formats, parameter names, checks.
+What models look like is in `models`; checkpoints of training runs are written by `train.checkpoints`.
 """

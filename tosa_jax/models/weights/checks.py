@@ -1,4 +1,4 @@
-"""Whether what a file holds, and what it says of itself, is what a model computes."""
+"""Checks that a file's parameters fit a model, and that both compute the same function."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -8,12 +8,11 @@ import numpy as np
 
 from tosa_jax.errors import WeightsError
 from tosa_jax.models.vit_config import VARIANTS, ViTConfig
-from tosa_jax.models.weights import google_names
+from tosa_jax.models.weights.names import google_fields, is_google
 from tosa_jax.models.weights.readers import WeightFile
 
 WEIGHTS_FORMAT = "tosa_jax weights"  # under "format" in the header of what `save_weights` writes
-# Fields that change the function and leave no (or no readable) trace in the shapes of its
-# parameters.
+# Fields that change what a model computes but do not show in the shapes of its parameters.
 SILENT_FIELDS = ("num_heads", "mlp", "norm_eps", "patch_size", "max_depth")
 # transformers' `hidden_act` -> `ViTConfig.mlp`.
 _ACTIVATIONS = {
@@ -64,8 +63,8 @@ def stated_fields(file: WeightFile) -> dict[str, Any]:
 
     Raises WeightsError for an activation that no model here has.
     """
-    if google_names.is_google(file.arrays):
-        return google_names.stated_by(file.arrays)
+    if is_google(file.arrays):
+        return google_fields(file.arrays)
     if file.metadata.get("format") == WEIGHTS_FORMAT:
         return json.loads(file.metadata.get("fields", "{}"))
     config = file.config

@@ -1,10 +1,10 @@
-"""Released weights into a model, and this project's own out of it and back.
+"""Loads released weights into a model, and saves and loads this project's own.
 
-A loader changes parameters and nothing else. What a file cannot say (LayerNorm epsilon, GELU form,
-number of heads, how positions are resampled) is a field of the model: timm, DeiT and DINOv2 use
-`norm_eps=1e-6`, transformers' ViT and DeiT 1e-12; both resample positions of another grid, timm and
-DINOv2 with registers as "bicubic_antialias", the rest of transformers as "bicubic". Where a
-config.json lies beside the file, those fields are checked against it.
+Loading changes parameters only. What the shapes in a file do not tell is a field of the model: the
+epsilon of LayerNorm (`norm_eps`: 1e-6 in timm, DeiT and DINOv2, 1e-12 in transformers' ViT and
+DeiT), the variant of GELU, the number of heads, and how positions are resampled (`pos_resample`:
+"bicubic_antialias" in timm and in transformers' DINOv2 with registers, else "bicubic" in
+transformers). If a config.json lies beside the file, the fields are checked against it.
 """
 
 import json
@@ -21,7 +21,7 @@ from tosa_jax.errors import WeightsError
 from tosa_jax.models.params import Params, get_params, nest
 from tosa_jax.models.vit import VisionTransformer
 from tosa_jax.models.vit_config import ViTConfig
-from tosa_jax.models.weights import google_names, names
+from tosa_jax.models.weights import names
 from tosa_jax.models.weights.checks import (
     WEIGHTS_FORMAT,
     check_config,
@@ -51,9 +51,9 @@ def load_pretrained(
                 `save_weights`; a work directory of a run, or one of its checkpoints;
                 `hf:owner/name[/file]`.
     selectors   a file of `save_selectors`.
-    on_message  is told, a line each, what did not go over as it was: a head that stays random
-                because the file has none of that class count, or no decoder; positions that were
-                resampled; parts of the file that only pretraining uses (MAE's decoder, mask tokens).
+    on_message  gets a line for everything that was not copied as it is: a head that stays random
+                because the file's has another number of classes, a decoder that the file lacks,
+                positions that were resampled, parts that only pretraining uses.
 
     Parameters take the dtype and the sharding of the model's own. Selectors are in no released file
     and stay as they are.
@@ -86,10 +86,10 @@ def load_pretrained(
 def pretrained_params(
     model: VisionTransformer, path: str | Path, *, on_message: Say = print
 ) -> dict[str, np.ndarray]:
-    """What `load_pretrained(model, path)` would set, by path; abstract models will do.
+    """The parameters that `load_pretrained(model, path)` sets, by their path in the model.
 
-    Left out is what stays as the model has it: selectors, and a head of another class count. Raises
-    WeightsError likewise.
+    Parameters that stay as they are, such as selectors, are not among them. The model may be
+    abstract (`nnx.eval_shape`). Raises WeightsError as `load_pretrained`.
     """
     file, messages = read_weights(path), []
     if file.metadata.get("format") == _SELECTORS:
@@ -120,11 +120,13 @@ def pretrained_params(
 
 def _to_ours(arrays: names.Arrays, config: ViTConfig, say: Say) -> names.Arrays:
     """A file's arrays under this project's paths, in its layouts."""
-    if google_names.is_google(arrays):
+    if names.is_google(arrays):
         if config.mlp == "gelu":
-            say("Google's own code computes GELU by tanh, timm and transformers do not: pass "
-                "mlp='gelu_tanh' to create_model for the former")  # fmt: skip
-        return google_names.to_ours(arrays)
+            say(
+                "Google's own code computes GELU by tanh, timm and transformers do not: pass "
+                "mlp='gelu_tanh' to create_model for the former"
+            )
+        return names.google_to_ours(arrays)
     if any("/" in name for name in arrays):
         return arrays
     arrays, unused = names.to_timm(arrays)
@@ -134,7 +136,7 @@ def _to_ours(arrays: names.Arrays, config: ViTConfig, say: Say) -> names.Arrays:
 
 
 def _kept_head(arrays: Mapping[str, np.ndarray], own: Params, say: Say) -> set[str]:
-    """Names of the heads that stay the model's own, said in one message."""
+    """Names of the head's parameters that stay the model's own; `say` gets one message on them."""
     kept, reasons = set(), []
     for head in ("head", "head_dist"):
         kernel, bias = f"{head}/kernel", f"{head}/bias"
@@ -158,10 +160,10 @@ def _kept_head(arrays: Mapping[str, np.ndarray], own: Params, say: Say) -> set[s
 def _kept_norm(
     path: str, arrays: Mapping[str, np.ndarray], own: Params, no_head: bool, say: Say
 ) -> set[str]:
-    """The last norm's names, of both sides, where pretrained weights get a head on the mean.
+    """Names of the last norm in file and model that are not copied: the two pool differently (`norm`, `fc_norm`).
 
-    As in MAE's fine-tuning. Raises WeightsError where the file's head is taken over and reads
-    another pooling than the model's.
+    That is fine where the head is new too, as in MAE's fine-tuning. Raises WeightsError if the head
+    would be copied: it expects the pooling of the file.
     """
     norms = ("norm/scale", "norm/bias", "fc_norm/scale", "fc_norm/bias")
     theirs, ours = ({name for name in norms if name in x} for x in (arrays, own))
@@ -182,7 +184,7 @@ def _kept_norm(
 
 
 def _other_heads(arrays: Mapping[str, np.ndarray], own: Params, say: Say) -> set[str]:
-    """Names of heads and decoders that only the file or only the model has: it was made for another task."""
+    """Names of heads and decoders that only the file or only the model has: the file is of another task."""
 
     def of(names, part):
         return {name for name in names if name.startswith(f"{part}/")}
@@ -199,7 +201,7 @@ def _other_heads(arrays: Mapping[str, np.ndarray], own: Params, say: Say) -> set
 
 
 def _kept_kinds(arrays: Mapping[str, np.ndarray], own: Params, say: Say) -> set[str]:
-    """Names under `kinds/` where only one side has any, as with released files."""
+    """Names under `kinds/` if only the file or only the model has any; released files have none."""
     theirs = {name for name in arrays if name.startswith("kinds/")}
     ours = {name for name in own if name.startswith("kinds/")}
     if theirs and not ours:
@@ -273,7 +275,7 @@ def _selector_facts(model: VisionTransformer, params: Params) -> dict[str, str]:
     layers = sorted({int(name.split("/")[1]) for name in params})
     return {
         "layers": ",".join(map(str, layers)) or "none",
-        "plan": ",".join(model.config.plan),
+        "plan": ",".join(model.config.plan or ()),
         "num_heads": str(model.config.num_heads),
         "kernel_size": "none" if kernel is None else str(kernel.shape[0]),
         "hidden": "none" if kernel is None else str(kernel.shape[2]),

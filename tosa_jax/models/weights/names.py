@@ -1,13 +1,16 @@
-"""Parameter names and layouts of timm, DeiT, DINOv2, MAE and transformers -> this project's.
+"""Parameter names and layouts of timm, DeiT, DINOv2, MAE, transformers and Google's JAX ViT -> this project's.
 
-Everything becomes timm's names first; those are this project's attribute names, so that the last
-step is a table of transposes. Sources: timm `vision_transformer.py` (`checkpoint_filter_fn`,
-`_convert_dinov2`), facebookresearch/{deit, dinov2, mae}, transformers
-`models/{vit,deit,dinov2,dinov2_with_registers}` and its `conversion_mapping.py`.
+PyTorch's names first become timm's. Those are this project's attribute names, so only transposes remain. Sources:
+timm `vision_transformer.py` (`checkpoint_filter_fn`, `_convert_dinov2`), facebookresearch/{deit, dinov2, mae},
+transformers `models/{vit,deit,dinov2,dinov2_with_registers}` and its `conversion_mapping.py`.
+
+Google's ViT (`.npz` files of ViT and AugReg; google-research/vision_transformer, `models_vit.py`) has Flax's layouts:
+kernels are [in, out] as here, but heads and the sides of a patch are axes of their own.
 """
 
 import math
 import re
+from typing import Any
 
 import numpy as np
 
@@ -16,9 +19,8 @@ from tosa_jax.models.vit_config import ViTConfig
 
 Arrays = dict[str, np.ndarray]
 
-# Parts of released files that no classifier or backbone uses: DINOv2's and MAE's training
-# leftovers, and the tanh pooler that transformers adds to ViT and DeiT. Anything else that is left
-# over is an error.
+# Parts of released files that only pretraining uses (DINOv2, MAE), and the tanh pooler that
+# transformers adds to ViT and DeiT. Any other parameter that is left over is an error.
 _UNUSED = re.compile(
     r"(?:embeddings\.)?(mask_token)$|(dino_head|ibot_head|decoder)\.|(pooler)\.dense\."
     r"|(decoder)_(?:embed|pos_embed|blocks|norm|pred)\b"
@@ -57,10 +59,7 @@ _HF = [
 # The original repositories, where they differ from timm.
 _ORIGINAL = [
     (r"^register_tokens$", "reg_token"),  # DINOv2
-    (
-        r"^blocks\.\d+\.(\d+)\.",
-        r"blocks.\1.",
-    ),  # DINOv2's chunks of blocks; the second number counts all
+    (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),  # DINOv2: chunk, then the number among all blocks
     (r"\.mlp\.w12\.", ".mlp.fc1."),  # DINOv2's SwiGLU
     (r"\.mlp\.w3\.", ".mlp.fc2."),
     (r"\.gamma_([12])$", r".ls\1.gamma"),  # DeiT III
@@ -71,6 +70,22 @@ _FUSED = [
     ("attn.qkv", ("attn.q", "attn.k", "attn.v")),
     ("mlp.fc1", ("mlp.gate_proj", "mlp.up_proj")),
 ]
+
+
+_GOOGLE = [
+    (r"^cls$", "cls_token"),
+    (r"^embedding/", "patch_embed/proj/"),
+    (r"^Transformer/posembed_input/pos_embedding$", "pos_embed"),
+    (r"^Transformer/encoder_norm/", "norm/"),
+    (r"^Transformer/encoderblock_(\d+)/", r"blocks/\1/"),
+    (r"/LayerNorm_0/", "/norm1/"),
+    (r"/LayerNorm_2/", "/norm2/"),
+    (r"/MultiHeadDotProductAttention_1/out/", "/attn/proj/"),
+    (r"/MultiHeadDotProductAttention_1/", "/attn/"),
+    (r"/MlpBlock_3/Dense_0/", "/mlp/fc1/"),
+    (r"/MlpBlock_3/Dense_1/", "/mlp/fc2/"),
+]
+_GOOGLE_QUERY = "Transformer/encoderblock_0/MultiHeadDotProductAttention_1/query/kernel"
 
 
 def is_hugging_face(arrays: Arrays) -> bool:
@@ -92,7 +107,7 @@ def to_timm(arrays: Arrays) -> tuple[Arrays, list[str]]:
     for name, array in arrays.items():
         name = _HF_PREFIX.sub("", _WRAPPER_PREFIX.sub("", name))
         if match := _UNUSED.match(name):
-            unused.add(match[match.lastindex])
+            unused.update(filter(None, match.groups()))
             continue
         for pattern, replacement in rules:
             name = re.sub(pattern, replacement, name)
@@ -134,11 +149,11 @@ def to_ours(arrays: Arrays) -> Arrays:
 
 
 def fit_positions(arrays: Arrays, config: ViTConfig) -> tuple[Arrays, str]:
-    """Positions, and prefix tokens with them, as the model holds them; and what was resampled.
+    """Fits "pos_embed" [1, n, d] to the model. Returns the arrays, and a message if it was resampled, else "".
 
-    A grid of another size is resampled as `config.pos_resample` says. Positions of prefix tokens
-    are added to those tokens if the model has none for them, and are zeros if only the model has
-    them: both compute the same.
+    A grid of another size is resampled by `config.pos_resample`. Positions of prefix tokens that
+    the model has no place for are added to the tokens themselves, and positions that only the model
+    has are zeros. Neither changes what is computed.
     """
     name = "pos_embed"
     if name not in arrays or arrays[name].ndim != 3:
@@ -175,3 +190,38 @@ def fit_positions(arrays: Arrays, config: ViTConfig) -> tuple[Arrays, str]:
     rows, columns = config.grid
     done = f"positions resampled from {side}x{side} to {rows}x{columns} ({config.pos_resample})"
     return new, done if moved else ""
+
+
+def is_google(arrays: Arrays) -> bool:
+    """Whether the names are those of Google's ViT."""
+    return _GOOGLE_QUERY in arrays
+
+
+def google_fields(arrays: Arrays) -> dict[str, Any]:
+    """Fields of `ViTConfig` that the shapes state: the number of heads, which this project's shapes do not."""
+    return {"num_heads": arrays[_GOOGLE_QUERY].shape[-2]}
+
+
+def google_to_ours(arrays: Arrays) -> Arrays:
+    """Google's names and layouts -> this project's paths and layouts.
+
+    query, key, value  kernels [d h dh] -> [d (h dh)], biases [h dh] -> [(h dh)], then the three
+                       side by side: qkv, [d (3 h dh)] and [(3 h dh)].
+    out                kernel [h dh d] -> [(h dh) d].
+    embedding          kernel [p p c d] -> [(p p c) d].
+    """
+    ours: Arrays = {}
+    for name, array in arrays.items():
+        for pattern, replacement in _GOOGLE:
+            name = re.sub(pattern, replacement, name)
+        if re.search(r"/attn/(query|key|value)/", name):
+            array = array.reshape(*array.shape[:-2], -1)
+        elif name.endswith(("/attn/proj/kernel", "patch_embed/proj/kernel")):
+            array = array.reshape(-1, array.shape[-1])
+        ours[name] = array
+    for query in [name for name in ours if "/attn/query/" in name]:
+        parts = [query.replace("/query/", f"/{part}/") for part in ("query", "key", "value")]
+        if all(part in ours for part in parts):
+            joined = np.concatenate([ours.pop(part) for part in parts], axis=-1)
+            ours[query.replace("/query/", "/qkv/")] = joined
+    return ours

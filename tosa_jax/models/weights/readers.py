@@ -1,6 +1,6 @@
 """Weights as NumPy arrays, from local files and folders, the hub and checkpoints of runs.
 
-Nothing here knows a model; names are as the file has them (`weight_names.py` translates).
+No model is needed. Names are those of the file; `names` translates them.
 """
 
 import json
@@ -81,7 +81,7 @@ def read_weights(path: str | Path) -> WeightFile:
 
 
 def _kind(path: Path) -> str:
-    """Says "torch", "npz" or "safetensors", by the content; a WeightsError says what else it is."""
+    """The format of a file by its content: "torch", "npz" or "safetensors". Raises WeightsError for another one."""
     with open(path, "rb") as file:
         start = file.read(256)
     if not start:
@@ -189,8 +189,11 @@ def fetch_from_hub(address: str) -> Path:
     if not owner or not name:
         raise WeightsError(f"{address!r} is not hf:owner/name or hf:owner/name/file")
     try:
-        import huggingface_hub
-        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+        import huggingface_hub  # pyright: ignore[reportMissingImports]
+        from huggingface_hub.errors import (  # pyright: ignore[reportMissingImports]
+            EntryNotFoundError,
+            LocalEntryNotFoundError,
+        )
     except ImportError as error:
         raise WeightsError(
             f"{address} needs the package huggingface_hub, which is not installed: "
