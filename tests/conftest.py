@@ -3,9 +3,13 @@
 import os
 from pathlib import Path
 
-# Tests compile many small programs and run each a few times: most of LLVM's passes cost more than they bring.
+# Tests compile many small programs and run each a few times: optimising them costs more than it brings.
 os.environ["XLA_FLAGS"] = " ".join(
-    [os.environ.get("XLA_FLAGS", ""), "--xla_llvm_disable_expensive_passes=true"]
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+    ]
 ).strip()
 
 import jax

@@ -1,10 +1,16 @@
 """What accelerators can do: names are found, unknown ones are not guessed."""
 
+import importlib.util
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import pytest
 
+from tosa_jax.distributed import devices
 from tosa_jax.distributed.devices import ACCELERATORS, accelerator, peak_flops
 
 
@@ -43,3 +49,29 @@ def test_every_figure_has_a_source():
 def test_one_unknown_device_makes_the_peak_unknown():
     cpu = jax.devices()[0]
     assert math.isnan(peak_flops([cpu]))
+
+
+def test_commands_print_nothing_of_a_tpu_that_is_not_there():
+    code = """
+import jax
+from tosa_jax.cli.command import run_command
+run_command(lambda: print(jax.devices()[0].platform))
+"""
+    env = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[1],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (done.stdout, done.stderr) == ("cpu\n", "")
+
+
+def test_a_tpu_that_is_there_is_left_to_jax(monkeypatch, tmp_path):
+    monkeypatch.setattr(devices, "TPU_FILES", (str(tmp_path / "accel*"),))
+    before = devices.has_only_cpus()
+    (tmp_path / "accel0").touch()
+    assert before == (importlib.util.find_spec("libtpu") is not None)
+    assert not devices.has_only_cpus()

@@ -21,7 +21,7 @@ MODULES = sorted(
 @pytest.mark.parametrize("name", MODULES)
 def test_every_public_name_says_what_it_is_and_which_errors_it_raises(name):
     module = importlib.import_module(name)
-    assert not [*silent_constants(module), *silent_things(module)]
+    assert not [*silent_things(module)]
 
 
 def silent_things(module) -> Iterator[str]:
@@ -60,24 +60,3 @@ def raised_errors(function: ast.FunctionDef) -> set[str]:
 def mentions(text: str, error: str) -> bool:
     """Whether a text names an error, or says UserError for one of the project's own."""
     return error in text or (hasattr(errors, error) and "UserError" in text)
-
-
-def silent_constants(module) -> Iterator[str]:
-    """Capital names with neither a text after them nor a comment beside or above them.
-
-    A comment holds for the lines up to the next empty one. Aliases of types say themselves what they are.
-    """
-    source = Path(module.__file__).read_text()
-    body, lines, above = ast.parse(source).body, source.splitlines(), 0
-    for node, after in zip(body, [*body[1:], None], strict=True):
-        if not isinstance(node, ast.Assign | ast.AnnAssign) or isinstance(
-            node.value, ast.Subscript
-        ):
-            continue
-        above = next(i for i in range(node.lineno - 1, -1, -1) if not i or not lines[i - 1])
-        told = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-        if told or any("#" in line for line in lines[above : node.end_lineno]):
-            continue
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-        names = [x.id for t in targets for x in ast.walk(t) if isinstance(x, ast.Name)]
-        yield from (name for name in names if name.isupper() and not name.startswith("_"))

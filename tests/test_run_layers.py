@@ -1,5 +1,7 @@
 """Scanning, rematerialisation and the form of gathering change how layers run, not what they compute."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -34,6 +36,18 @@ def noisy(model):
     }
 
 
+SHARED = {"keep_rate": 0.5, "drop_path_rate": 0.2}
+CALL = {"key": jax.random.key(3), "train": True}
+
+
+@functools.cache
+def plain(plan):
+    """Parameters of layers that are run one after the other, and what comes of them."""
+    model = small_model(plan=plan, **SHARED)
+    params = noisy(model)
+    return params, loss_and_grads(model, params, random_images(), **CALL)
+
+
 @pytest.mark.parametrize("plan", ["selective", "selective_fit", "random"])
 @pytest.mark.parametrize(
     "fields",
@@ -41,12 +55,10 @@ def noisy(model):
     ids=["scan", "remat", "both"],
 )
 def test_outputs_and_gradients_are_those_of_plain_layers(plan, fields):
-    shared = {"plan": plan, "keep_rate": 0.5, "drop_path_rate": 0.2}
-    plain = small_model(**shared)
-    params, images = noisy(plain), random_images()
-    call = {"key": jax.random.key(3), "train": True}
-    expected = loss_and_grads(plain, params, images, **call)
-    found = loss_and_grads(small_model(**shared, **fields), params, images, **call)
+    params, expected = plain(plan)
+    found = loss_and_grads(
+        small_model(plan=plan, **SHARED, **fields), params, random_images(), **CALL
+    )
     assert found[0].aux.keys() == expected[0].aux.keys()
     assert len(found[0].selected) == len(expected[0].selected)
     chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=2e-5)

@@ -10,6 +10,7 @@ import jax
 from absl import flags, logging
 
 from tosa_jax.distributed import coordination
+from tosa_jax.distributed.devices import has_only_cpus
 from tosa_jax.errors import DeviceError, UserError
 
 CACHE_DIR = "~/.cache/tosa_jax/compiled"
@@ -37,8 +38,12 @@ def run_command(command: Callable[[], int]) -> int:
     A UserError becomes one line on standard error and status 2. So does what JAX says of a missing device or a full
     memory. Any other error is a defect of this project and keeps its traceback.
 
-    In a run of several processes an error here ends the other processes too.
+    In a run of several processes an error here ends the other processes too. Where libtpu is installed without a TPU,
+    JAX does not start it, unless the environment variable JAX_PLATFORMS says so.
     """
+    config: Any = jax.config  # its fields are made at run time
+    if not config.jax_platforms and has_only_cpus():
+        jax.config.update("jax_platforms", "cpu")
     # Grain reads absl's flags, and fails if nobody has parsed them.
     flags.FLAGS.mark_as_parsed()
     logging.set_verbosity(logging.ERROR)

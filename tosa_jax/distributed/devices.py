@@ -4,6 +4,9 @@ The figures are the makers': dense bfloat16 matrix products without sparsity, no
 the table is unknown.
 """
 
+import glob
+import importlib.metadata
+import importlib.util
 import math
 import platform
 import re
@@ -86,3 +89,20 @@ def versions() -> dict[str, str]:
         "jax": jax.__version__,
         "flax": flax.__version__,
     }
+
+
+TPU_FILES = ("/dev/accel*", "/dev/vfio/[0-9]*")
+"""Device files of the TPUs of a machine."""
+
+
+def has_only_cpus() -> bool:
+    """Whether libtpu is installed on a machine that has no TPU, and no plugin for another accelerator.
+
+    JAX would start libtpu all the same, and libtpu prints errors on standard error before JAX falls back to the CPU.
+    """
+    if importlib.util.find_spec("libtpu") is None or any(map(glob.glob, TPU_FILES)):
+        return False
+    plugins = importlib.util.find_spec(
+        "jax_plugins"
+    )  # a namespace: one package for each accelerator
+    return plugins is None and not importlib.metadata.entry_points(group="jax_plugins")
