@@ -36,7 +36,7 @@ def score_mean_map(argv: list[str]) -> dict:
     @jax.jit
     def score(batch):
         depth = jnp.broadcast_to(mean[None], batch["depth"].shape)
-        out = Output(None, jnp.zeros((len(depth), 1, 1)), (), {}, depth)
+        out = Output({"depth": depth}, jnp.zeros((len(depth), 1, 1)), (), {})
         return metrics.totals(task.metrics(out, batch), batch["mask"])
 
     sums, seen = None, 0

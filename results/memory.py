@@ -10,8 +10,8 @@ import json
 import sys
 
 from tosa_jax.distributed.devices import describe_device, versions
-from tosa_jax.models.factory import network_config
 from tosa_jax.performance.candidates import candidate
+from tosa_jax.tasks import model_config
 
 MODEL, SIZE, BATCH_SIZE = "deit_small_patch16_224", (480, 640), 8
 
@@ -24,7 +24,7 @@ def main() -> None:
         fields = {"image_size": SIZE, "map_chunk": chunk}
         if keep_rate:
             fields |= {"plan": "selective", "keep_rate": keep_rate}
-        config = network_config("classification", MODEL, **fields)
+        config = model_config("classification", MODEL, **fields)
         name = "tosa" if keep_rate else "dense"
         measured = candidate(name, keep_rate, config, BATCH_SIZE, train=train)
         row = {"name": name, "keep_rate": keep_rate, "map_chunk": chunk, "train": train}

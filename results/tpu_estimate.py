@@ -17,10 +17,11 @@ from jax.sharding import SingleDeviceSharding
 
 from tosa_jax.distributed.devices import versions
 from tosa_jax.models import cost
-from tosa_jax.models.factory import network_config, redundant
+from tosa_jax.models.factory import redundant
 from tosa_jax.models.params import set_params, split
 from tosa_jax.models.vit_config import ViTConfig
 from tosa_jax.performance.aot import tpu_devices
+from tosa_jax.tasks import model_config
 
 MODEL, TOPOLOGY, BATCH_SIZE, KEEP_RATE = "deit_small_patch16_224", "v5e:2x2", 128, 0.5
 
@@ -46,7 +47,7 @@ def main() -> None:
 
     def make(**fields) -> ViTConfig:
         dtypes = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
-        return network_config("classification", MODEL, **dtypes, **fields)
+        return model_config("classification", MODEL, **dtypes, **fields)
 
     tosa = make(plan="selective", keep_rate=KEEP_RATE)
     one_hot = make(plan="selective", keep_rate=KEEP_RATE, gather="one_hot")

@@ -4,9 +4,9 @@ import jax
 from flax import nnx
 
 from tosa_jax.config import RunConfig, default_config, make_run_config
-from tosa_jax.models.factory import create_model
 from tosa_jax.models.params import set_params, split
 from tosa_jax.models.vit import Output, VisionTransformer
+from tosa_jax.tasks import create_model
 
 SIZES = {
     "embed_dim": 16,

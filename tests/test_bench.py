@@ -15,10 +15,10 @@ from tosa_jax import bench
 from tosa_jax.distributed import memory, timing
 from tosa_jax.errors import DeviceError
 from tosa_jax.models.cost import gmacs
-from tosa_jax.models.factory import network_config
 from tosa_jax.models.vit_config import variant_config
 from tosa_jax.performance import benchmark, results
 from tosa_jax.performance.candidates import Candidate, candidate, check_fits, networks
+from tosa_jax.tasks import model_config
 
 CONTRACT = {
     "name", "keep_rate", "batch_size", "image_size", "dtype", "train", "gmacs", "xla_gmacs", "ms",
@@ -84,9 +84,7 @@ def test_controls_have_the_same_budgets_and_random_isolates_the_selector(clock, 
 
 def test_redundancy_gets_the_multiply_adds_of_tosa_and_bypasses_are_compared_alike():
     sizes = SIZES | {"image_size": 32, "embed_dim": 128}
-    make_config = functools.partial(
-        network_config, "classification", "vit", bypass="shared", **sizes
-    )
+    make_config = functools.partial(model_config, "classification", "vit", bypass="shared", **sizes)
     rows = list(networks(make_config, [0.75, 0.5], ["random", "redundancy"]))
     assert [(name, rate) for name, rate, _ in rows] == [
         ("dense", None), ("tosa", 0.75), ("tosa", 0.5), ("random", 0.75), ("random", 0.5),

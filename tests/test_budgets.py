@@ -8,7 +8,7 @@ from small import small_model, small_run
 
 from tosa_jax.errors import ConfigError
 from tosa_jax.models.cost import gmacs
-from tosa_jax.models.factory import network_config
+from tosa_jax.tasks import model_config
 from tosa_jax.train import loop
 from tosa_jax.train.loop import compile_fitting, draw_budget
 from tosa_jax.train.runner import run_stages
@@ -22,7 +22,7 @@ from tosa_jax.train.stages import plan_stages
 def test_the_solved_keep_rate_is_the_largest_within_the_budget(fields):
     name = "deit_tiny_patch16_224"
     fields = {"plan": "selective"} | fields
-    config = network_config("classification", name, budget_gmacs=1.05, **fields)
+    config = model_config("classification", name, budget_gmacs=1.05, **fields)
     assert gmacs(config) <= 1.05
     one_more = config.keep_rate + 1 / config.num_patches
     assert gmacs(dataclasses.replace(config, keep_rate=one_more)) > 1.05

@@ -9,10 +9,10 @@ from flax import nnx
 import tosa_jax
 from tosa_jax.errors import ConfigError
 from tosa_jax.models import cost
-from tosa_jax.models.factory import network_config
 from tosa_jax.models.params import get_params, set_params, split
 from tosa_jax.models.positions import resample_positions
 from tosa_jax.models.weights.load import load_pretrained, save_weights
+from tosa_jax.tasks import model_config
 
 SIZES = {
     "embed_dim": 16,
@@ -49,7 +49,7 @@ def test_depth_is_in_metres_within_the_range_and_of_the_images_size():
     model = with_head(depth_model(keep_rate=0.5, max_depth=3.0))
     out = forward(model, images(24, 40))
     assert out.depth.shape == (2, 24, 40) and out.depth.dtype == jnp.float32
-    assert out.logits is None and out.prediction is out.depth
+    assert out.logits is None and out.predictions == {"depth": out.depth}
     assert 0 < out.depth.min() < out.depth.max() < 3
     assert out.tokens.shape == (2, 16, 16) and [s.shape for s in out.selected] == [(2, 9), (2, 9)]
     half = forward(with_head(depth_model(max_depth=3.0, dtype=jnp.bfloat16)), images(24, 40))
@@ -87,14 +87,14 @@ def test_at_keep_rate_one_it_is_the_dense_network():
 
 
 def test_twelve_layers_are_read_where_dpt_reads_them():
-    assert network_config("depth", "deit_small_patch16_224").intermediate_layers == (2, 5, 8, 11)
-    assert network_config("depth", "vit_large_patch14_dinov2").intermediate_layers == (
+    assert model_config("depth", "deit_small_patch16_224").intermediate_layers == (2, 5, 8, 11)
+    assert model_config("depth", "vit_large_patch14_dinov2").intermediate_layers == (
         5,
         11,
         17,
         23,
     )
-    assert network_config("depth", "vit", depth=2).intermediate_layers == (0, 0, 1, 1)
+    assert model_config("depth", "vit", depth=2).intermediate_layers == (0, 0, 1, 1)
 
 
 def test_the_class_token_is_read_out_or_ignored():
@@ -158,23 +158,23 @@ def test_rectangular_classifiers():
         model(images(40, 24))
     with pytest.raises(ConfigError, match=r"nearest that is: \(24, 40\)"):
         tosa_jax.create_model("vit", rngs=nnx.Rngs(0), **(fields | {"image_size": (24, 41)}))
-    square = network_config("classification", "vit", image_size=(32, 32))
-    assert square == network_config("classification", "vit", image_size=32)
+    square = model_config("classification", "vit", image_size=(32, 32))
+    assert square == model_config("classification", "vit", image_size=32)
 
 
 def test_the_cost_in_parts_is_the_whole_and_the_decoder_what_xla_counts():
-    config = network_config("depth", "vit", keep_rate=0.5, plan="selective", **SIZES)
+    config = model_config("depth", "vit", keep_rate=0.5, plan="selective", **SIZES)
     model = cost.abstract_model(config)
     parts = cost.macs_by_part(model)
     assert sum(parts.values()) == cost.macs(model)
     assert parts["selection"] == 2 * 2 * 2 * 4 * 16**2  # two selectors: 2 h hidden n^2
-    dense = cost.macs_by_part(cost.abstract_model(network_config("depth", "vit", **SIZES)))
+    dense = cost.macs_by_part(cost.abstract_model(model_config("depth", "vit", **SIZES)))
     assert dense["selection"] == 0 and dense["head"] == parts["head"]
     assert dense["backbone"] > parts["backbone"]
     # Of 64 channels on a large grid, where what is left out (interpolation, biases) is small.
     grid = (32, 32)
-    config = network_config("depth", "vit", **(SIZES | {"decoder_dim": 64, "embed_dim": 64}))
-    decoder = tosa_jax.models.depth.DepthDecoder(config, rngs=nnx.Rngs(0))
+    config = model_config("depth", "vit", **(SIZES | {"decoder_dim": 64, "embed_dim": 64}))
+    decoder = tosa_jax.tasks.depth.dpt.DepthDecoder(config, rngs=nnx.Rngs(0))
     taps = [jnp.zeros((1, 1025, 64))] * 4
     compiled = jax.jit(lambda d, x: d(x, grid, (256, 256))).lower(decoder, taps).compile()
     counted = compiled.cost_analysis()["flops"] / 2
@@ -182,7 +182,7 @@ def test_the_cost_in_parts_is_the_whole_and_the_decoder_what_xla_counts():
 
 
 def test_the_decoder_is_light_at_nyu_size():
-    config = network_config("depth", "deit_small_patch16_224", image_size=(480, 640))
+    config = model_config("depth", "deit_small_patch16_224", image_size=(480, 640))
     parts = cost.macs_by_part(cost.abstract_model(config))
     assert parts["backbone"] / 1e9 == pytest.approx(39.15, abs=0.05)  # methods: 39.1
     assert parts["head"] < 0.07 * parts["backbone"]

@@ -9,8 +9,8 @@ import pytest
 
 from tosa_jax.errors import ConfigError, DataError
 from tosa_jax.models.vit import Output
-from tosa_jax.tasks import losses
-from tosa_jax.tasks.depth import Depth, DepthOptions
+from tosa_jax.tasks.depth.errors import silog
+from tosa_jax.tasks.depth.task import Depth, DepthOptions
 
 PIXELS = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
 SIZE = (24, 32)
@@ -21,7 +21,7 @@ def task(max_depth: float = 10.0, **options) -> Depth:
 
 
 def output(depth) -> Output:
-    return Output(None, jnp.zeros((len(depth), 1, 1)), (), {}, jnp.asarray(depth))
+    return Output({"depth": jnp.asarray(depth)}, jnp.zeros((len(depth), 1, 1)), (), {})
 
 
 def score(depth, truth, **options):
@@ -70,6 +70,13 @@ def test_metrics_are_those_of_the_definitions(seed):
         )
 
 
+def loss_of(out, truth):
+    """The value of each image of a batch with this truth."""
+    images = jnp.zeros((*truth.shape, 3), jnp.uint8)
+    batch = task().training_batch({"image": images, "depth": jnp.asarray(truth)}, jax.random.key(0))
+    return task().loss(out, batch)
+
+
 def test_the_training_loss_is_that_of_the_definition_and_mean_over_images_with_a_valid_pixel():
     depth, truth = random_maps(5)
     valid = (truth > 0.1) & (truth < 10)
@@ -77,7 +84,7 @@ def test_the_training_loss_is_that_of_the_definition_and_mean_over_images_with_a
     for predicted, true, mask in zip(depth, truth, valid, strict=True):
         d = np.log(predicted[mask].astype(np.float64)) - np.log(true[mask].astype(np.float64))
         wanted.append(10 * np.sqrt(np.mean(d**2) - 0.85 * np.mean(d) ** 2))
-    loss = jax.jit(task().loss)
+    loss = jax.jit(loss_of)
     np.testing.assert_allclose(loss(output(depth), truth), wanted, rtol=1e-6)
     truth[1] = 0
     without = loss(output(depth), truth)
@@ -88,7 +95,7 @@ def test_the_training_loss_is_that_of_the_definition_and_mean_over_images_with_a
 
 
 def gradient(depth, truth):
-    return jax.grad(lambda x: task().loss(output(x), jnp.asarray(truth)).mean())(jnp.asarray(depth))
+    return jax.grad(lambda x: loss_of(output(x), truth).mean())(jnp.asarray(depth))
 
 
 def test_the_loss_has_a_finite_gradient_at_equality_with_holes_and_without_a_pixel():
@@ -106,7 +113,7 @@ def test_the_loss_has_a_finite_gradient_at_equality_with_holes_and_without_a_pix
 def test_the_loss_minds_the_shape_more_than_the_scale():
     truth = np.full((1, 4, 4), 2.0, np.float32)
     valid = jnp.ones(truth.shape, bool)
-    scaled = losses.silog(jnp.asarray(truth * 1.5), jnp.asarray(truth), valid)
+    scaled = silog(jnp.asarray(truth * 1.5), jnp.asarray(truth), valid)
     np.testing.assert_allclose(scaled, 10 * np.sqrt(0.15) * np.log(1.5), rtol=1e-5)
 
 
@@ -174,8 +181,8 @@ def test_the_flipped_average_mirrors_back():
 
     pixels = jnp.arange(4, dtype=jnp.uint8).reshape(1, 1, 4, 1).repeat(3, axis=3)
     key = jax.random.key(0)
-    plain = task().predict(Ramp(), pixels, key).depth
-    both = task(flip_average=True).predict(Ramp(), pixels, key).depth
+    plain = task().predict(Ramp(), {"image": pixels}, key).depth
+    both = task(flip_average=True).predict(Ramp(), {"image": pixels}, key).depth
     normalised = (np.arange(4) / 255 - 0.5) / 0.25
     np.testing.assert_allclose(plain[0, 0], normalised + np.arange(4), atol=1e-6)
     np.testing.assert_allclose(both[0, 0], normalised + 1.5, atol=1e-6)

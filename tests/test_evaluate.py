@@ -12,10 +12,10 @@ from small import small_model, small_run
 from tosa_jax.distributed import memory
 from tosa_jax.distributed.mesh import MeshConfig, make_mesh
 from tosa_jax.errors import DeviceError
-from tosa_jax.models.factory import create_model
 from tosa_jax.models.params import split
-from tosa_jax.tasks import metrics
+from tosa_jax.tasks import create_model, metrics
 from tosa_jax.tasks.classification import Classification
+from tosa_jax.tasks.task import Task
 from tosa_jax.train.evaluate import Evaluator, shard, throughput
 from tosa_jax.train.step import eval_step
 
@@ -77,11 +77,8 @@ def test_the_step_whose_size_was_checked_is_not_compiled_again(digits_dir, caplo
     assert len([text for text in compiled if "eval_step" in text]) == 1
 
 
-class SelectedTokens:
+class SelectedTokens(Task):
     """A task that counts the tokens of the first selection."""
-
-    def predict(self, model, images, key):
-        return model(images / 255, key=key)
 
     def metrics(self, out, batch):
         indices = out.selected[0]
@@ -96,9 +93,13 @@ def test_larger_images_keep_their_share_of_tokens():
     graphdef, params = split(model)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     for size, tokens in (((16, 24), 1 + 3), ((32, 48), 1 + 12)):
-        batch = {"image": jnp.ones((2, *size, 3)), "mask": jnp.ones(2)}
+        batch = {"image": jnp.ones((2, *size, 3), jnp.uint8), "mask": jnp.ones(2)}
         step = functools.partial(
-            eval_step, graphdef=graphdef, task=SelectedTokens(), seed=0, mesh=mesh
+            eval_step,
+            graphdef=graphdef,
+            task=SelectedTokens(mean=(0.5,) * 3, std=(0.5,) * 3),
+            seed=0,
+            mesh=mesh,
         )
         sums = jax.jit(step)(params, batch, jnp.uint32(0))
         assert metrics.means(sums) == {"tokens": tokens}

@@ -97,15 +97,15 @@ def test_task_loss_leaves_selectors_alone_and_selector_loss_leaves_the_rest_alon
     images = random_images()
 
     def grads(plan, task):
-        wanted = targets if task is TASK else None
+        batch = {"target": targets}
         graphdef, params = split(noisy(small_model(plan=plan, keep_rate=0.5)))
-        loss = jax.grad(lambda p: task.loss(set_params(graphdef, p)(images), wanted).sum())
+        loss = jax.grad(lambda p: task.loss(set_params(graphdef, p)(images), batch).sum())
         return jax.jit(loss)(params)
 
     is_selector = re.compile(r"/selector/").search
     for plan, task, wants_selector in (
         ("selective", TASK, False),
-        ("selective_fit", SelectorFitting(task=TASK), True),
+        ("selective_fit", SelectorFitting.of_task(TASK), True),
     ):
         moved = {name: bool(jnp.abs(g).max() > 0) for name, g in grads(plan, task).items()}
         assert {name for name in moved if is_selector(name)}

@@ -19,7 +19,7 @@ from tosa_jax.inference.predictor import Predictor
 from tosa_jax.models.factory import with_image_size
 from tosa_jax.models.weights.load import load_pretrained, save_weights
 from tosa_jax.reporting.figures import colour_map
-from tosa_jax.tasks.depth import DepthOptions
+from tosa_jax.tasks.depth.task import DepthOptions
 
 MEAN, STD = 0.4, 0.3
 OWN, ODD = (24, 40), (21, 30)  # the patch, 8, does not divide the second

@@ -13,9 +13,10 @@ from trained import CLASSES, make_pictures, make_workdir
 from tosa_jax.data.decoding import BadImageError, Preprocess
 from tosa_jax.distributed import memory
 from tosa_jax.errors import ConfigError, DeviceError, WeightsError, WorkdirError
-from tosa_jax.inference.predictor import Prediction, Predictor, split_batch
+from tosa_jax.inference.predictor import Predictor, split_batch
 from tosa_jax.models.params import get_params, set_params, split
 from tosa_jax.models.weights.load import save_selectors, save_weights
+from tosa_jax.tasks.predictions import Prediction
 
 MEAN, STD = 0.3, 0.4
 
@@ -101,7 +102,7 @@ def test_top_names_the_likeliest_first():
     own = Predictor(
         small_model(num_classes=3), mean=(MEAN,), std=(STD,), class_names=("a", "b", "c")
     )
-    rows = own.top(Prediction(logits, (), ()), 2)
+    rows = own.top(Prediction({"logits": logits}, (), ()), 2)
     assert [[g.name for g in row] for row in rows] == [["b", "c"], ["c", "a"]]
     assert [g.probability for g in rows[0]] == pytest.approx([0.6, 0.3])
     assert rows[0][0].label == 1

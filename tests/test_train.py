@@ -20,6 +20,7 @@ from tosa_jax.train.loop import train_stage
 from tosa_jax.train.metric_writer import MetricWriter
 from tosa_jax.train.runner import Runner, run_stages
 from tosa_jax.train.stages import plan_stages
+from tosa_jax.train.step import saved_tree
 
 STEPS = {"steps": 20, "ema_decay": 0.9, "warmup_steps": 2, "checkpoint_steps": 10}
 
@@ -198,12 +199,12 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_checkpoint(digit
     stage_run = runner.stage_run(stage)
 
     class Breaks(type(stage_run.setup.task)):
-        def loss(self, out, targets):
-            return super().loss(out, targets) * np.nan
+        def loss(self, out, batch):
+            return super().loss(out, batch) * np.nan
 
     good = Checkpoints(tmp_path / "checkpoints/pretrain", "acc1")
     state = stage_run.init(*stage_run.init_args)
-    good.save(3, state._replace(step=state.step + 3), {"steps": 3})
+    good.save(3, saved_tree(state._replace(step=state.step + 3)), {"steps": 3})
     good.wait()
     good.close()
     task = stage_run.setup.task

@@ -17,7 +17,7 @@ from tosa_jax.models.params import split
 from tosa_jax.models.vit import VisionTransformer
 from tosa_jax.tasks import TASKS
 from tosa_jax.train.checkpoints import Checkpoints
-from tosa_jax.train.step import TrainState
+from tosa_jax.train.step import TrainState, saved_tree
 
 CLASSES = tuple(f"digit {i}" for i in range(10))
 
@@ -61,7 +61,7 @@ def leave_run(
     write_names(path, class_names)
     state = TrainState(jnp.zeros((), jnp.int32), split(model)[1], {}, {}, {}, {})
     checkpoints = Checkpoints(path / "checkpoints/finetune", TASKS[run.task].best_metric)
-    checkpoints.save(7, state, {"steps": 7})
+    checkpoints.save(7, saved_tree(state), {"steps": 7})
     checkpoints.wait()
     checkpoints.close()
     return model

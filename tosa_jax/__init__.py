@@ -52,12 +52,13 @@ from etils import epy
 # Importing the package costs next to nothing: each name brings its modules when it is first used.
 with epy.lazy_api_imports(globals()):
     from tosa_jax.errors import UserError
-    from tosa_jax.inference.predictor import Guess, Prediction, Predictor
-    from tosa_jax.models.depth import DepthConfig
-    from tosa_jax.models.factory import create_model
+    from tosa_jax.inference.predictor import Predictor
     from tosa_jax.models.vit import Output, VisionTransformer
     from tosa_jax.models.vit_config import VARIANTS, ViTConfig, alternate
     from tosa_jax.models.weights.load import load_pretrained, save_selectors, save_weights
+    from tosa_jax.tasks.depth.dpt import DepthConfig
+    from tosa_jax.tasks.predictions import Guess, Prediction
+    from tosa_jax.tasks.registry import create_model
 
 __all__ = [
     "VARIANTS",

@@ -16,10 +16,9 @@ import ml_collections
 from tosa_jax.data.pipeline import DataConfig
 from tosa_jax.distributed.mesh import MeshConfig
 from tosa_jax.errors import ConfigError
-from tosa_jax.models.factory import NETWORKS, network_config
 from tosa_jax.models.optim import SCHEDULES, OptimConfig
 from tosa_jax.models.vit_config import ViTConfig, check, check_choice
-from tosa_jax.tasks import TASKS
+from tosa_jax.tasks import TASKS, model_config
 from tosa_jax.tasks.mixing import MixingConfig
 
 CONTROLS = (
@@ -218,7 +217,7 @@ def default_config(model: str = "vit", task: str = "classification") -> ml_colle
     check_choice("task", task, TASKS)
     config = ml_collections.ConfigDict(_defaults(RunConfig, skip=("task", "options")))
     config.task = {"name": task} | _defaults(TASKS[task].options)
-    vit = network_config(task, model)
+    vit = model_config(task, model)
     variant = {k: v for k, v in dataclasses.asdict(vit).items() if k not in vit.unused}
     variant |= {"name": model, "plan": "selective", "keep_rate": (0.5,)}
     variant |= {name: str(variant[name]) for name in ("dtype", "param_dtype")}
@@ -260,7 +259,7 @@ def make_run_config(config: ml_collections.ConfigDict) -> RunConfig:
     options = build_section(TASKS[options.pop("name")].options, "task", options)
     try:
         fields = model | {"plan": tuple(plan.split(",")) if "," in plan else plan}
-        vit = network_config(task, name, **fields)
+        vit = model_config(task, name, **fields)
     except ConfigError as error:
         raise ConfigError(f"config.model: {error}") from error
     data = values.pop("data") | {"image_size": vit.image_size, "channels": vit.in_chans}
@@ -325,7 +324,7 @@ def from_json(values: Mapping[str, Any]) -> RunConfig:
     rest = dict(values)
     task = rest.get("task", "classification")
     check_choice("task", task, TASKS)
-    sections = SECTIONS | {"model": NETWORKS[task].config_class, "data": DataConfig}
+    sections = SECTIONS | {"model": TASKS[task].model_class.config_class, "data": DataConfig}
     sections |= {"options": TASKS[task].options}
     try:
         built = {

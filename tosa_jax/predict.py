@@ -27,13 +27,13 @@ import rich.progress
 
 from tosa_jax.cli import flags
 from tosa_jax.cli.command import configure_jax, run_command
-from tosa_jax.cli.prediction_writers import PREDICTION_WRITERS, PredictionWriter, Record
 from tosa_jax.data import class_names
 from tosa_jax.data.decoding import BadImageError
 from tosa_jax.data.image_files import find_images, read_ahead
 from tosa_jax.errors import ConfigError
 from tosa_jax.inference.predictor import Predictor
 from tosa_jax.tasks import TASKS
+from tosa_jax.tasks.prediction_writer import PredictionWriter, Record
 
 _BAR_FROM = 20
 """From this number of images on, a progress bar is shown."""
@@ -149,7 +149,7 @@ def _predict(args: argparse.Namespace) -> int:
     paths = find_images(args.images)
     configure_jax()
     predictor = make_predictor(args, len(paths))
-    writer = PREDICTION_WRITERS[predictor.config.task](predictor, args, paths)
+    writer = predictor.task.prediction_writer(predictor, args, paths)
     if args.export:
         predictor.save(args.export)
         print(f"written: {args.export}", file=sys.stderr)

@@ -17,10 +17,10 @@ import jax
 import numpy as np
 from flax import nnx
 
-from tosa_jax.models.factory import create_model
 from tosa_jax.models.params import set_params, split
 from tosa_jax.models.vit_config import VARIANTS
 from tosa_jax.models.weights.load import load_pretrained
+from tosa_jax.tasks import create_model
 
 # What the tests run: every form at a real width, two layers deep; giant's SwiGLU at the width of
 # tiny.

@@ -17,13 +17,13 @@ from tosa_jax.data import class_names as names_of
 from tosa_jax.data.decoding import Preprocess
 from tosa_jax.errors import ConfigError, UserError, WeightsError, WorkdirError
 from tosa_jax.models import cost
-from tosa_jax.models.factory import NETWORKS, build, network_config
+from tosa_jax.models.factory import build
 from tosa_jax.models.params import Params, get_params, set_params, split
 from tosa_jax.models.vit import VisionTransformer
 from tosa_jax.models.vit_config import ViTConfig
 from tosa_jax.models.weights.load import pretrained_params, save_weights, selector_params
 from tosa_jax.models.weights.readers import read_weights
-from tosa_jax.tasks import TASKS
+from tosa_jax.tasks import TASKS, model_config
 
 KeepRate = float | tuple[float, ...] | None
 """Share of patches in (0, 1] that selective layers process: one, or one a selection; None: as in training."""
@@ -43,6 +43,7 @@ class LoadedModel(TypedDict):
     form         how images of any size become the model's input arrays.
     mean, std    of each channel's pixels in [0, 1], for normalisation.
     options      the task's options: the section `task` of a recipe.
+    task         a key of `TASKS`.
     class_names  one a class; None: ImageNet's for 1000 classes, else numbers.
     """
 
@@ -51,6 +52,7 @@ class LoadedModel(TypedDict):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     options: Any
+    task: str
     class_names: Sequence[str] | None
 
 
@@ -74,6 +76,7 @@ def from_workdir(workdir: Path, keep_rate: KeepRate, on_message: OnMessage) -> L
         mean=run.inputs.mean,
         std=run.inputs.std,
         options=run.options,
+        task=run.task,
         class_names=names_of.readable(names_of.read_names(names)) if names.exists() else None,
     )
 
@@ -99,7 +102,7 @@ def from_pretrained(
         fields["num_classes"] = len(class_names)
     if selectors or keep_rate is not None:
         fields = {"plan": "selective"} | fields
-    config = with_keep_rate(network_config(task, name, **fields), keep_rate)
+    config = with_keep_rate(model_config(task, name, **fields), keep_rate)
     if not selectors and "selective" in config.plan:
         on_message("no selectors were given: tokens are chosen by the map of the layer before")
     halves = _is_augreg(name)
@@ -109,6 +112,7 @@ def from_pretrained(
         mean=(0.5,) if halves else IMAGENET_MEAN,
         std=(0.5,) if halves else IMAGENET_STD,
         options=TASKS[task].options(),
+        task=task,
         class_names=class_names,
     )
 
@@ -124,16 +128,16 @@ def from_weights(path: str | Path, keep_rate: KeepRate, on_message: OnMessage) -
     said = as_tuples(json.loads(text))
     task = said.pop("task", "classification")  # older files have no task: they are all classifiers
     options = TASKS[task].options(**said.pop("options", {}))
-    config = with_keep_rate(NETWORKS[task].config_class(**said.pop("model")), keep_rate)
+    config = with_keep_rate(TASKS[task].model_class.config_class(**said.pop("model")), keep_rate)
     params, form = _load(config, path, None, on_message), Preprocess(**said.pop("form"))
-    return LoadedModel(model=_model(config, params), form=form, options=options, **said)
+    return LoadedModel(model=_model(config, params), form=form, options=options, task=task, **said)
 
 
 def save(network: LoadedModel, path: str | Path) -> None:
     """Writes a model with its preprocessing, options and class names to one `.safetensors` file, for `from_weights`."""
     config = dataclasses.asdict(network["model"].config)
     config |= {name: str(config[name]) for name in ("dtype", "param_dtype")}
-    said = {**network, "task": network["model"].config.task, "model": config}
+    said = {**network, "model": config}
     said |= {name: dataclasses.asdict(network[name]) for name in ("form", "options")}
     save_weights(network["model"], path, metadata={_METADATA: json.dumps(said)})
 

@@ -4,7 +4,7 @@ import functools
 import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,40 +20,10 @@ from tosa_jax.models.params import Params, set_params, split
 from tosa_jax.models.vit import VisionTransformer
 from tosa_jax.models.vit_config import ViTConfig, check
 from tosa_jax.tasks import TASKS
+from tosa_jax.tasks.predictions import Guess, Prediction
 
 Picture = str | Path | bytes | np.ndarray | Image.Image
 """An image: a path, encoded bytes, a uint8 array [height, width, 1 or 3], or a PIL image."""
-
-
-class Guess(NamedTuple):
-    """A class, its name, and its probability in [0, 1]."""
-
-    label: int
-    name: str
-    probability: float
-
-
-class Prediction(NamedTuple):
-    """The outputs of a model for `b` images, as NumPy arrays.
-
-    logits    float32 [b, c]; None from a depth model.
-    selected  one int32 [b, s] a selection: indices into the n tokens, ascending, prefix included.
-    scores    one float [b, n] a selection: the token scores that it selected by; higher is better.
-    depth     float32 [b, height, width] in metres; None from a classifier.
-    """
-
-    logits: np.ndarray | None
-    selected: tuple[np.ndarray, ...]
-    scores: tuple[np.ndarray, ...]
-    depth: np.ndarray | None = None
-
-    @property
-    def probabilities(self) -> np.ndarray:
-        """float32 [b, c]; each row sums to 1. Raises ValueError without logits."""
-        if self.logits is None:
-            raise ValueError("a prediction without logits has no probabilities")
-        powers = np.exp(self.logits - self.logits.max(axis=1, keepdims=True))
-        return powers / powers.sum(axis=1, keepdims=True)
 
 
 class Predictor:
@@ -77,6 +47,7 @@ class Predictor:
         form: how images become arrays; None: as in DeiT's evaluation, or unchanged if the model accepts any size.
         mean, std: of each channel's pixels in [0, 1], as in training.
         options: the task's options, for example `DepthOptions`; None: their defaults.
+        task: a key of `TASKS`; None: the one that such models are for.
         class_names: one a class; None: ImageNet's for 1000 classes, else numbers.
         batch_sizes: batch sizes to compile programs for.
 
@@ -91,6 +62,7 @@ class Predictor:
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
         options: Any = None,
+        task: str | None = None,
         class_names: Sequence[str] | None = None,
         batch_sizes: Sequence[int] = (1, 8, 64),
     ) -> None:
@@ -111,8 +83,10 @@ class Predictor:
         self.class_names = names
         sizes = {1, *batch_sizes} if config.resizes else set(batch_sizes)
         self.batch_sizes: tuple[int, ...] = tuple(sorted(sizes))
-        self.options = TASKS[config.task].options() if options is None else options
-        self.task = TASKS[config.task].of_network(config, self.options, mean=mean, std=std)
+        self.task_name = task or config.task
+        found = TASKS[self.task_name]
+        self.options = found.options() if options is None else options
+        self.task: Any = found.of_model(config, self.options, mean=mean, std=std)
         self._graphdef, self._params = split(model)
         self._programs: dict[tuple[int, int, int], jax.stages.Compiled] = {}
         self._lock = threading.Lock()
@@ -308,9 +282,9 @@ class Predictor:
         size = (images.shape[1], images.shape[2])
         model = with_image_size(set_params(self._graphdef, params), size)
         # A fixed key: the method "random" then selects the same tokens in every call.
-        out: Any = self.task.predict(model, images, jax.random.key(0))
-        logits, depth = jax.tree.map(lambda x: x.astype(np.float32), (out.logits, out.depth))
-        return Prediction(logits, out.selected, out.scores, depth)
+        out: Any = self.task.predict(model, {"image": images}, jax.random.key(0))
+        predictions = {name: x.astype(np.float32) for name, x in out.predictions.items()}
+        return Prediction(predictions, out.selected, out.scores)
 
     def _check(self, images: np.ndarray) -> None:
         config = self.config
@@ -324,8 +298,8 @@ class Predictor:
 
     def _check_task(self, task: str, what: str, instead: str) -> None:
         check(
-            self.config.task == task,
-            f"this model is for {self.config.task} and has no {what}: call Predictor.{instead}",
+            self.task_name == task,
+            f"this model is for {self.task_name} and has no {what}: call Predictor.{instead}",
         )
 
 

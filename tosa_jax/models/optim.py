@@ -102,7 +102,7 @@ def split_trainable(params: Mapping[str, Any], trainable: str) -> tuple[Params, 
     return chosen, {path: x for path, x in params.items() if path not in chosen}
 
 
-def update_ema(ema: Params, params: Params, decay: float) -> Params:
+def update_ema(ema: Params, params: Params, decay: float | jax.Array) -> Params:
     """`decay * ema + (1 - decay) * params`, in float32; an empty `ema` stays empty."""
     return {
         path: (decay * average + (1 - decay) * params[path].astype(jnp.float32))

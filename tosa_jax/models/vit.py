@@ -1,6 +1,6 @@
 """The vision transformer: patches in, a plan of layer kinds, logits out."""
 
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,34 +26,38 @@ from tosa_jax.ops.array_types import Images, Indices, PerExample, Scores, Tokens
 class Output(NamedTuple):
     """What a model returns.
 
-    logits    [b c]; None for a network that predicts depth.
+    predictions  what the model is for, arrays by name whose first axis is the example: `logits` [b c], or `depth`
+              [b height width] in metres at the images' size.
     tokens    [b n d] after the final norm, prefix included, as timm's `forward_features`; that norm comes after the
               mean with `global_pool="avg"`, and they are as the last layer left them.
     selected  a tuple with one int32 [b s] a selection: indices into the n tokens, ascending, prefix included.
     aux       per-example scalars [b] that layers report, by name.
-    depth     [b height width] in metres, at the images' size; None for a classifier.
     scores    one float [b n] a selection: what it chose by, higher is better; a program that does not return them
               does not keep them.
     """
 
-    logits: Float[Array, "b c"] | None
+    predictions: dict[str, Array]
     tokens: Tokens
     selected: tuple[Indices, ...]
     aux: dict[str, PerExample]
-    depth: Float[Array, "b height width"] | None = None
     scores: tuple[Scores, ...] = ()
 
     @property
-    def prediction(self) -> Array:
-        """Logits or depth: what the network is for."""
-        return self.logits if self.depth is None else self.depth
+    def logits(self) -> Any:
+        """Floats [b c]; None for a model without classes."""
+        return self.predictions.get("logits")
+
+    @property
+    def depth(self) -> Any:
+        """Floats [b height width] in metres; None for a model that predicts no depth."""
+        return self.predictions.get("depth")
 
 
 class VisionTransformer(nnx.Module):
     """A ViT (Dosovitskiy et al. 2021) whose attribute names are timm's, and whose layers come in kinds.
 
     `blocks` are the pretrained layers; `kinds` says how each is run and holds what methods add to the network.
-    Networks of other tasks are subclasses with a head of their own (`models/depth.py`).
+    Networks of other tasks are subclasses with a head of their own (`tasks/depth/dpt.py`).
     """
 
     config_class: ClassVar[type[ViTConfig]] = ViTConfig
@@ -162,4 +166,5 @@ class VisionTransformer(nnx.Module):
         """
         state = self.layers(self.embed(images), key=key, train=train)
         tokens = state.tokens if self.config.global_pool == "avg" else self.norm(state.tokens)
-        return Output(self.classify(tokens), tokens, state.selected, state.aux, scores=state.scores)
+        logits = self.classify(tokens)
+        return Output({"logits": logits}, tokens, state.selected, state.aux, state.scores)

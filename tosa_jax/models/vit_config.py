@@ -38,7 +38,7 @@ class ViTConfig:
 
     Raises ConfigError for values out of range or that do not go together.
 
-    task      whose network this describes: a key of `networks.NETWORKS`.
+    task      for which such models are built, unless another is named: a key of `tasks.TASKS`.
     resizes   images that the patch does not divide are brought to the next multiple; else they are refused.
     unused    fields that this task's network does not read.
 

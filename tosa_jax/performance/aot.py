@@ -30,6 +30,7 @@ from tosa_jax.models import cost
 from tosa_jax.models.params import Params, get_params, split
 from tosa_jax.models.vit_config import ViTConfig
 from tosa_jax.performance.collectives import collectives, totals
+from tosa_jax.tasks import TASKS, Task
 from tosa_jax.train.checkpoints import with_shardings
 from tosa_jax.train.loop import compile_step
 from tosa_jax.train.runner import Runner
@@ -107,7 +108,7 @@ def programs(run: RunConfig, mesh: Mesh) -> Iterator[Program]:
         run.eval.batch_size,
         run.model.num_classes,
         (),
-        run.task,
+        TASKS[run.task].data_kind,
     )
     runner = Runner(run, Path(), StopRequest(), mesh=mesh, dataset=facts, init=abstract_init(run))
     stages, rows = plan_stages(run)
@@ -117,7 +118,7 @@ def programs(run: RunConfig, mesh: Mesh) -> Iterator[Program]:
         shardings = tree_shardings(state, mesh)
         state = with_shardings(state, shardings)
         step = compile_step(stage_run.setup, shardings, mesh)
-        batch = abstract_batch(run.model, run.batch_size, mesh)
+        batch = abstract_batch(TASKS[run.task], run.model, run.batch_size, mesh)
         yield Program(
             f"train {stage.name}",
             functools.partial(step.lower, state, batch),
@@ -137,12 +138,14 @@ def programs(run: RunConfig, mesh: Mesh) -> Iterator[Program]:
             yield _evaluation(runner, row.name, row.model, runner.task(), network)
 
 
-def _evaluation(runner: Runner, name: str, model: ViTConfig, task: Any, network: Params) -> Program:
+def _evaluation(
+    runner: Runner, name: str, model: ViTConfig, task: Task, network: Params
+) -> Program:
     run, mesh = runner.run, runner.mesh
     abstract = cost.abstract_model(model)
     params = {name: network[name] for name in split(abstract)[1]}
     params = with_shardings(params, tree_shardings(params, mesh))
-    batch = abstract_batch(model, run.eval.batch_size, mesh)
+    batch = abstract_batch(TASKS[run.task], model, run.eval.batch_size, mesh)
     mask = jax.ShapeDtypeStruct((run.eval.batch_size,), jnp.float32, sharding=batch_sharding(mesh))
     number = jax.ShapeDtypeStruct((), jnp.uint32)
     step = runner.evaluator(model, task).step
@@ -155,19 +158,15 @@ def _evaluation(runner: Runner, name: str, model: ViTConfig, task: Any, network:
     )
 
 
-def abstract_batch(model: ViTConfig, batch_size: int, mesh: Mesh) -> dict[str, Any]:
-    """Shapes, dtypes and sharding of a global batch: images, and labels or depth."""
-    images = (batch_size, *model.image_shape, model.in_chans)
+def abstract_batch(
+    task: type[Task], model: ViTConfig, batch_size: int, mesh: Mesh
+) -> dict[str, Any]:
+    """Shapes and sharding of a global batch of a task's examples."""
     sharding = batch_sharding(mesh)
-    target = (
-        ("depth", images[:3], jnp.float32)
-        if model.task == "depth"
-        else ("label", images[:1], jnp.int32)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape), x.dtype, sharding=sharding),
+        dict(task.example(model)),
     )
-    kinds = (("image", images, jnp.uint8), target)
-    return {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, shape, dtype in kinds
-    }
 
 
 def _device_bytes(tree: Any) -> int:

@@ -9,10 +9,10 @@ import numpy as np
 from tosa_jax.distributed.timing import interleaved_seconds
 from tosa_jax.errors import DeviceError
 from tosa_jax.models import cost
-from tosa_jax.models.factory import network_config
 from tosa_jax.models.vit_config import check, check_choice
 from tosa_jax.performance import torch_baselines
 from tosa_jax.performance.candidates import CONTROLS, Candidate, candidate, networks
+from tosa_jax.tasks import model_config
 
 Record = dict[str, Any]
 
@@ -51,7 +51,7 @@ def measure(
         check_choice("--controls", name, CONTROLS)
     against = torch_baselines.check_arguments(against, task, torch_compile)
     fields = {"param_dtype": fields.get("dtype", "float32") if not train else "float32"} | fields
-    make_config = functools.partial(network_config, task, model, **fields)
+    make_config = functools.partial(model_config, task, model, **fields)
     entries = list(networks(make_config, keep_rates, controls))
     candidates = [candidate(*entry, batch_size, train=train) for entry in entries]
     candidates += [

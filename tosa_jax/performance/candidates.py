@@ -18,7 +18,8 @@ from tosa_jax.models.optim import OptimConfig, make_optimizer
 from tosa_jax.models.params import set_params, split
 from tosa_jax.models.vit import Output
 from tosa_jax.models.vit_config import ViTConfig
-from tosa_jax.tasks.losses import silog, smoothed_targets, soft_cross_entropy
+from tosa_jax.tasks.depth.errors import silog
+from tosa_jax.tasks.losses import smoothed_targets, soft_cross_entropy
 
 CONTROLS = ("random", "previous", "class_attention", "redundancy", "skip")
 """Layer kinds that may stand beside ToSA. `random` runs the fused attention and no selector; `redundancy` selects in
@@ -105,7 +106,7 @@ def candidate(
 
 
 def _forward_pass(graphdef: nnx.GraphDef) -> Callable:
-    return lambda params, images, key: set_params(graphdef, params)(images, key=key).prediction
+    return lambda params, images, key: set_params(graphdef, params)(images, key=key).predictions
 
 
 def _training_step(graphdef: nnx.GraphDef, optimizer: Any) -> Callable:

@@ -1,9 +1,12 @@
-"""The tasks, by the names that recipes and `create_model` use. A task of its own: one file here and its line below,
-and its network in `models/factory.py`."""
+"""What models are trained for: losses, metrics, predictions and pictures of each task, and `create_model`.
+
+A task is one class, registered under the name that recipes use (`tasks.registry.register`). How steps are run and
+what is read from disk are not in here.
+"""
 
 from tosa_jax.tasks.classification import Classification
-from tosa_jax.tasks.depth import Depth
+from tosa_jax.tasks.depth.task import Depth
+from tosa_jax.tasks.registry import TASKS, create_model, model_config, register
 from tosa_jax.tasks.task import Task
 
-TASKS: dict[str, type[Task]] = {"classification": Classification, "depth": Depth}
-"""By the value of `config.task.name`."""
+__all__ = ["TASKS", "Classification", "Depth", "Task", "create_model", "model_config", "register"]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
@@ -12,20 +13,59 @@ from jaxtyping import Array, Float
 from tosa_jax.data.class_names import readable
 from tosa_jax.errors import ConfigError
 from tosa_jax.models.vit import Output
-from tosa_jax.ops.array_types import Images, PerExample
+from tosa_jax.models.vit_config import ViTConfig
+from tosa_jax.ops.array_types import PerExample
+from tosa_jax.reporting.figures import write_png
 from tosa_jax.reporting.token_pictures import draw_tokens
 from tosa_jax.tasks import losses
 from tosa_jax.tasks.metrics import top_k_correct
 from tosa_jax.tasks.mixing import MixingConfig, erase, mix
-from tosa_jax.tasks.task import Batch, HostBatch, Task, input_fields
+from tosa_jax.tasks.prediction_writer import PredictionWriter, Record
+from tosa_jax.tasks.predictions import Prediction
+from tosa_jax.tasks.registry import register
+from tosa_jax.tasks.task import (
+    Batch,
+    HostBatch,
+    RunSettings,
+    StageSettings,
+    Task,
+    input_fields,
+)
 
-Targets = Float[Array, "b classes"]
+
+class ClassWriter(PredictionWriter):
+    """Writes the classes of highest probability, and figures of the selections with their scores."""
+
+    foreign = ("depth_dir", "truth", "depth_scale")
+
+    def record(self, path: Path, image: np.ndarray, prediction: Prediction) -> Record:
+        guesses = self.predictor.top(prediction, self.args.top or 5)[0]
+        top = [{"class": g.label, "name": g.name, "probability": g.probability} for g in guesses]
+        record = {"image": str(path), "top": top}
+        if self.args.show_tokens:
+            target = self._free(self.args.show_tokens / f"{path.stem}.png")
+            figure = draw_tokens(
+                self.predictor.config,
+                image[None],
+                prediction.selected,
+                scores=prediction.scores,
+                labels=[f"{guesses[0].name}, {guesses[0].probability:.1%}"],
+            )
+            write_png(target, figure)
+            record["tokens"] = str(target)
+        return record
+
+    def lines(self, record: Record) -> list[str]:
+        width = max(len(guess["name"]) for guess in record["top"])
+        return [f"  {g['name']:{width}}  {g['probability']:6.1%}" for g in record["top"]]
 
 
+@register("classification")
 @dataclass(frozen=True, kw_only=True)
 class Classification(Task):
     """Softmax cross-entropy with label smoothing. Batches hold `image` and `label`."""
 
+    prediction_writer: ClassVar[type[PredictionWriter]] = ClassWriter
     best_metric: ClassVar[str] = "acc1"
 
     num_classes: int
@@ -33,24 +73,25 @@ class Classification(Task):
     mixing: MixingConfig = MixingConfig()
 
     @classmethod
-    def from_run(cls, run: Any, stage: Any) -> "Classification":
+    def from_run(cls, run: RunSettings, stage: StageSettings) -> "Classification":
         """The task with this stage's smoothing and mixing."""
         return cls(
             num_classes=run.model.num_classes,
             label_smoothing=stage.label_smoothing,
             mixing=stage.mixing,
+            distill_weight=stage.distill_weight,
             **input_fields(run),
         )
 
     @classmethod
-    def of_network(
-        cls, network: Any, options: Any, *, mean: tuple[float, ...], std: tuple[float, ...]
+    def of_model(
+        cls, config: ViTConfig, options: Any, *, mean: tuple[float, ...], std: tuple[float, ...]
     ) -> "Classification":
-        return cls(num_classes=network.num_classes, mean=mean, std=std)
+        return cls(num_classes=config.num_classes, mean=mean, std=std)
 
     @classmethod
-    def check_dataset(cls, run: Any, facts: Any) -> None:
-        if facts.kind != "classification":
+    def check_dataset(cls, run: RunSettings, facts: Any) -> None:
+        if facts.kind != cls.data_kind:
             raise ConfigError(
                 f"config.data.name={run.data.name!r} has no classes: name another set, or a recipe for {facts.kind}"
             )
@@ -60,16 +101,21 @@ class Classification(Task):
                 f"{facts.num_classes} classes: set it to that"
             )
 
-    def training_batch(self, batch: Batch, key: jax.Array) -> tuple[Images, Targets]:
-        """Normalised images and their targets, smoothed, erased and mixed."""
+    @classmethod
+    def example(cls, config: ViTConfig) -> Batch:
+        return {**super().example(config), "label": jax.ShapeDtypeStruct((), jnp.int32)}
+
+    def training_batch(self, batch: Batch, key: jax.Array) -> Batch:
+        """`image`, normalised, erased and mixed, and `target` float [b classes], smoothed and mixed alike."""
         targets = losses.smoothed_targets(batch["label"], self.num_classes, self.label_smoothing)
         erase_key, mix_key = jax.random.split(key)
         images = erase(self.mixing, erase_key, self.inputs(batch["image"]))
-        return mix(self.mixing, mix_key, images, targets)
+        images, targets = mix(self.mixing, mix_key, images, targets)
+        return {"image": images, "target": targets}
 
-    def loss(self, out: Output, targets: Targets) -> PerExample:
-        """Cross-entropy in nats against the targets of `training_batch`."""
-        return losses.soft_cross_entropy(out.logits, targets)
+    def loss(self, out: Output, batch: Batch) -> PerExample:
+        """Cross-entropy in nats against `target`."""
+        return losses.soft_cross_entropy(out.logits, batch["target"])
 
     def distillation(self, out: Output, teacher: Output) -> PerExample:
         """Forward KL from the teacher's class distribution."""
@@ -88,11 +134,11 @@ class Classification(Task):
         return values
 
     def pictures(
-        self, batch: HostBatch, out: Output, network: Any, class_names: Sequence[str] = ()
+        self, batch: HostBatch, out: Output, config: ViTConfig, class_names: Sequence[str] = ()
     ) -> dict[str, np.ndarray]:
         if not out.selected:
             return {}
         names = readable(class_names)
         labels = [names[i] for i in batch["label"]] if names else None
-        figure = draw_tokens(network, batch["image"], out.selected, labels=labels)
+        figure = draw_tokens(config, batch["image"], out.selected, labels=labels)
         return {"selected_tokens": figure}

@@ -1,8 +1,8 @@
-"""Losses, one value an example: whoever takes a mean knows what it is taken over."""
+"""Losses, one value an example, and weights for their mean over a batch."""
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from tosa_jax.ops.array_types import PerExample
 
@@ -28,35 +28,12 @@ def distillation_kl(logits: Logits, teacher_logits: Logits) -> PerExample:
     return (jnp.exp(log_teacher) * (log_teacher - log_student)).sum(axis=-1)
 
 
-def silog(
-    depth: Float[Array, "b height width"],
-    truth: Float[Array, "b height width"],
-    valid: Bool[Array, "b height width"],
-    *,
-    focus: float = 0.85,
-) -> PerExample:
-    """Scale-invariant log loss `10 sqrt(mean d^2 - focus mean(d)^2)`, `d = log depth - log truth`, over valid pixels.
+def batch_weights(counts: Shaped[Array, " b"]) -> PerExample:
+    """Weights of mean 1 in proportion to `counts` [b], which are not negative; all 0 where every count is.
 
-    Eigen et al. 2014 under a root, as in BTS and NeWCRFs (cleinc/bts, aliyun/NeWCRFs), which pool the pixels of
-    a batch; here it is one value an image, 0 for an image without a valid pixel. `focus` in [0, 1]; metres, float32.
-    The gradient is finite everywhere, and 0 where every prediction equals the truth.
+    The mean of `weights * values` over the batch is then the mean of `values` weighted by the counts. Made of the whole
+    batch, the weights give the same loss however the batch is split afterwards.
     """
-    difference = log_difference(depth, truth, valid)
-    count = jnp.maximum(valid.sum(axis=(1, 2)), 1)
-    mean = difference.sum(axis=(1, 2)) / count
-    # mean d^2 - mean(d)^2 as the mean of squares, which does not cancel.
-    centred = jnp.where(valid, difference - mean[:, None, None], 0)
-    spread = (centred**2).sum(axis=(1, 2)) / count + (1 - focus) * mean**2
-    # The derivative of the root at 0 is infinite: another number is put under it there.
-    return 10 * jnp.where(spread > 0, jnp.sqrt(jnp.where(spread > 0, spread, 1)), 0)
-
-
-def log_difference(
-    depth: Float[Array, "b height width"],
-    truth: Float[Array, "b height width"],
-    valid: Bool[Array, "b height width"],
-) -> Float[Array, "b height width"]:
-    """`log depth - log truth` in float32, 0 where not valid; a depth of 0 counts as a micrometre."""
-    depth, truth = (x.astype(jnp.float32) for x in (depth, truth))
-    logs = jnp.log(jnp.maximum(depth, 1e-6)) - jnp.log(jnp.where(valid, truth, 1))
-    return jnp.where(valid, logs, 0)
+    counts = counts.astype(jnp.float32)
+    total = counts.sum()
+    return counts * (len(counts) / jnp.where(total > 0, total, 1))

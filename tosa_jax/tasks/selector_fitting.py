@@ -1,6 +1,5 @@
-"""The objective of the selector stage on top of a task: needs images, no labels."""
+"""The objective of the selector stage, which wraps the run's task: it needs images and no labels."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -8,41 +7,37 @@ import jax
 from jaxtyping import Array, Float
 
 from tosa_jax.models.vit import Output
-from tosa_jax.ops.array_types import Images, PerExample, RawImages
-from tosa_jax.tasks.task import Batch, HostBatch, Task
+from tosa_jax.ops.array_types import PerExample
+from tosa_jax.tasks.task import Batch, Task
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelectorFitting:
-    """Each selector learns the next layer's attention map, which the layers compare and report themselves."""
+class SelectorFitting(Task):
+    """Each selector learns the next layer's attention map; the layers compare the two and report the distance.
 
-    task: Task
+    Evaluation never mirrors images, and no example is refused.
+    """
+
     best_metric: ClassVar[str] = "selector/recall"
-    lower_is_better: ClassVar[bool] = False
 
-    def inputs(self, images: RawImages) -> Images:
-        """uint8 pixels -> normalised float32."""
-        return self.task.inputs(images)
+    @classmethod
+    def of_task(cls, task: Task) -> "SelectorFitting":
+        """The objective for the images of a task."""
+        return cls(mean=task.mean, std=task.std)
 
-    def predict(self, model: Callable[..., Output], images: RawImages, key: jax.Array) -> Output:
-        """What is scored: the model's output for uint8 pixels, never mirrored."""
-        return model(self.inputs(images), key=key)
+    def training_batch(self, batch: Batch, key: jax.Array) -> Batch:
+        """`image`, normalised; there are no targets."""
+        return {"image": self.inputs(batch["image"])}
 
-    def training_batch(self, batch: Batch, key: jax.Array) -> tuple[Images, None]:
-        """Normalised images; there are no targets."""
-        return self.inputs(batch["image"]), None
-
-    def loss(self, out: Output, targets: None = None) -> PerExample:
-        """KL from the true map of each selective layer to its selector's prediction, summed over selectors."""
-        return sum(x for name, x in out.aux.items() if name.startswith("selector/kl/"))
+    def loss(self, out: Output, batch: Batch) -> PerExample:
+        """KL in nats from the true map of each selective layer to its selector's prediction, summed over selectors."""
+        terms = [x for name, x in out.aux.items() if name.startswith("selector/kl/")]
+        return sum(terms[1:], start=terms[0])
 
     def metrics(self, out: Output, batch: Batch) -> dict[str, Float[Array, " b"]]:
         """What the layers report, each and as the mean over selectors."""
         values = dict(out.aux)
         for group in sorted({name.rpartition("/")[0] for name in out.aux}):
             members = [x for name, x in out.aux.items() if name.rpartition("/")[0] == group]
-            values[group] = sum(members) / len(members)
+            values[group] = sum(members[1:], start=members[0]) / len(members)
         return values
-
-    def check_batch(self, batch: HostBatch, first: int) -> None:
-        """Every image will do."""

@@ -1,7 +1,7 @@
 """Exact evaluation: every example of a split is scored once, whatever the batch size and the number of devices."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,9 @@ from tosa_jax.distributed.mesh import process_rows, replicated, to_global, tree_
 from tosa_jax.distributed.timing import interleaved_seconds
 from tosa_jax.models.factory import with_image_size
 from tosa_jax.models.params import Params, set_params
-from tosa_jax.models.vit import Output
 from tosa_jax.tasks.metrics import add, means
-from tosa_jax.train.step import Batch, eval_step
+from tosa_jax.tasks.task import Batch, HostBatch, Task
+from tosa_jax.train.step import eval_step
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,13 @@ class Evaluator:
     """Scores parameters of one network on a split.
 
     graphdef    structure of the network, as `models.params.split` gives it.
-    task        what is scored: a `tasks.Task`, or what has its methods.
+    task        says what is predicted and how it is scored.
     batch_size  global; the last batch is filled up, and what fills it does not count.
     seed        of random selections.
     """
 
     graphdef: nnx.GraphDef
-    task: Any
+    task: Task
     data: DataConfig
     mesh: Mesh
     batch_size: int
@@ -56,16 +56,28 @@ class Evaluator:
             "set --config.eval.batch_size lower, or --config.model.map_chunk=64",
         )
 
-    def batches(self):
-        """Global batches of the split. Raises DataError at an example that cannot be scored."""
+    def batches(self, split: str = "eval"):
+        """Global batches of the split "eval" or "train". Raises DataError at an example that cannot be scored."""
         index, count = process_rows(self.mesh)
         host = eval_batches(
-            self.data, batch_size=self.batch_size, process_index=index, process_count=count
+            self.data,
+            batch_size=self.batch_size,
+            process_index=index,
+            process_count=count,
+            split=None if split == "eval" else self.data.train_split,
         )
         for number, batch in enumerate(host):
             first = number * self.batch_size + index * (self.batch_size // count)
-            self.task.check_batch(batch, first)
+            if split == "eval":
+                self.task.check_batch(batch, first)
             yield to_global(batch, self.mesh)
+
+    def outputs(self, params: Params, split: str) -> Iterator[tuple[HostBatch, Any]]:
+        """Batches of a split, "train" or "eval", and what the model predicts for them, on every host, unpadded."""
+        for batch in self.batches(split):
+            found = jax.device_get(self._look(params, batch, self.batch_size))
+            real = found[0]["mask"] > 0
+            yield jax.tree.map(lambda x, real=real: x[real], found)
 
     @functools.cached_property
     def _first_batch(self):
@@ -76,13 +88,13 @@ class Evaluator:
         def look(params, batch, count):
             model = with_image_size(set_params(self.graphdef, params), batch["image"].shape[1:3])
             key = jax.random.key(self.seed)
-            out = self.task.predict(model, batch["image"], key)
+            out = self.task.predict(model, batch, key)
             return jax.tree.map(lambda x: x[:count], (dict(batch), out))
 
         # A copy on each device, so that every process can read all of it.
         return jax.jit(look, static_argnums=2, out_shardings=replicated(self.mesh))
 
-    def look(self, params: Params, count: int) -> tuple[dict[str, np.ndarray], Output]:
+    def look(self, params: Params, count: int) -> tuple[HostBatch, Any]:
         """The first `count` examples of the split, at most a batch, and what the network makes of them."""
         return jax.device_get(self._look(params, self._first_batch, count))
 
@@ -97,7 +109,8 @@ class Evaluator:
                 self.check(params, batch)
             sums = add(sums, self.step(params, batch, np.uint32(number)))
         sums = jax.device_get(sums)
-        return means(sums), int(next(iter(sums.values()))[1])
+        scores, count = means(sums), int(next(iter(sums.values()))[1])
+        return scores | self.task.split_metrics(functools.partial(self.outputs, params)), count
 
 
 def shard(params: Params, mesh: Mesh) -> Params:

@@ -31,7 +31,7 @@ from tosa_jax.train.evaluate import Evaluator
 from tosa_jax.train.metric_writer import MetricWriter
 from tosa_jax.train.profiling import StepTrace
 from tosa_jax.train.progress import Chrono, Progress
-from tosa_jax.train.step import StepSetup, TrainState, train_step, trained_params
+from tosa_jax.train.step import StepSetup, TrainState, saved_tree, train_step, trained_params
 
 STEPS_AHEAD = 3
 """Steps the host may be ahead of the devices: enough to keep them busy, few enough to stop soon after a signal."""
@@ -145,9 +145,10 @@ def restore_or_init(
     """
     abstract = jax.eval_shape(stage.init, *stage.init_args)
     shardings = tree_shardings(abstract, mesh)
-    restored = checkpoints.restore(with_shardings(abstract, shardings))
+    restored = checkpoints.restore(saved_tree(with_shardings(abstract, shardings)))
     if restored is not None:
-        return shardings, *restored, True
+        tree, facts = restored
+        return shardings, abstract._replace(**tree), facts, True
     return shardings, jax.jit(stage.init, out_shardings=shardings)(*stage.init_args), {}, False
 
 
@@ -257,7 +258,7 @@ def train_stage(
                 facts |= {"steps": step, "seconds": seconds_before + chrono.elapsed_seconds}
                 with chrono.pause("checkpoint"):
                     writer.flush()
-                    checkpoints.save(step, state, facts, metrics)
+                    checkpoints.save(step, saved_tree(state), facts, metrics)
             if stopped_by:
                 checkpoints.wait()
                 raise Stopped(stopped_by)

@@ -8,9 +8,9 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import flax
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 
 from tosa_jax.config import RunConfig, StageConfig, to_json
@@ -33,7 +33,7 @@ from tosa_jax.paths import AnyPath
 from tosa_jax.reporting import figures, page, report
 from tosa_jax.tasks import TASKS
 from tosa_jax.tasks.selector_fitting import SelectorFitting
-from tosa_jax.tasks.task import Task
+from tosa_jax.tasks.task import FrozenTeacher, Task
 from tosa_jax.train.checkpoints import Checkpoints
 from tosa_jax.train.evaluate import Evaluator, shard, throughput
 from tosa_jax.train.loop import StageRun, stage_batches, train_stage
@@ -90,7 +90,7 @@ class Runner:
         """The task, as this stage has it."""
         return TASKS[self.run.task].from_run(self.run, stage)
 
-    def evaluator(self, model: ViTConfig, task: Any) -> Evaluator:
+    def evaluator(self, model: ViTConfig, task: Task) -> Evaluator:
         """Scores networks of this configuration on the evaluation split."""
         graphdef, _ = split(cost.abstract_model(model))
         return Evaluator(
@@ -99,7 +99,7 @@ class Runner:
 
     def stage_run(self, stage: Stage) -> StageRun:
         """Everything that the loop needs to train this stage. Raises ConfigError: no teacher to distill from."""
-        config: StageConfig = getattr(self.run, stage.kind)
+        config = stage.config
         optim = config.optim(self.steps_per_epoch, self.run.batch_size)
         model = dataclasses.replace(stage.model, drop_path_rate=config.drop_path_rate)
         network = cost.abstract_model(model)
@@ -107,9 +107,9 @@ class Runner:
         macs = cost.training_macs(network, only_selectors=stage.kind == "selector")
         task = self.task(config)
         if stage.kind == "selector":
-            task = SelectorFitting(task=task)
+            task = SelectorFitting.of_task(task)
         teacher, teacher_params = None, {}
-        if config.distill_weight:
+        if isinstance(task.teacher, FrozenTeacher):
             if self.trunk == "init" and not self.init_is_trained:
                 raise ConfigError(
                     f"config.{stage.kind}.distill_weight={config.distill_weight} needs a trained dense network: "
@@ -121,8 +121,8 @@ class Runner:
             teacher_params = {name: self.networks[self.trunk][name] for name in names}
         setup = StepSetup(
             graphdef, task, make_optimizer(optim), learning_rate(optim), optim.ema_decay,
-            self.run.seed, zlib.crc32(stage.name.encode()) >> 1, teacher, config.distill_weight,
-            self.run.accumulate,
+            self.run.seed, zlib.crc32(stage.name.encode()) >> 1, teacher, self.run.accumulate,
+            optim.steps,
         )  # fmt: skip
         budgets = tuple(
             dataclasses.replace(setup, graphdef=split(cost.abstract_model(
@@ -135,7 +135,7 @@ class Runner:
             params = start
             if own.keys() - start.keys():
                 rngs = jax.random.key(self.run.seed)
-                fresh = get_params(build(model, rngs=flax.nnx.Rngs(params=rngs)))
+                fresh = get_params(build(model, rngs=nnx.Rngs(params=rngs)))
                 params = {name: start.get(name, fresh[name]) for name in own}
             return init_state(setup, *split_trainable(params, stage.trainable), teacher_params)
 
@@ -255,7 +255,7 @@ def load_init(run: RunConfig) -> tuple[Params, bool]:
     is among that; a head that is not is random."""
     if not (run.init_from or run.init_selectors):
         return {}, False
-    model = build(run.model, rngs=flax.nnx.Rngs(run.seed))
+    model = build(run.model, rngs=nnx.Rngs(run.seed))
     fresh = get_params(model)
     load_pretrained(
         model,

@@ -6,11 +6,12 @@ pretrain -> selector -> finetune, and a fine-tune for each control and budget
 import dataclasses
 from dataclasses import dataclass
 
-from tosa_jax.config import RunConfig
+from tosa_jax.config import RunConfig, StageConfig
 from tosa_jax.errors import ConfigError
 from tosa_jax.models.factory import redundant
 from tosa_jax.models.methods import LAYER_KINDS
 from tosa_jax.models.vit_config import ViTConfig, with_plan
+from tosa_jax.tasks import TASKS
 
 BUDGETLESS = ("dense", "skip")
 """Rows whose cost does not depend on `keep_rate`."""
@@ -20,7 +21,8 @@ BUDGETLESS = ("dense", "skip")
 class Stage:
     """One training stage.
 
-    kind       "pretrain", "selector" or "finetune": which section of the configuration it follows.
+    kind       "selector" where the selectors learn the maps; any other kind learns the task.
+    config     durations, optimizer and augmentation; a section of the recipe, or what a task makes (`Task.plan`).
     model      the network as it runs in this stage, its plan included.
     start      name of the stage whose network it starts from; "" for random weights.
     trainable  regular expression of the parameter paths that are trained.
@@ -30,6 +32,7 @@ class Stage:
     kind: str
     model: ViTConfig
     start: str
+    config: StageConfig
     trainable: str = "."
 
 
@@ -47,14 +50,22 @@ class Row:
 
 
 def plan_stages(run: RunConfig) -> tuple[list[Stage], list[Row]]:
-    """The stages of a run in order, and the rows of its report. The network "init" is what `init_from` holds.
+    """The stages of a run in order, and the rows of its report, as the task extends them (`Task.plan`).
+
+    Raises ConfigError: no stage makes a network to start from, and `init_from` names none.
+    """
+    return TASKS[run.task].plan(run, *recipe_stages(run))
+
+
+def recipe_stages(run: RunConfig) -> tuple[list[Stage], list[Row]]:
+    """Those that the recipe asks for. The network "init" is what `init_from` holds.
 
     Raises ConfigError: no stage makes a network to start from, and `init_from` names none.
     """
     dense = with_plan(run.model, "standard")
     stages, rows = [], []
     if run.has_stage("pretrain"):
-        stages.append(Stage("pretrain", "pretrain", dense, "init"))
+        stages.append(Stage("pretrain", "pretrain", dense, "init", run.pretrain))
     trunk = selectors = "pretrain" if stages else "init"
     if not stages and not run.init_from:
         raise ConfigError(
@@ -65,7 +76,9 @@ def plan_stages(run: RunConfig) -> tuple[list[Stage], list[Row]]:
     fit = tuple(LAYER_KINDS[kind].fit_kind for kind in run.model.plan)
     if run.has_stage("selector") and "selective_fit" in fit:
         model = dataclasses.replace(run.model, plan=fit)
-        stages.append(Stage("selector", "selector", model, trunk, r"^kinds/\d+/selector/"))
+        stages.append(
+            Stage("selector", "selector", model, trunk, run.selector, r"^kinds/\d+/selector/")
+        )
         selectors = "selector"
     if not run.has_stage("finetune"):
         if selectors == "selector" or run.init_selectors:
@@ -96,7 +109,11 @@ def plan_stages(run: RunConfig) -> tuple[list[Stage], list[Row]]:
                 model = with_plan(model, kind)
             start = trunk if name in BUDGETLESS else selectors  # with what was fitted there
             if stage not in [s.name for s in stages]:
-                stages.append(Stage(stage, "finetune", model, start, r"^(?!kinds/\d+/selector/)"))
+                stages.append(
+                    Stage(
+                        stage, "finetune", model, start, run.finetune, r"^(?!kinds/\d+/selector/)"
+                    )
+                )
             rows.append(Row(name, model, stage, None if name in BUDGETLESS else rate))
     return stages, rows
 

@@ -5,7 +5,7 @@ uninterrupted one would have drawn, on any number of devices.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,8 +20,7 @@ from tosa_jax.models.factory import with_image_size
 from tosa_jax.models.optim import global_norm, update_ema
 from tosa_jax.models.params import Params, set_params
 from tosa_jax.tasks.metrics import Totals, totals
-
-Batch = Mapping[str, jax.Array]
+from tosa_jax.tasks.task import AverageTeacher, Batch, FrozenTeacher, Task
 
 MIXING = 2**31 - 1
 """What the key of mixing is folded with: no layer has this number."""
@@ -34,7 +33,8 @@ class TrainState(NamedTuple):
     params   the trained parameters by path, `frozen` the others.
     opt      state of the optimizer, for `params` only.
     ema      float32 moving average of `params`, or {}.
-    teacher  parameters of the dense network that is distilled from, or {}.
+    teacher  parameters of a frozen teacher, the float32 moving average that an average teacher is, or {}.
+    task     the task's own state (`Task.init_state`), or {}.
     """
 
     step: jax.Array
@@ -43,47 +43,73 @@ class TrainState(NamedTuple):
     opt: Any
     ema: Params
     teacher: Params
+    task: Any = {}
 
 
 @dataclass(frozen=True)
 class StepSetup:
     """The static half of a step.
 
-    graphdef  structure of the model; `teacher` of the dense one, or None.
-    task      inputs, loss and metrics.
+    graphdef  structure of the model; `teacher` that of a frozen teacher.
+    task      batches, loss and metrics.
+    total_steps  updates in the stage, for schedules of the task.
     stage_id  what the stage's random keys are folded from, with `seed`.
     accumulate  parts that a batch is worked through in, one after the other, for less memory.
     """
 
     graphdef: nnx.GraphDef
-    task: Any
+    task: Task
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
     ema_decay: float
     seed: int
     stage_id: int
     teacher: nnx.GraphDef | None = None
-    distill_weight: float = 0.0
     accumulate: int = 1
+    total_steps: int = 0
 
 
 def init_state(
     setup: StepSetup, params: Params, frozen: Params, teacher: Params | None = None
 ) -> TrainState:
-    """A state at step 0."""
-    ema = {k: x.astype(jnp.float32) for k, x in params.items()} if setup.ema_decay else {}
+    """A state at step 0; `teacher` are the parameters of a frozen teacher."""
+
+    def average() -> Params:
+        return {path: x.astype(jnp.float32) for path, x in params.items()}
+
+    if isinstance(setup.task.teacher, AverageTeacher):
+        teacher = average()
     return TrainState(
-        jnp.zeros((), jnp.int32), params, frozen, setup.optimizer.init(params), ema, teacher or {}
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        frozen=frozen,
+        opt=setup.optimizer.init(params),
+        ema=average() if setup.ema_decay else {},
+        teacher=teacher or {},
+        task=setup.task.init_state(),
     )
+
+
+def saved_tree(state: TrainState) -> dict[str, Any]:
+    """What a checkpoint holds of a state: all of it, but for the state of a task that has none.
+
+    Checkpoints that were written before tasks had a state are read by the same rule.
+    """
+    tree = state._asdict()
+    return tree if jax.tree.leaves(state.task) else {k: x for k, x in tree.items() if k != "task"}
 
 
 def trained_params(state: TrainState) -> Params:
     """The network that training is for: the moving average where there is one, frozen parameters included."""
-    average = {path: x.astype(state.params[path].dtype) for path, x in state.ema.items()}
-    return state.frozen | state.params | average
+    return state.frozen | state.params | _as_stored(state.ema, state.params)
 
 
-def network(graphdef: nnx.GraphDef, params: Params, mesh: Mesh) -> Any:
+def _as_stored(average: Params, params: Params) -> Params:
+    """A float32 moving average in the dtypes of the parameters."""
+    return {path: x.astype(params[path].dtype) for path, x in average.items()}
+
+
+def build_model(graphdef: nnx.GraphDef, params: Params, mesh: Mesh) -> Any:
     """The model, inside a step: its layers' parameters are gathered when a layer runs, all others here."""
     model = set_params(graphdef, params)
     if mesh.shape["fsdp"] > 1:
@@ -102,24 +128,22 @@ def train_step(
     key = jax.random.fold_in(
         jax.random.fold_in(jax.random.key(setup.seed), setup.stage_id), state.step
     )
-    images, targets = setup.task.training_batch(batch, jax.random.fold_in(key, MIXING))
+    rows = setup.task.training_batch(batch, jax.random.fold_in(key, MIXING))
+    teacher = teacher_model(state, setup, mesh)
 
-    def mean_loss(params, images, targets, keys):
-        model = network(setup.graphdef, state.frozen | params, mesh)
-        out = model(images, key=keys, train=True)
-        loss = setup.task.loss(out, targets)
-        if setup.teacher is not None:
-            teacher_out = network(setup.teacher, state.teacher, mesh)(images)
-            loss = loss + setup.distill_weight * setup.task.distillation(out, teacher_out)
-        return loss.mean()
+    def mean_loss(params, rows, keys):
+        model = build_model(setup.graphdef, state.frozen | params, mesh)
+        forward = functools.partial(model, train=True)
+        loss = setup.task.training_loss(forward, rows, keys, teacher, state.task)
+        return loss.values.mean(), loss.statistics
 
-    loss, grads = mean_over_parts(
-        functools.partial(jax.value_and_grad(mean_loss), state.params),
-        (images, targets, jax.random.split(key, len(images))),
+    (loss, statistics), grads = mean_over_parts(
+        functools.partial(jax.value_and_grad(mean_loss, has_aux=True), state.params),
+        (rows, jax.random.split(key, len(jax.tree.leaves(rows)[0]))),
         setup.accumulate,
     )
     updates, opt = setup.optimizer.update(grads, state.opt, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params = dict(optax.apply_updates(state.params, updates))
     metrics = {
         "loss": loss,
         "grad_norm": global_norm(grads),
@@ -130,8 +154,37 @@ def train_step(
         params=params,
         opt=opt,
         ema=update_ema(state.ema, params, setup.ema_decay),
+        teacher=updated_teacher(state, params, setup),
+        task=setup.task.update_state(state.task, jax.lax.stop_gradient(statistics)),
     )
     return new, metrics
+
+
+def teacher_model(state: TrainState, setup: StepSetup, mesh: Mesh) -> Any:
+    """The teacher that the task asks for, in evaluation mode; None without one.
+
+    Raises ValueError: a frozen teacher without `setup.teacher`.
+    """
+    match setup.task.teacher:
+        case None:
+            return None
+        case FrozenTeacher():
+            if setup.teacher is None:
+                raise ValueError(
+                    "the task has a frozen teacher, but the step knows no structure of one"
+                )
+            return build_model(setup.teacher, state.teacher, mesh)
+        case AverageTeacher():
+            params = state.frozen | _as_stored(state.teacher, state.params)
+            return build_model(setup.graphdef, params, mesh)
+
+
+def updated_teacher(state: TrainState, params: Params, setup: StepSetup) -> Params:
+    """The teacher's parameters after an update that led to `params`."""
+    teacher = setup.task.teacher
+    if not isinstance(teacher, AverageTeacher):
+        return state.teacher
+    return update_ema(state.teacher, params, teacher.decay(state.step, setup.total_steps))
 
 
 def mean_over_parts(function: Callable[..., Any], batch: tuple[Any, ...], parts: int) -> Any:
@@ -162,7 +215,7 @@ def eval_step(
     number: jax.Array,
     *,
     graphdef: nnx.GraphDef,
-    task: Any,
+    task: Task,
     seed: int,
     mesh: Mesh,
 ) -> Totals:
@@ -172,6 +225,6 @@ def eval_step(
     the network trained on, where the network takes any: its `keep_rate` is the share of the patches that they have.
     """
     key = jax.random.fold_in(jax.random.key(seed), number)
-    model = with_image_size(network(graphdef, params, mesh), batch["image"].shape[1:3])
-    out = task.predict(model, batch["image"], key)
+    model = with_image_size(build_model(graphdef, params, mesh), batch["image"].shape[1:3])
+    out = task.predict(model, batch, key)
     return totals(task.metrics(out, batch), batch["mask"])

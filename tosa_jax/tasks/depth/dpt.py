@@ -226,4 +226,4 @@ class DepthTransformer(VisionTransformer):
         depth = self.decoder([taps[layer] for layer in self.config.intermediate_layers], grid, size)
         last = self.config.depth - 1
         tokens = taps[last] if last in taps else self.norm(state.tokens)
-        return Output(None, tokens, state.selected, state.aux, depth, state.scores)
+        return Output({"depth": depth}, tokens, state.selected, state.aux, state.scores)

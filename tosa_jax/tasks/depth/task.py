@@ -1,9 +1,10 @@
-"""Monocular depth: scale-invariant log loss; Eigen's metrics with their crops and ranges.
+"""The task of monocular depth: scale-invariant log loss; Eigen's metrics with their crops and ranges.
 
 Protocol of BTS and NeWCRFs (cleinc/bts, aliyun/NeWCRFs) on NYU Depth V2: depth in (1e-3, 10) m inside Eigen's crop,
 predictions clipped to that range, averaged with the prediction of the mirrored image, errors of each image averaged.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,13 +15,24 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from tosa_jax.errors import ConfigError, DataError
-from tosa_jax.models.vit import Output
-from tosa_jax.models.vit_config import check, check_choice
-from tosa_jax.ops.array_types import Images, PerExample, RawImages
+from tosa_jax.models.vit import Output, VisionTransformer
+from tosa_jax.models.vit_config import ViTConfig, check, check_choice
+from tosa_jax.ops.array_types import PerExample
 from tosa_jax.reporting.token_pictures import draw_depth
-from tosa_jax.tasks import losses
-from tosa_jax.tasks.metrics import depth_errors
-from tosa_jax.tasks.task import Batch, HostBatch, Task, input_fields
+from tosa_jax.tasks.depth.dpt import DepthTransformer
+from tosa_jax.tasks.depth.errors import depth_errors, log_difference, silog
+from tosa_jax.tasks.depth.writer import DepthWriter
+from tosa_jax.tasks.losses import batch_weights
+from tosa_jax.tasks.prediction_writer import PredictionWriter
+from tosa_jax.tasks.registry import register
+from tosa_jax.tasks.task import (
+    Batch,
+    HostBatch,
+    RunSettings,
+    StageSettings,
+    Task,
+    input_fields,
+)
 
 DepthMaps = Float[Array, "b height width"]
 AnyMaps = Float[Array | np.ndarray, "b height width"]
@@ -58,11 +70,15 @@ class DepthOptions:
             check(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be above 0")
 
 
+@register("depth")
 @dataclass(frozen=True, kw_only=True)
 class Depth(Task):
     """Batches hold `image` and `depth`, float32 [b height width] in metres, 0 where nothing was measured."""
 
     options: ClassVar[type] = DepthOptions
+    model_class: ClassVar[type[VisionTransformer]] = DepthTransformer
+    data_kind: ClassVar[str] = "depth"
+    prediction_writer: ClassVar[type[PredictionWriter]] = DepthWriter
     best_metric: ClassVar[str] = "abs_rel"
     lower_is_better: ClassVar[bool] = True
     draws_predictions: ClassVar[bool] = True
@@ -71,14 +87,15 @@ class Depth(Task):
     scoring: DepthOptions = DepthOptions()
 
     @classmethod
-    def from_run(cls, run: Any, stage: Any) -> "Depth":
-        return cls.of_network(run.model, run.options, **input_fields(run))
+    def from_run(cls, run: RunSettings, stage: StageSettings) -> "Depth":
+        task = cls.of_model(run.model, run.options, **input_fields(run))
+        return dataclasses.replace(task, distill_weight=stage.distill_weight)
 
     @classmethod
-    def of_network(
-        cls, network: Any, options: Any, *, mean: tuple[float, ...], std: tuple[float, ...]
+    def of_model(
+        cls, config: Any, options: Any, *, mean: tuple[float, ...], std: tuple[float, ...]
     ) -> "Depth":
-        return cls(max_depth=network.max_depth, scoring=options, mean=mean, std=std)
+        return cls(max_depth=config.max_depth, scoring=options, mean=mean, std=std)
 
     @classmethod
     def check_run(cls, run: Any) -> None:
@@ -88,8 +105,8 @@ class Depth(Task):
                       f"config.{stage}.{name} is for classification: depth needs it to be 0")  # fmt: skip
 
     @classmethod
-    def check_dataset(cls, run: Any, facts: Any) -> None:
-        if facts.kind != "depth":
+    def check_dataset(cls, run: RunSettings, facts: Any) -> None:
+        if facts.kind != cls.data_kind:
             raise ConfigError(
                 f"config.data.name={run.data.name!r} has no depth: name a depth set, or a recipe for {facts.kind}"
             )
@@ -108,30 +125,33 @@ class Depth(Task):
         inside[:, rows, int(left * width + 1e-6) : int(right * width + 1e-6)] = True
         return self.valid(truth, self.scoring.min_depth) & inside
 
-    def training_batch(self, batch: Batch, key: jax.Array) -> tuple[Images, DepthMaps]:
-        """Normalised images and their depth."""
-        return self.inputs(batch["image"]), batch["depth"]
+    @classmethod
+    def example(cls, config: ViTConfig) -> Batch:
+        depth = jax.ShapeDtypeStruct(config.image_shape, jnp.float32)
+        return {**super().example(config), "depth": depth}
 
-    def loss(self, out: Output, targets: DepthMaps) -> PerExample:
-        """`losses.silog`; its mean over the batch is the mean over the images that have a valid pixel."""
-        valid = self.valid(targets, self.scoring.min_train_depth)
-        seen = valid.any(axis=(1, 2))
-        values = losses.silog(out.depth, targets, valid)
-        return jnp.where(seen, values, 0) * (len(seen) / jnp.maximum(seen.sum(), 1))
+    def training_batch(self, batch: Batch, key: jax.Array) -> Batch:
+        """Normalised `image`, `depth`, and `weight` [b]: the mean of the loss counts images with a valid pixel."""
+        seen = self.valid(batch["depth"], self.scoring.min_train_depth).any(axis=(1, 2))
+        return {**super().training_batch(batch, key), "weight": batch_weights(seen)}
+
+    def loss(self, out: Output, batch: Batch) -> PerExample:
+        """`silog` in nats times `weight`; 0 for an image without a valid pixel."""
+        valid = self.valid(batch["depth"], self.scoring.min_train_depth)
+        return batch["weight"] * silog(out.depth, batch["depth"], valid)
 
     def distillation(self, out: Output, teacher: Output) -> PerExample:
         """Mean distance of the logarithms of the two depths."""
         everywhere = jnp.ones(out.depth.shape, bool)
-        return jnp.abs(losses.log_difference(out.depth, teacher.depth, everywhere)).mean(
-            axis=(1, 2)
-        )
+        return jnp.abs(log_difference(out.depth, teacher.depth, everywhere)).mean(axis=(1, 2))
 
-    def predict(self, model: Callable[..., Output], images: RawImages, key: jax.Array) -> Output:
-        out = super().predict(model, images, key)
+    def predict(self, model: Callable[..., Output], batch: Batch, key: jax.Array) -> Output:
+        out = super().predict(model, batch, key)
         if not self.scoring.flip_average:
             return out
-        mirrored = super().predict(model, images[:, :, ::-1], key).depth[:, :, ::-1]
-        return out._replace(depth=(out.depth + mirrored) / 2)
+        mirrored = super().predict(model, {"image": batch["image"][:, :, ::-1]}, key)
+        depth = (out.depth + mirrored.depth[:, :, ::-1]) / 2
+        return out._replace(predictions={"depth": depth})
 
     def metrics(self, out: Output, batch: Batch) -> dict[str, Float[Array, " b"]]:
         return self.errors(out.depth, batch["depth"])
@@ -140,7 +160,7 @@ class Depth(Task):
         """`metrics.depth_errors` of the clipped prediction over `scored` pixels, and the training loss over them."""
         scored = self.scored(truth)
         depth = jnp.clip(depth, self.scoring.min_depth, self.max_depth)
-        return depth_errors(depth, truth, scored) | {"loss": losses.silog(depth, truth, scored)}
+        return depth_errors(depth, truth, scored) | {"loss": silog(depth, truth, scored)}
 
     def check_batch(self, batch: HostBatch, first: int) -> None:
         scored = self.scored(batch["depth"]).any(axis=(1, 2))
@@ -152,7 +172,7 @@ class Depth(Task):
             )
 
     def pictures(
-        self, batch: HostBatch, out: Output, network: Any, class_names: Sequence[str] = ()
+        self, batch: HostBatch, out: Output, config: ViTConfig, class_names: Sequence[str] = ()
     ) -> dict[str, np.ndarray]:
-        panel = draw_depth(network, batch["image"], out.depth, out.selected, truth=batch["depth"])
+        panel = draw_depth(config, batch["image"], out.depth, out.selected, truth=batch["depth"])
         return {"selected_tokens" if out.selected else "depth": panel}

@@ -1,0 +1,1 @@
+"""Monocular depth: the task, its decoder, and what predict prints. Depth maps as data are read in `data`."""

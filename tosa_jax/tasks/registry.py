@@ -1,0 +1,79 @@
+"""Tasks by name, and `create_model`: the model of a task by timm's name."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax.numpy as jnp
+from flax import nnx
+
+from tosa_jax.models.factory import MODEL_CLASSES, build, with_budget
+from tosa_jax.models.vit import VisionTransformer
+from tosa_jax.models.vit_config import ViTConfig, check_choice, variant_config
+from tosa_jax.tasks.task import Task
+
+TASKS: dict[str, type[Task]] = {}
+"""By the value of `config.task.name`."""
+
+AnyTask = TypeVar("AnyTask", bound=type[Task])
+
+
+def register(name: str) -> Callable[[AnyTask], AnyTask]:
+    """Class decorator: `name` in a recipe's `task.name`, and in `create_model(task=...)`, means this task."""
+
+    def add(task: AnyTask) -> AnyTask:
+        TASKS[name] = task
+        MODEL_CLASSES[task.model_class.config_class] = task.model_class
+        return task
+
+    return add
+
+
+def model_config(task: str, name: str, **fields: Any) -> ViTConfig:
+    """`variant_config` for the model of a task, with the `keep_rate` that `budget_gmacs` asks for.
+
+    Raises ConfigError: no such task, or what `variant_config` and `with_budget` raise.
+    """
+    check_choice("task", task, TASKS)
+    config = variant_config(name, TASKS[task].model_class.config_class, **fields)
+    return with_budget(config, config.budget_gmacs) if config.budget_gmacs else config
+
+
+def create_model(
+    name: str,
+    *,
+    keep_rate: float | tuple[float, ...] | None = None,
+    num_classes: int = 1000,
+    image_size: int | tuple[int, int] | None = None,
+    task: str = "classification",
+    plan: tuple[str, ...] | str | None = None,
+    dtype: Any = jnp.float32,
+    param_dtype: Any = jnp.float32,
+    rngs: nnx.Rngs,
+    **fields: Any,
+) -> VisionTransformer:
+    """A model by timm's name, or "vit" with sizes of your own; random weights, initialised as DeiT.
+
+    keep_rate  share in (0, 1] of the patches that selective layers take: one number, or one a selection.
+               None, without a plan and `budget_gmacs`, makes the plain dense network.
+    image_size pixels: the side of a square, or (height, width); by default the variant's own.
+    task       a key of `TASKS`: "classification", or "depth", which has a decoder and does not read `num_classes`.
+    plan       a layer kind for each layer, or the name of one for every second layer; by default every second
+               layer is selective.
+    fields     any field of `ViTConfig`, and for depth of `DepthConfig`.
+
+    Raises ConfigError (one line, with what is known) for unknown names and sizes that do not fit.
+
+    >>> model = create_model("vit", embed_dim=32, depth=2, num_heads=2, image_size=8, patch_size=4,
+    ...                      num_classes=10, keep_rate=0.5, rngs=nnx.Rngs(0))
+    >>> out = model(jnp.zeros((1, 8, 8, 3)))
+    >>> out.logits.shape, [s.shape for s in out.selected]
+    ((1, 10), [(1, 3)])
+    """
+    fields |= {"num_classes": num_classes, "dtype": dtype, "param_dtype": param_dtype}
+    if image_size is not None:
+        fields["image_size"] = image_size
+    if keep_rate is not None:
+        fields["keep_rate"] = keep_rate
+    if plan is None and (keep_rate is not None or fields.get("budget_gmacs")):
+        plan = "selective"
+    return build(model_config(task, name, plan=plan, **fields), rngs=rngs)
