@@ -61,7 +61,7 @@ def test_it_goes_on_to_the_end_with_the_parameters_it_had(workdir, digits_dir, m
     for stage, state in restored.items():
         for name in ("params", "frozen", "ema"):
             jax.tree.map(np.testing.assert_array_equal, state[name], stored[stage][name])
-        moments = jax.tree.leaves(state.opt), jax.tree.leaves(stored[stage]["opt"])
+        moments = jax.tree.leaves(state["opt"]), jax.tree.leaves(stored[stage]["opt"])
         assert len(moments[0]) > 2
         jax.tree.map(np.testing.assert_array_equal, *moments)
 
