@@ -165,6 +165,7 @@ class Predictor:
                 mean=self.task.mean,
                 std=self.task.std,
                 options=self.options,
+                task=self.task_name,
                 class_names=self.class_names,
             ),
             path,
