@@ -19,7 +19,7 @@ from tosa_jax.config import default_config, make_run_config  # noqa: E402
 from tosa_jax.distributed.devices import accelerator  # noqa: E402
 from tosa_jax.distributed.mesh import MeshConfig, make_mesh  # noqa: E402
 from tosa_jax.models import cost  # noqa: E402
-from tosa_jax.models.vit_config import variant_config  # noqa: E402
+from tosa_jax.models.variants import variant_config  # noqa: E402
 from tosa_jax.performance import aot  # noqa: E402
 
 ASSUMED = {

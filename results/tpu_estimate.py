@@ -17,7 +17,7 @@ from jax.sharding import SingleDeviceSharding
 
 from tosa_jax.distributed.devices import versions
 from tosa_jax.models import cost
-from tosa_jax.models.factory import redundant
+from tosa_jax.models.factory import control_config
 from tosa_jax.models.params import set_params, split
 from tosa_jax.models.vit_config import ViTConfig
 from tosa_jax.performance.aot import tpu_devices
@@ -55,7 +55,7 @@ def main() -> None:
         ("dense", None, make()),
         ("tosa", KEEP_RATE, tosa),
         ("tosa, gather='one_hot'", KEEP_RATE, one_hot),
-        ("redundancy at ToSA's multiply-adds", KEEP_RATE, redundant(tosa)),
+        ("redundancy at ToSA's multiply-adds", KEEP_RATE, control_config(tosa, "redundancy")),
     ]
     rows = []
     for name, keep_rate, config in cases:

@@ -15,7 +15,7 @@ from tosa_jax import bench
 from tosa_jax.distributed import memory, timing
 from tosa_jax.errors import DeviceError
 from tosa_jax.models.cost import gmacs
-from tosa_jax.models.vit_config import variant_config
+from tosa_jax.models.variants import variant_config
 from tosa_jax.performance import benchmark, results
 from tosa_jax.performance.candidates import Candidate, candidate, check_fits, networks
 from tosa_jax.tasks import model_config

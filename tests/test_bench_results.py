@@ -9,6 +9,7 @@ from PIL import Image
 
 from tosa_jax import bench
 from tosa_jax.errors import DeviceError
+from tosa_jax.models.method import METHODS
 from tosa_jax.performance import results
 
 
@@ -62,7 +63,7 @@ def test_the_plot_shows_every_record(tmp_path):
     both = {"rows": rows_of(8) + rows_of(16), "device": "1 x cpu"}
     image = np.asarray(Image.open(io.BytesIO(results.plot(both))).convert("RGB")).astype(int)
     assert image.shape[1] > 900
-    for colour in ("#d07030", "#9060a8"):  # ToSA's and that of other frameworks
+    for colour in (METHODS["tosa"].colours[0], "#705030"):  # ToSA's and that of other frameworks
         rgb = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
         assert (abs(image - np.array(rgb)[None, None]).max(axis=2) < 8).sum() > 20
     fewer = results.plot(both | {"rows": rows_of(8)[:2]})

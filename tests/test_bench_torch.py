@@ -16,7 +16,7 @@ from small import SIZES
 from tosa_jax import bench
 from tosa_jax.errors import ConfigError, DeviceError
 from tosa_jax.models import cost
-from tosa_jax.models.vit_config import VARIANTS, variant_config
+from tosa_jax.models.variants import VARIANTS, variant_config
 from tosa_jax.performance import benchmark, torch_baselines
 from tosa_jax.performance.candidates import Candidate
 

@@ -13,7 +13,7 @@ from small import forward, random_images, small_model
 
 from tosa_jax.errors import ConfigError
 from tosa_jax.models.cost import abstract_model
-from tosa_jax.models.methods import LAYER_KINDS
+from tosa_jax.models.method import METHODS, Method, layer_kinds
 from tosa_jax.models.methods.standard import Standard
 from tosa_jax.models.params import get_params, set_params, split
 from tosa_jax.models.token_state import LayerContext, TokenState
@@ -179,7 +179,7 @@ def test_a_new_kind_is_one_class_and_one_entry(monkeypatch):
             tokens, _ = call.run(block, stream.tokens)
             return stream._replace(tokens=(stream.tokens + tokens) / 2)
 
-    monkeypatch.setitem(LAYER_KINDS, "halve", Halve)
+    monkeypatch.setitem(METHODS, "halve", Method(name="halve", kind=Halve))
     images = random_images()
     model = small_model(plan=("standard", "halve", "standard", "halve"))
     dense = small_model()
@@ -190,7 +190,7 @@ def test_a_new_kind_is_one_class_and_one_entry(monkeypatch):
     np.testing.assert_allclose(forward(model, images).tokens, dense.norm(tokens), atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", sorted(LAYER_KINDS))
+@pytest.mark.parametrize("kind", sorted(layer_kinds()))
 def test_no_map_leaves_a_layer(kind, monkeypatch):
     """Whatever flows between layers is linear in the number of tokens."""
     flowing = []
@@ -205,7 +205,7 @@ def test_no_map_leaves_a_layer(kind, monkeypatch):
 
         monkeypatch.setattr(cls, "apply", spy)
 
-    for cls in {LAYER_KINDS["standard"], LAYER_KINDS[kind]}:
+    for cls in {layer_kinds()["standard"], layer_kinds()[kind]}:
         spy_on(cls)
     plan = kind if kind != "standard" else None
     model = abstract_model(small_model(plan=plan, keep_rate=0.5).config)

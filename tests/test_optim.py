@@ -19,7 +19,7 @@ from tosa_jax.models.optim import (
     update_ema,
 )
 from tosa_jax.models.params import get_params
-from tosa_jax.models.vit_config import variant_config
+from tosa_jax.models.variants import variant_config
 
 
 def test_schedule_warms_up_linearly_and_falls_as_a_cosine():

@@ -9,7 +9,7 @@ from golden import pretrained_cases as cases
 from weight_samples import GOLDEN, write
 
 from tosa_jax.models.positions import resample_positions
-from tosa_jax.models.vit_config import variant_config
+from tosa_jax.models.variants import variant_config
 
 LOGITS = np.load(GOLDEN / "pretrained.npz")
 RESAMPLED = np.load(GOLDEN / "torch_resampled.npz")

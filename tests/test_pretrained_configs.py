@@ -9,7 +9,7 @@ import pytest
 from golden.pretrained_cases import hf_names
 from weight_samples import TINY, assert_refused, same, tiny, tiny_weights, write
 
-from tosa_jax.models.vit_config import variant_config
+from tosa_jax.models.variants import variant_config
 from tosa_jax.models.weights.load import load_pretrained, save_weights
 
 

@@ -21,7 +21,7 @@ from weight_samples import (
 )
 
 from tosa_jax.models.params import get_params
-from tosa_jax.models.vit_config import variant_config
+from tosa_jax.models.variants import variant_config
 from tosa_jax.models.weights.load import load_pretrained, save_weights
 from tosa_jax.models.weights.torch_pickle import read_torch_file
 

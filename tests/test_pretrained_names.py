@@ -13,7 +13,7 @@ from small import forward
 from weight_samples import TINY, assert_refused, same, tiny, tiny_weights, write
 
 from tosa_jax.models.params import get_params
-from tosa_jax.models.vit_config import variant_config
+from tosa_jax.models.variants import variant_config
 from tosa_jax.models.weights.load import load_pretrained
 
 

@@ -10,7 +10,7 @@ from tosa_jax.config import profile_range
 from tosa_jax.distributed.preemption import StopRequest
 from tosa_jax.errors import ConfigError
 from tosa_jax.models import cost
-from tosa_jax.models.vit_config import variant_config
+from tosa_jax.models.variants import variant_config
 from tosa_jax.train import loop
 from tosa_jax.train.metric_writer import MetricWriter
 from tosa_jax.train.runner import Runner

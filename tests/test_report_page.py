@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tosa_jax.config import CONTROLS
+from tosa_jax.models.method import METHODS, Method, controls
+from tosa_jax.models.methods.random import Random
 from tosa_jax.reporting import charts as charts
 from tosa_jax.reporting.page import make_page, write_page
-from tosa_jax.reporting.report import MODEL_NAMES
+from tosa_jax.reporting.report import format_table
 
 VOID = {"meta", "img", "br"}
 
@@ -98,8 +99,8 @@ def test_results_configuration_and_versions_are_on_it_escaped():
 
 def test_colours_come_from_the_page():
     drawn = page()
-    assert "var(--series-2)" in drawn and "var(--ink)" in drawn
-    assert not [stand_in for stand_in in (charts.INK, charts.MUTED, "#f0f0f") if stand_in in drawn]
+    assert "var(--series-tosa)" in drawn and "var(--ink)" in drawn
+    assert not [stand_in for stand_in in (charts.INK, charts.MUTED, "#f000") if stand_in in drawn]
     assert "prefers-color-scheme: dark" in drawn
 
 
@@ -113,8 +114,12 @@ def test_fine_tunes_share_a_chart_and_ids_mean_one_thing():
     stages = ("pretrain", "finetune", "finetune_dense", "finetune_random_0.5")
     drawn = page(records=[r for i, stage in enumerate(stages) for r in records(stage, i + 1.0)])
     svgs = ["<svg" + part.partition("</svg>")[0] + "</svg>" for part in drawn.split("<svg")[1:]]
-    losses = [x for x in svgs if "var(--series-1)" in x and "var(--series-3)" in x and "step" in x]
-    assert len(losses) == 1 and "var(--series-2)" in losses[0]
+    losses = [
+        x
+        for x in svgs
+        if "var(--series-dense)" in x and "var(--series-random)" in x and "step" in x
+    ]
+    assert len(losses) == 1 and "var(--series-tosa)" in losses[0]
     clips: dict[str, str] = {}  # ids are the page's: equal ones must mean the same
     for svg in svgs:
         for clip in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}clipPath"):
@@ -125,23 +130,38 @@ def test_fine_tunes_share_a_chart_and_ids_mean_one_thing():
     assert all(name in legend for name in ("ToSA", "dense", "random selection 0.5"))
 
 
-def test_every_control_has_a_name_and_a_colour_of_its_own():
-    networks = {"tosa", *CONTROLS}
-    assert networks == set(charts.SERIES) == set(MODEL_NAMES) - {"dense_pretrained"}
-    style = page().partition("</style>")[0]
-    colours = [re.findall(rf"--series-{i}: (#\w+)", style) for i in charts.SERIES.values()]
+def test_every_method_has_a_name_and_a_colour_of_its_own(monkeypatch):
+    for i in range(len(METHODS), 20):
+        monkeypatch.setitem(METHODS, f"method{i}", Method(name=f"method{i}", kind=Random))
+    drawn = page(records=[r for name in METHODS for r in records(f"finetune_{name}", 1.0)])
+    style = drawn.partition("</style>")[0]
+    colours = [re.findall(rf"--series-{name}: (#[0-9a-f]{{6}});", style) for name in METHODS]
     assert all(len(both) == 2 for both in colours)  # light and dark
-    assert all(len(set(theme)) == len(networks) for theme in zip(*colours, strict=True))
+    assert all(len(set(theme)) == len(METHODS) == 20 for theme in zip(*colours, strict=True))
+    curves = drawn.partition("</style>")[2]
+    assert all(f"var(--series-{name})" in curves for name in METHODS)
+    labels = [METHODS[name].label for name in ("tosa", *controls())]
+    assert len(set(labels)) == len(labels) and "tosa" not in labels
+
+
+def test_a_row_of_another_version_is_drawn_under_its_own_name():
+    rows = [*REPORT["results"], row("from_tomorrow", 0.5, 0.4, 0.9)]
+    stages = {"finetune_x": {"row": "from_tomorrow", "keep_rate": 0.5}}
+    report = REPORT | {"results": rows, "stages": stages}
+    drawn = page(report=report, records=records("finetune_x", 1.0) + records("finetune", 2.0))
+    assert "from_tomorrow 0.5" in " ".join(Outline(drawn).text)
+    assert drawn.partition("</style>")[2].count("var(--muted)") > page().count("var(--muted)")
+    assert format_table(report).splitlines()[-2].startswith("from_tomorrow")
 
 
 def test_a_curve_needs_two_points_and_keeps_its_values():
     assert charts.curves(records("pretrain", 1.0), ["pretrain"], "val/acc1", 100.0) == []
     (curve,) = charts.curves(records("finetune_0.25", 2.0), ["finetune_0.25"], "train/loss", 10.0)
     assert curve.points == [(10, 200.0), (20, 400.0), (30, 600.0)]
-    assert (curve.label, curve.network, curve.budget) == ("ToSA 0.25", "tosa", 0)
+    assert (curve.label, curve.method, curve.budget) == ("ToSA 0.25", "tosa", 0)
     drawn = ElementTree.fromstring(charts.line_chart([curve]))
     path = next(x for x in drawn.iter() if x.get("id", "").startswith("line2d") and len(x)
-                and "series-2" in (x[0].get("style") or ""))  # fmt: skip
+                and "series-tosa" in (x[0].get("style") or ""))  # fmt: skip
     ys = [float(pair.split()[1]) for pair in path[0].get("d").replace("M", "L").split("L")[1:]]
     assert (
         len(ys) == 3 and ys[0] - ys[1] == pytest.approx(ys[1] - ys[2], abs=1e-3) and ys[0] > ys[2]

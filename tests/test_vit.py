@@ -14,7 +14,8 @@ from tosa_jax.models.cost import abstract_model, gmacs, num_params
 from tosa_jax.models.encoder import drop_path_rates
 from tosa_jax.models.layers import DropPath
 from tosa_jax.models.params import get_params, set_params, split
-from tosa_jax.models.vit_config import alternate, variant_config
+from tosa_jax.models.variants import variant_config
+from tosa_jax.models.vit_config import alternate
 from tosa_jax.tasks import create_model
 
 

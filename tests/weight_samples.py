@@ -13,7 +13,7 @@ from golden.pretrained_cases import random_weights, timm_shapes
 
 from tosa_jax.errors import WeightsError
 from tosa_jax.models.params import get_params
-from tosa_jax.models.vit_config import variant_config
+from tosa_jax.models.variants import variant_config
 from tosa_jax.models.weights.load import load_pretrained
 from tosa_jax.tasks import create_model
 

@@ -53,8 +53,9 @@ from etils import epy
 with epy.lazy_api_imports(globals()):
     from tosa_jax.errors import UserError
     from tosa_jax.inference.predictor import Predictor
+    from tosa_jax.models.variants import VARIANTS
     from tosa_jax.models.vit import Output, VisionTransformer
-    from tosa_jax.models.vit_config import VARIANTS, ViTConfig, alternate
+    from tosa_jax.models.vit_config import ViTConfig, alternate
     from tosa_jax.models.weights.load import load_pretrained, save_selectors, save_weights
     from tosa_jax.tasks.depth.dpt import DepthConfig
     from tosa_jax.tasks.predictions import Guess, Prediction

@@ -24,10 +24,10 @@ from tosa_jax.cli import flags
 from tosa_jax.cli.command import run_command
 from tosa_jax.distributed.devices import describe_device, versions
 from tosa_jax.errors import ConfigError
+from tosa_jax.models.method import controls
 from tosa_jax.paths import as_path
 from tosa_jax.performance import results, torch_baselines
 from tosa_jax.performance.benchmark import measure, measure_batch_sizes
-from tosa_jax.performance.candidates import CONTROLS
 from tosa_jax.performance.results import format_records
 
 
@@ -50,7 +50,12 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, lis
     add("--batch_size", type=int, nargs="+", default=[16])
     _add_model_fields(parser)
     add("--train", action="store_true", help="time whole training steps")
-    add("--controls", nargs="+", default=[], help=f"at the same budgets: {', '.join(CONTROLS)}")
+    add(
+        "--controls",
+        nargs="+",
+        default=[],
+        help=f"at the same budgets: {', '.join(controls(timed=True))}",
+    )
     add(
         "--against",
         nargs="+",

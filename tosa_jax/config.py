@@ -16,16 +16,11 @@ import ml_collections
 from tosa_jax.data.pipeline import DataConfig
 from tosa_jax.distributed.mesh import MeshConfig
 from tosa_jax.errors import ConfigError
+from tosa_jax.models.method import MAIN, METHODS, controls
 from tosa_jax.models.optim import SCHEDULES, OptimConfig
 from tosa_jax.models.vit_config import ViTConfig, check, check_choice
 from tosa_jax.tasks import TASKS, model_config
 from tosa_jax.tasks.mixing import MixingConfig
-
-CONTROLS = (
-    "dense", "random", "previous", "skip", "class_attention", "redundancy", "true_map", "worst_bypass"
-)  # fmt: skip
-"""What may stand beside ToSA in the closing table: the values of `eval.controls`. `redundancy` selects in every layer,
-at ToSA's GMACs for each budget. The last two are oracles."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +108,7 @@ class StageConfig:
 class EvalConfig:
     """What the closing evaluation compares. Raises ConfigError for wrong values.
 
-    controls    of `CONTROLS`: each is fine-tuned as long as ToSA, at each budget where it has one.
+    controls    methods (`models.method.controls`), each fine-tuned as long as ToSA, at each budget where it has one.
     keep_rates  budgets, each fine-tuned on its own, unless fine-tuning draws its budgets; empty: those, or the model's.
     """
 
@@ -124,7 +119,7 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         for control in self.controls:
-            check_choice("eval.controls", control, CONTROLS)
+            check_choice("eval.controls", control, controls())
         for rate in self.keep_rates:
             check(0 < rate <= 1, f"eval.keep_rates={rate} is not in (0, 1]")
 
@@ -219,7 +214,7 @@ def default_config(model: str = "vit", task: str = "classification") -> ml_colle
     config.task = {"name": task} | _defaults(TASKS[task].options)
     vit = model_config(task, model)
     variant = {k: v for k, v in dataclasses.asdict(vit).items() if k not in vit.unused}
-    variant |= {"name": model, "plan": "selective", "keep_rate": (0.5,)}
+    variant |= {"name": model, "plan": METHODS[MAIN].plan, "keep_rate": (0.5,)}
     variant |= {name: str(variant[name]) for name in ("dtype", "param_dtype")}
     variant |= {"image_size": vit.image_shape} if vit.resizes else {}
     config.model = variant

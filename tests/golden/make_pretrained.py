@@ -29,7 +29,7 @@ from pretrained_cases import (
 )
 from torch_reference import hf_model, reference
 
-from tosa_jax.models.vit_config import variant_config
+from tosa_jax.models.variants import variant_config
 
 HERE = Path(__file__).parent
 jax.config.update("jax_platforms", "cpu")

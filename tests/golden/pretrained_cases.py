@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from tosa_jax.models.params import set_params, split
-from tosa_jax.models.vit_config import VARIANTS
+from tosa_jax.models.variants import VARIANTS
 from tosa_jax.models.weights.load import load_pretrained
 from tosa_jax.tasks import create_model
 

@@ -18,6 +18,7 @@ from tosa_jax.data.decoding import Preprocess
 from tosa_jax.errors import ConfigError, UserError, WeightsError, WorkdirError
 from tosa_jax.models import cost
 from tosa_jax.models.factory import build
+from tosa_jax.models.method import MAIN, METHODS, is_fitted, method_of
 from tosa_jax.models.params import Params, get_params, set_params, split
 from tosa_jax.models.vit import VisionTransformer
 from tosa_jax.models.vit_config import ViTConfig
@@ -101,9 +102,9 @@ def from_pretrained(
     if class_names is not None:
         fields["num_classes"] = len(class_names)
     if selectors or keep_rate is not None:
-        fields = {"plan": "selective"} | fields
+        fields = {"plan": METHODS[MAIN].plan} | fields
     config = with_keep_rate(model_config(task, name, **fields), keep_rate)
-    if not selectors and "selective" in config.plan:
+    if not selectors and is_fitted(config.plan):
         on_message("no selectors were given: tokens are chosen by the map of the layer before")
     halves = _is_augreg(name)
     return LoadedModel(
@@ -170,7 +171,7 @@ def with_keep_rate(config: ViTConfig, keep_rate: KeepRate) -> ViTConfig:
     """The configuration with another keep rate; None: unchanged. Raises ConfigError if no layer selects tokens."""
     if keep_rate is None:
         return config
-    if set(config.plan) <= {"standard", "skip"}:
+    if not any(method_of(kind).has_budget for kind in config.plan):
         raise ConfigError(
             f"keep_rate={keep_rate} was given, but no layer of this model selects tokens: its plan is all standard"
         )

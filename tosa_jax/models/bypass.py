@@ -12,10 +12,11 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from tosa_jax.models.layers import Block, linear
-from tosa_jax.models.token_state import LayerSpec, TokenGroup
+from tosa_jax.models.token_state import LayerSpec
 from tosa_jax.models.vit_config import ViTConfig
 from tosa_jax.ops.array_types import Tokens
-from tosa_jax.ops.token_matching import sum_groups, with_representatives
+from tosa_jax.ops.reduction import Reduction, pooled
+from tosa_jax.ops.token_matching import with_representatives
 from tosa_jax.ops.token_selection import Selection, complement, gather_tokens, scatter_tokens
 
 Sizes = Float[Array, "b s"] | None
@@ -29,8 +30,8 @@ class Bypass(Protocol):
 
     def open(
         self, block: Block, tokens: Tokens, selection: Selection, sizes: Sizes = None
-    ) -> tuple[Tokens, TokenGroup]:
-        """The selected tokens [b s d] as they enter, and the group; `block` is the first that they go through.
+    ) -> tuple[Tokens, Reduction]:
+        """The selected tokens [b s d] as they enter, and the reduction; `block` is the first that they go through.
 
         tokens  [b n d]; `sizes` [b n], how many tokens each stands for already.
         """
@@ -49,7 +50,7 @@ class Identity(nnx.Module):
 
     def open(self, block, tokens, selection, sizes=None):
         """The selected tokens [b s d] as they are, and a group whose others stay as they were."""
-        return gather_tokens(tokens, selection), TokenGroup(selection, tokens)
+        return gather_tokens(tokens, selection), Reduction(selection, before=tokens)
 
     def macs(self, spec: LayerSpec) -> int:
         """Multiply-adds of the estimate for one example."""
@@ -73,7 +74,7 @@ class LowRank(Identity):
         others = complement(selection)
         missed = gather_tokens(tokens, others)
         moved = missed + self.up(self.down(block.norm1(missed)))
-        group = TokenGroup(selection, scatter_tokens(tokens, moved, others))
+        group = Reduction(selection, before=scatter_tokens(tokens, moved, others))
         return gather_tokens(tokens, selection), group
 
     def macs(self, spec: LayerSpec) -> int:
@@ -97,13 +98,11 @@ class Shared(Identity):
     def open(self, block, tokens, selection, sizes=None):
         if not self.pool:
             entered = gather_tokens(tokens, selection)
-            return entered, TokenGroup(selection, tokens, entered)
+            return entered, Reduction(selection, before=tokens, entered=entered)
         weights = jnp.ones(tokens.shape[:2]) if sizes is None else sizes
-        weights = jax.lax.stop_gradient(weights)[:, :, None]
-        total = sum_groups(weights, selection)
-        entered = sum_groups(tokens * weights.astype(tokens.dtype), selection)
-        entered = entered / total.astype(tokens.dtype)
-        return entered, TokenGroup(selection, tokens, entered, total[:, :, 0])
+        reduction = pooled(selection, jax.lax.stop_gradient(weights))
+        entered = reduction.merge(tokens)
+        return entered, reduction._replace(before=tokens, entered=entered)
 
     def match(self, tokens: Tokens, selection: Selection) -> Selection:
         """The selection with representatives, found by the cosine of the tokens themselves."""

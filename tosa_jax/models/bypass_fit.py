@@ -16,7 +16,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from tosa_jax.models.bypass import LowRank
-from tosa_jax.models.methods.oracles import PredictedBypass
+from tosa_jax.models.methods.selective import SelectiveLayer
+from tosa_jax.models.methods.worst_bypass import PredictedBypass
 from tosa_jax.models.params import Params, get_params, set_params, split
 from tosa_jax.models.vit import VisionTransformer
 from tosa_jax.ops.array_types import Images
@@ -43,7 +44,7 @@ def groups_to_fit(model: VisionTransformer, needs: Callable[[nnx.Module], bool])
 
 
 def _has_low_rank(kind: nnx.Module) -> bool:
-    return isinstance(getattr(kind, "bypass", None), LowRank)
+    return isinstance(kind, SelectiveLayer) and isinstance(kind.bypass, LowRank)
 
 
 def _predicts_misses(kind: nnx.Module) -> bool:

@@ -55,9 +55,5 @@ def training_macs(model: VisionTransformer, *, only_selectors: bool = False) -> 
     What is computed again to save memory does not count.
     """
     forward = macs(model)
-    selectors = sum(
-        kind.selector.macs(model.config.num_tokens)
-        for kind in model.kinds
-        if getattr(kind, "selector", None) is not None
-    )
+    selectors = sum(kind.selector_macs() for kind in model.kinds)
     return forward + 2 * (selectors if only_selectors else forward - selectors)

@@ -17,7 +17,7 @@ from tosa_jax.models.plan import layer_specs
 from tosa_jax.models.token_state import LayerContext, TokenState
 from tosa_jax.models.vit_config import ViTConfig
 
-Gather = Callable[[Params], Params]
+GatherParams = Callable[[Params], Params]
 """Parameters by path, as they are stored -> as a layer computes with them."""
 
 POLICIES: dict[str, Callable | None] = {
@@ -42,13 +42,13 @@ def run_layers(
     *,
     key: jax.Array | None,
     train: bool,
-    gather: Gather | None = None,
+    gather_params: GatherParams | None = None,
 ) -> TokenState:
     """Each layer in turn (`blocks`, `kinds`: NNX lists).
 
     `state.intermediate` gets all tokens [b n d] after each layer that the head reads.
 
-    `gather` gets a layer's parameters at the moment when that layer runs, so that no more than one is whole at a time.
+    `gather_params` gets a layer's parameters when that layer runs, so that no more than one layer is whole at a time.
     """
     rates = drop_path_rates(config)
     for i, (kind, block) in enumerate(zip(kinds, blocks, strict=True)):
@@ -56,11 +56,11 @@ def run_layers(
         layer_key = None if key is None else fold_key(key, i)
 
         def layer(state, layer_key, kind=kind, block=block, after=after, rate=rates[i]):
-            block, kind = _gathered(nnx.List([block, kind]), gather)
+            block, kind = _gathered(nnx.List([block, kind]), gather_params)
             context = LayerContext(after or plain_attention, layer_key, rate, train and rate > 0)
             return kind.apply(block, state, context)
 
-        state = _remat(config, layer, gather)(state, layer_key)
+        state = _remat(config, layer, gather_params)(state, layer_key)
         if i in config.intermediate_layers:
             state = state._replace(
                 intermediate=state.intermediate | {i: kind.restore(state).tokens}
@@ -76,7 +76,7 @@ def run_scanned(
     *,
     key: jax.Array | None,
     train: bool,
-    gather: Gather | None = None,
+    gather_params: GatherParams | None = None,
 ) -> TokenState:
     """One compiled body for all repetitions of the plan's shortest part that repeats.
 
@@ -93,7 +93,7 @@ def run_scanned(
 
     def body(tokens, part):
         state, part_rates, start = part
-        part_blocks, part_kinds = _gathered(nnx.merge(graphdef, state), gather)
+        part_blocks, part_kinds = _gathered(nnx.merge(graphdef, state), gather_params)
         inner = TokenState(tokens)
         for j, (kind, block) in enumerate(zip(part_kinds, part_blocks, strict=True)):
             after = part_kinds[j + 1].needs() if j + 1 < period else None
@@ -103,7 +103,7 @@ def run_scanned(
         return inner.tokens, (inner.selected, inner.scores, inner.aux)
 
     xs = (stacked, rates, jnp.asarray(list(starts), jnp.uint32))
-    tokens, reported = jax.lax.scan(_remat(config, body, gather), state.tokens, xs)
+    tokens, reported = jax.lax.scan(_remat(config, body, gather_params), state.tokens, xs)
     return _gather_reports(state._replace(tokens=tokens), reported, starts)
 
 
@@ -117,7 +117,8 @@ def repeated_part(config: ViTConfig) -> int:
     for period in range(1, config.depth // 2 + 1):
         plan = config.plan[:period] * (config.depth // period)
         same = found[:period] * (config.depth // period)
-        whole = not (found[period - 1].opens and not found[period - 1].closes)
+        end = found[period - 1]
+        whole = end.count_out == config.num_tokens and not (end.opens and not end.closes)
         if plan == config.plan and same == found and whole:
             return period
     raise ConfigError(
@@ -126,10 +127,10 @@ def repeated_part(config: ViTConfig) -> int:
     )
 
 
-def _remat(config: ViTConfig, function: Callable, gather: Gather | None) -> Callable:
+def _remat(config: ViTConfig, function: Callable, gather_params: GatherParams | None) -> Callable:
     if config.remat != "none":
         policy = POLICIES[config.remat]
-    elif gather is not None:
+    elif gather_params is not None:
         policy = _all_but_gathered
     else:
         return function
@@ -141,11 +142,11 @@ def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
     return primitive.name != "sharding_constraint"
 
 
-def _gathered(part: Any, gather: Gather | None) -> Any:
-    if gather is None:
+def _gathered(part: Any, gather_params: GatherParams | None) -> Any:
+    if gather_params is None:
         return part
     graphdef, params = split(part)
-    return set_params(graphdef, gather(params))
+    return set_params(graphdef, gather_params(params))
 
 
 def _part(blocks: Any, kinds: Any, start: int, period: int) -> Any:

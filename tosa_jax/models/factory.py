@@ -6,9 +6,10 @@ import dataclasses
 from flax import nnx
 
 from tosa_jax.errors import ConfigError
+from tosa_jax.models.method import MAIN, METHODS, control_plan
 from tosa_jax.models.params import get_params, set_params, split
 from tosa_jax.models.vit import VisionTransformer
-from tosa_jax.models.vit_config import ViTConfig, alternate
+from tosa_jax.models.vit_config import ViTConfig
 
 MODEL_CLASSES: dict[type[ViTConfig], type[VisionTransformer]] = {ViTConfig: VisionTransformer}
 """The model of each class of configurations; `tasks.registry.register` adds those of tasks."""
@@ -33,7 +34,7 @@ def with_image_size(model: VisionTransformer, size: tuple[int, int]) -> VisionTr
     config = dataclasses.replace(model.config, image_size=size)
     graphdef, _ = split(nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0))))
     resized = set_params(graphdef, get_params(model) | {"pos_embed": positions})
-    resized.gather = model.gather
+    resized.gather_params = model.gather_params
     return resized
 
 
@@ -66,16 +67,19 @@ def with_budget(config: ViTConfig, gmacs: float) -> ViTConfig:
     return dataclasses.replace(config, keep_rate=fitting[place - 1] / config.num_patches)
 
 
-def redundant(config: ViTConfig) -> ViTConfig:
-    """The rival of a network that selects: redundancy in every layer, budgets falling with depth, at most its GMACs.
+def control_config(config: ViTConfig, name: str) -> ViTConfig:
+    """The network of the method `name` that stands beside `config` as a control; for `MAIN` that network itself.
 
-    Raises ConfigError where redundancy cannot save as much.
+    Raises ConfigError where a control that must have as many GMACs cannot save as much.
     """
-    plan = alternate("redundancy", config.depth, period=0)
-    # It has a bypass of its own, and counts that fall from layer to layer cannot be scanned.
-    own = {"bypass": "", "redundancy_weight": 0.0, "scan_layers": False}
-    rival = dataclasses.replace(config, plan=plan, keep_rate=1.0, budget="linear", **own)
-    return with_budget(rival, _gmacs(config))
+    if name == MAIN:
+        return config
+    method = METHODS[name]
+    plan = control_plan(config.plan, name)
+    if not method.equal_gmacs:
+        return dataclasses.replace(config, plan=plan, **method.fields)
+    control = dataclasses.replace(config, plan=plan, keep_rate=1.0, **method.fields)
+    return with_budget(control, _gmacs(config))
 
 
 def _gmacs(config: ViTConfig) -> float:

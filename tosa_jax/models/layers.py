@@ -20,6 +20,9 @@ from tosa_jax.ops.attention import attention
 AttentionFn = Callable[[Heads, Heads, Heads], tuple[Heads, Any]]
 """`(query, key, value) -> (output, summary)`: how an attention runs, and what it reports of its map."""
 
+Between = Callable[[Tokens, Any], tuple[Tokens, Any]]
+"""`(tokens, summary) -> (tokens, summary)` between a block's two branches; the number of tokens may change."""
+
 token_init = nnx.initializers.normal(0.02)
 """How DeiT starts linear weights, tokens and positions."""
 
@@ -106,12 +109,29 @@ class Attention(nnx.Module):
         self.proj = linear(config, config.embed_dim, config.embed_dim, rngs)
 
     def __call__(
-        self, x: Tokens, attention_fn: AttentionFn = plain_attention
+        self,
+        x: Tokens,
+        attention_fn: AttentionFn = plain_attention,
+        key_value: Float[Array, "b k d"] | None = None,
     ) -> tuple[Tokens, Any]:
+        """x [b n d] attends to `key_value` [b k d], or to itself: the result [b n d], and the report."""
         b, n, d = x.shape
+        if key_value is not None:
+            shape = self.num_heads, d // self.num_heads
+            query = self._project(x, 0, d).reshape(b, n, *shape)
+            both = self._project(key_value, d, 3 * d).reshape(b, -1, 2, *shape)
+            out, summary = attention_fn(query, both[:, :, 0], both[:, :, 1])
+            return self.proj(out.reshape(b, n, d)), summary
         qkv = self.qkv(x).reshape(b, n, 3, self.num_heads, d // self.num_heads)
         out, summary = attention_fn(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
         return self.proj(out.reshape(b, n, d)), summary
+
+    def _project(self, x: Tokens, start: int, stop: int) -> Tokens:
+        """Columns [start, stop) of the layer `qkv`."""
+        dtype = self.qkv.dtype
+        out = x.astype(dtype) @ self.qkv.kernel[...][:, start:stop].astype(dtype)
+        bias = self.qkv.bias
+        return out if bias is None else out + bias[...][None, None, start:stop].astype(dtype)
 
 
 class Mlp(nnx.Module):
@@ -147,7 +167,7 @@ class LayerScale(nnx.Module):
 class Block(nnx.Module):
     """A pre-norm transformer layer (Dosovitskiy et al. 2021), tokens [b n d] -> [b n d] and its attention's summary.
 
-    Its branches are public: some methods act between them.
+    Its branches are public; `between` lets a method act between them.
     """
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs) -> None:
@@ -160,10 +180,17 @@ class Block(nnx.Module):
         self.ls2 = LayerScale(config, rngs=rngs) if config.layer_scale else None
 
     def attn_branch(
-        self, x: Tokens, attention_fn: AttentionFn = plain_attention
+        self,
+        x: Tokens,
+        attention_fn: AttentionFn = plain_attention,
+        key_value: Float[Array, "b k d"] | None = None,
     ) -> tuple[Tokens, Any]:
-        """The update [b n d] that attention adds to `x`, and what `attention_fn` reports."""
-        update, summary = self.attn(self.norm1(x), attention_fn)
+        """The update [b n d] that attention adds to `x`, and what `attention_fn` reports.
+
+        Keys and values come from `key_value` [b k d], or from `x` itself.
+        """
+        normed = None if key_value is None else self.norm1(key_value)
+        update, summary = self.attn(self.norm1(x), attention_fn, normed)
         return self.ls1(update) if self.ls1 else update, summary
 
     def mlp_branch(self, x: Tokens) -> Tokens:
@@ -176,9 +203,13 @@ class Block(nnx.Module):
         x: Tokens,
         attention_fn: AttentionFn = plain_attention,
         drop_path: DropPath | None = None,
-    ) -> tuple[Tokens, Any]:
+        between: Between | None = None,
+    ) -> tuple[Float[Array, "b m d"], Any]:
+        """The tokens after the layer, and what `attention_fn` reports; `between` may change both on the way."""
         update, summary = self.attn_branch(x, attention_fn)
         x = x + (drop_path(update, 0) if drop_path else update)
+        if between is not None:
+            x, summary = between(x, summary)
         update = self.mlp_branch(x)
         return x + (drop_path(update, 1) if drop_path else update), summary
 
@@ -186,9 +217,10 @@ class Block(nnx.Module):
         """Multiply-adds for one example of `n` tokens: projections, attention, MLP."""
         return self.attn_macs(n) + self.mlp_macs(n)
 
-    def attn_macs(self, n: int) -> int:
-        """Those of the attention branch."""
-        return 4 * n * self.width**2 + 2 * n**2 * self.width
+    def attn_macs(self, n: int, keys: int | None = None) -> int:
+        """Those of the attention branch, for n queries and as many keys, or `keys`."""
+        k = n if keys is None else keys
+        return 2 * (n + k) * self.width**2 + 2 * n * k * self.width
 
     def mlp_macs(self, n: int) -> int:
         """Those of the MLP branch."""

@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 
-from tosa_jax.models.methods import LAYER_KINDS
+from tosa_jax.models.method import layer_kinds
 from tosa_jax.models.token_state import LayerSpec
 from tosa_jax.models.vit_config import ViTConfig, check, check_choice
-from tosa_jax.ops.token_selection import num_selected
 
 
 def layer_specs(config: ViTConfig) -> tuple[LayerSpec, ...]:
@@ -15,45 +14,34 @@ def layer_specs(config: ViTConfig) -> tuple[LayerSpec, ...]:
     of another length than there are selections, and counts that the kind cannot reach.
     """
     for kind in config.plan:
-        check_choice("a layer kind of the plan", kind, LAYER_KINDS)
+        check_choice("a layer kind of the plan", kind, layer_kinds())
     _check_neighbours(config)
+    kinds = layer_kinds()
     rates = iter(_rates(config, sum(_opens(config, i) for i in range(config.depth))))
-    found, count, n = [], config.num_tokens, config.num_tokens
+    specs, count, count_group = [], config.num_tokens, config.num_tokens
     for layer, name in enumerate(config.plan):
-        kind = LAYER_KINDS[name]
+        if layer == 0 or config.plan[layer - 1] != name:
+            count_group = count
         opens, closes = _opens(config, layer), _closes(config, layer)
-        count_in = count
-        if opens:
-            count = num_selected(
-                config.num_patches, config.num_prefix_tokens, next(rates), config.count_multiple
-            )
-            count = min(count, count_in)
-            if kind.nests:
-                least = kind.least_count(count_in, config.num_prefix_tokens)
-                count = max(count, least) if config.budget == "linear" else count
-                check(count >= least,
-                      f"keep_rate={config.keep_rate} leaves layer {layer} {count} of {count_in} tokens; "
-                      f"{name!r} can bypass every second patch at most and leaves {least}")  # fmt: skip
-                opens = count < count_in
-        found.append(LayerSpec(layer, opens, closes, count_in, count))
-        if closes or not kind.selects:
-            count = n
-    return tuple(found)
+        place = LayerSpec(layer, opens, closes, count_group, count, count, count)
+        specs.append(kinds[name].counted(config, place, next(rates) if opens else None))
+        count = specs[-1].count_out
+    return tuple(specs)
 
 
 def _opens(config: ViTConfig, layer: int) -> bool:
     name = config.plan[layer]
-    kind = LAYER_KINDS[name]
+    kind = layer_kinds()[name]
     return kind.selects and (kind.nests or layer == 0 or config.plan[layer - 1] != name)
 
 
 def _closes(config: ViTConfig, layer: int) -> bool:
     last = layer == config.depth - 1 or config.plan[layer + 1] != config.plan[layer]
-    return LAYER_KINDS[config.plan[layer]].selects and last
+    return layer_kinds()[config.plan[layer]].selects and last
 
 
 def _check_neighbours(config: ViTConfig) -> None:
-    kinds = [LAYER_KINDS[name] for name in config.plan]
+    kinds = [layer_kinds()[name] for name in config.plan]
     check(not kinds[0].selects or kinds[0].nests,
           f"plan starts with {config.plan[0]!r}, which needs a standard layer before it")  # fmt: skip
     for i in range(1, config.depth):
@@ -72,7 +60,7 @@ def _rates(config: ViTConfig, selections: int) -> Sequence[float]:
     if config.budget == "uniform":
         return given * selections
     falling = [1 - (1 - given[0]) * 2 * (i + 1) / (selections + 1) for i in range(selections)]
-    if all(LAYER_KINDS[name].nests for name in config.plan if LAYER_KINDS[name].selects):
+    if all(layer_kinds()[name].nests for name in config.plan if layer_kinds()[name].selects):
         # Where less is asked for than the kind can leave, `layer_specs` takes that.
         return [max(rate, 1 / config.num_patches) for rate in falling]
     check(falling[-1] > 0,

@@ -4,37 +4,20 @@ A method of token reduction is one file in `methods/`: the layer kinds it adds. 
 runs its blocks in the order of a plan, each through the kind that the plan names.
 """
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from flax import nnx
+from jaxtyping import Array, Bool, Float
 
-from tosa_jax.models.layers import AttentionFn, Block, DropPath
+from tosa_jax.errors import ConfigError
+from tosa_jax.models.layers import AttentionFn, Block, DropPath, plain_attention
+from tosa_jax.models.vit_config import ViTConfig
 from tosa_jax.ops.array_types import Indices, PerExample, Scores, Tokens
-from tosa_jax.ops.token_matching import spread_groups
-from tosa_jax.ops.token_selection import Selection, scatter_tokens
-
-
-class TokenGroup(NamedTuple):
-    """A choice in force: layers run on the selected tokens until the group is closed and the others rejoin.
-
-    selection  which tokens were chosen.
-    bypassed   [b n d], all tokens as they were when the group chose; bypassed ones may have moved on by an estimate.
-    entered    [b s d], what the selected ones went in as, where the others share their updates; else None.
-    sizes      [b s], how many tokens each selected one stands for, itself included; None: one.
-    """
-
-    selection: Selection
-    bypassed: Tokens
-    entered: Float[Array, "b s d"] | None = None
-    sizes: Float[Array, "b s"] | None = None
-
-    def close(self, tokens: Float[Array, "b s d"]) -> Tokens:
-        """The full set [b n d] after the selected tokens became `tokens` [b s d]."""
-        if self.entered is None:
-            return scatter_tokens(self.bypassed, tokens, self.selection)
-        return self.bypassed + spread_groups(tokens - self.entered, self.selection)
+from tosa_jax.ops.attention import attention
+from tosa_jax.ops.reduction import Reduction
+from tosa_jax.ops.token_selection import Selection
 
 
 class TokenState(NamedTuple):
@@ -42,7 +25,9 @@ class TokenState(NamedTuple):
 
     tokens    [b n' d], what the next layer runs on; `n' < n` while a group is open.
     summary   what the layer before reports of its attention, because this one needs it.
-    open      the open groups, the outermost first: a later one chose among the tokens that an earlier one selected.
+    persisting  the reductions whose tokens stay fewer until `restored_grid`, the first one first.
+    open      the reductions that end with their group of layers, the outermost first: a later one chose among the
+              tokens that an earlier one left. They come after all that persist.
     selected  int32 [b s] a selection made so far: indices into all n tokens.
     scores    float [b n] a selection made so far: what it chose by; 0 for tokens that it did not see.
     aux       per-example scalars that layers report, by name.
@@ -51,7 +36,8 @@ class TokenState(NamedTuple):
 
     tokens: Tokens
     summary: Any = None
-    open: tuple[TokenGroup, ...] = ()
+    persisting: tuple[Reduction, ...] = ()
+    open: tuple[Reduction, ...] = ()
     selected: tuple[Indices, ...] = ()
     scores: tuple[Scores, ...] = ()
     aux: dict[str, PerExample] = {}
@@ -60,31 +46,62 @@ class TokenState(NamedTuple):
     @property
     def sizes(self) -> Float[Array, "b s"] | None:
         """How many tokens each of `tokens` stands for; None: one."""
-        return self.open[-1].sizes if self.open else None
+        return self._last.sizes if self._last else None
+
+    @property
+    def mask(self) -> Bool[Array, "b s"] | None:
+        """False for those of `tokens` that no attention may read; None: all are read."""
+        return self._last.mask if self._last else None
+
+    @property
+    def _last(self) -> Reduction | None:
+        return (*self.persisting, *self.open)[-1] if self.persisting or self.open else None
 
     def opened(
-        self, tokens: Tokens, group: TokenGroup, scores: Float[Array, "b m"]
+        self, tokens: Tokens, reduction: Reduction, scores: Float[Array, "b m"] | None = None
     ) -> "TokenState":
-        """The state inside `group`, chosen by `scores`, whose selected tokens enter it as `tokens`."""
-        chosen = group.selection.indices
-        if self.open:
-            chosen = jnp.take_along_axis(self.selected[-1], chosen, axis=1)
-        for around in reversed(self.open):
-            seen = jnp.take_along_axis(scores, around.selection.slot, axis=1)
-            scores = jnp.where(around.selection.mask, seen, 0)
-        return self._replace(
-            tokens=tokens,
-            open=(*self.open, group),
-            selected=(*self.selected, chosen),
-            scores=(*self.scores, scores),
-        )
+        """The state after a reduction that ends with its group of layers; the new tokens go on as `tokens`.
+
+        With `scores`, what the choice was made by, it is reported as a selection: every reduction so far must then
+        have a `Selection` as its source.
+        """
+        state = self if scores is None else self._reporting(reduction, scores)
+        return state._replace(tokens=tokens, open=(*self.open, reduction))
+
+    def reduced(
+        self, tokens: Tokens, reduction: Reduction, scores: Float[Array, "b m"] | None = None
+    ) -> "TokenState":
+        """The same for a reduction whose tokens stay fewer, also in the layers of other kinds that follow."""
+        assert not self.open, "a reduction that persists cannot begin inside a group"
+        state = self if scores is None else self._reporting(reduction, scores)
+        return state._replace(tokens=tokens, persisting=(*self.persisting, reduction))
+
+    def _reporting(self, reduction: Reduction, scores: Float[Array, "b m"]) -> "TokenState":
+        """The state that reports a selection, as indices into all n tokens."""
+        sources = [around.source for around in (*self.persisting, *self.open)]
+        assert isinstance(reduction.source, Selection)
+        chosen = reduction.source.indices
+        for source in reversed(sources):
+            assert isinstance(source, Selection)
+            chosen = jnp.take_along_axis(source.indices, chosen, axis=1)
+            seen = jnp.take_along_axis(scores, source.slot, axis=1)
+            scores = jnp.where(source.mask, seen, 0)
+        return self._replace(selected=(*self.selected, chosen), scores=(*self.scores, scores))
 
     def restored(self) -> "TokenState":
-        """The state with every group closed: all n tokens."""
+        """The state with every open reduction ended: as many tokens as the group of layers began with."""
         tokens = self.tokens
-        for group in reversed(self.open):
-            tokens = group.close(tokens)
+        for reduction in reversed(self.open):
+            tokens = reduction.restore(tokens)
         return self._replace(tokens=tokens, open=())
+
+    def restored_grid(self) -> "TokenState":
+        """The state with all n tokens back in their places, whatever persisted."""
+        state = self.restored()
+        tokens = state.tokens
+        for reduction in reversed(self.persisting):
+            tokens = reduction.restore(tokens)
+        return state._replace(tokens=tokens, persisting=())
 
 
 class LayerSpec(NamedTuple):
@@ -92,15 +109,19 @@ class LayerSpec(NamedTuple):
 
     opens      it is the first of a group, and chooses tokens.
     closes     it is the last of a group, after which all tokens rejoin.
+    count_group  tokens that reach the first layer of its group, and rejoin after the last.
     count_in   tokens that reach it.
-    count      tokens that its group selects; `count_in` where nothing is chosen.
+    count      tokens that go on from its choice; `count_in` where nothing is chosen.
+    count_out  tokens that the next layer gets.
     """
 
     layer: int
     opens: bool
     closes: bool
+    count_group: int
     count_in: int
     count: int
+    count_out: int
 
 
 class LayerContext(NamedTuple):
@@ -121,37 +142,81 @@ class LayerContext(NamedTuple):
         """What branches go through, if anything."""
         return DropPath(self.drop_path, self.key) if self.train and self.key is not None else None
 
+    def weighing(
+        self, sizes: Float[Array, "b s"] | None, mask: Bool[Array, "b s"] | None
+    ) -> "LayerContext":
+        """The context in which attention counts a token as often as it stands for others, and leaves masked ones out.
+
+        Raises ConfigError: the next layer reads this one's attention map, which then is not to be had.
+        """
+        if sizes is None and mask is None:
+            return self
+        if self.attention_fn is not plain_attention:
+            raise ConfigError(
+                "the plan has a layer that reads the attention map of merged tokens; put it before the merging ones"
+            )
+        bias = 0.0 if sizes is None else jnp.log(sizes)
+        if mask is not None:
+            bias = jnp.where(mask, bias, jnp.finfo(jnp.float32).min)
+        return self._replace(attention_fn=lambda q, k, v: (attention(q, k, v, bias), None))
+
     def run(self, block: Block, tokens: Tokens) -> tuple[Tokens, Any]:
         """The block on `tokens` [b n d]: the tokens after it, and its summary."""
         return block(tokens, self.attention_fn, self.drop)
 
 
-class LayerKind(Protocol):
+class LayerKind(nnx.Module):
     """One way to run a transformer block. An NNX module: it may hold parameters, a selector for instance.
 
-    Built as `Kind(config, spec, rngs=rngs)` by the network for each layer of its plan, and listed under its name in
-    `methods.LAYER_KINDS`. Class attributes speak of the plan:
+    Built as `Kind(config, spec, rngs=rngs)` by the network for each layer of its plan; a `Method` gives it a name.
+    Class attributes speak of the plan:
 
     selects   the kind chooses tokens: neighbours of the same kind form a group.
     nests     each layer of a group chooses, among what the one before it left; else the group shares one choice.
-    fit_kind  name of the kind that stands in its place while its own parameters are trained.
+    proportional  attention counts a token as often as it stands for others.
     """
 
     selects: bool
     nests: bool
-    fit_kind: str
+    proportional: bool
+    spec: LayerSpec
+
+    def __init__(self, config: ViTConfig, spec: LayerSpec, *, rngs: nnx.Rngs) -> None:
+        self.spec = spec
+
+    @classmethod
+    def counted(cls, config: ViTConfig, spec: LayerSpec, keep_rate: float | None) -> LayerSpec:
+        """`spec` with the token counts of a layer of this kind; all that it does not know are `count_in` there.
+
+        keep_rate  share of the patches to keep; None where the layer chooses nothing.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def build_block(config: ViTConfig, *, rngs: nnx.Rngs) -> Block:
+        """The block under `blocks/<layer>`: the transformer layer that released weights fill."""
+        return Block(config, rngs=rngs)
 
     def block_macs(self, block: Block) -> int:
         """Multiply-adds of the block for one example, on the tokens that this kind runs it on."""
+        raise NotImplementedError
 
     def own_macs(self, block: Block) -> int:
         """Multiply-adds of what the kind does beside it: selector, representatives, estimates."""
+        raise NotImplementedError
+
+    def selector_macs(self) -> int:
+        """Those of them that the selector stage trains: what lies under `kinds/<layer>/selector`."""
+        return 0
 
     def needs(self) -> AttentionFn | None:
         """What the layer before has to report: the attention it must run for that, or None."""
+        raise NotImplementedError
 
     def apply(self, block: Block, state: TokenState, context: LayerContext) -> TokenState:
-        """Run `block` on the tokens this kind chooses."""
+        """The state after `block` ran on the tokens that this kind chooses."""
+        raise NotImplementedError
 
     def restore(self, state: TokenState) -> TokenState:
-        """Bring the state back to the full grid, for dense tasks."""
+        """The state with all n tokens back in their places, for heads that need the grid."""
+        raise NotImplementedError

@@ -8,15 +8,14 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from tosa_jax.errors import ConfigError
-from tosa_jax.models.encoder import Gather, run_layers, run_scanned
+from tosa_jax.models.encoder import GatherParams, run_layers, run_scanned
 from tosa_jax.models.layers import (
-    Block,
     PatchEmbed,
     layer_norm,
     linear,
     token_init,
 )
-from tosa_jax.models.methods import LAYER_KINDS
+from tosa_jax.models.method import check_key, layer_kinds
 from tosa_jax.models.plan import layer_specs
 from tosa_jax.models.token_state import TokenState
 from tosa_jax.models.vit_config import ViTConfig
@@ -61,7 +60,9 @@ class VisionTransformer(nnx.Module):
     """
 
     config_class: ClassVar[type[ViTConfig]] = ViTConfig
-    gather: Gather | None = None  # what each layer's parameters go through when the layer runs
+    gather_params: GatherParams | None = (
+        None  # what each layer's parameters go through when the layer runs
+    )
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
@@ -75,12 +76,11 @@ class VisionTransformer(nnx.Module):
             self.reg_token = nnx.Param(init(rngs.params(), shape, dtype))
         self.pos_embed = nnx.Param(init(rngs.params(), (1, positions, config.embed_dim), dtype))
         self.patch_embed = PatchEmbed(config, rngs=rngs)
-        self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.depth)])
+        specs, kinds = layer_specs(config), layer_kinds()
+        self.blocks = nnx.List(kinds[name].build_block(config, rngs=rngs) for name in config.plan)
         self.kinds = nnx.List(
-            [
-                LAYER_KINDS[kind](config, spec, rngs=rngs)
-                for kind, spec in zip(config.plan, layer_specs(config), strict=True)
-            ]
+            kinds[name](config, spec, rngs=rngs)
+            for name, spec in zip(config.plan, specs, strict=True)
         )
         if config.global_pool == "avg":
             self.fc_norm = layer_norm(config, rngs)
@@ -144,9 +144,10 @@ class VisionTransformer(nnx.Module):
 
     def layers(self, tokens: Tokens, *, key: jax.Array | None, train: bool) -> TokenState:
         """Runs the plan on tokens [b n d]."""
+        check_key(self.config.plan, key)
         run = run_scanned if self.config.scan_layers else run_layers
         parts = self.config, self.blocks, self.kinds, TokenState(tokens)
-        return run(*parts, key=key, train=train, gather=self.gather)
+        return run(*parts, key=key, train=train, gather_params=self.gather_params)
 
     def classify(self, tokens: Tokens) -> Float[Array, "b c"]:
         """Logits of `Output.tokens` [b n d]."""

@@ -13,15 +13,16 @@
 `Float` is any floating dtype: which one is said by `dtype` (compute) and `param_dtype` (storage).
 """
 
-from jaxtyping import Array, Bool, Float, Int32, UInt8
+from jaxtyping import Array, Float, Int32, UInt8
 
 Images = Float[Array, "b height width c"]
 RawImages = UInt8[Array, "b height width c"]
 Tokens = Float[Array, "b n d"]
 Heads = Float[Array, "b n h dh"]
+Queries = Float[Array, "b q h dh"]
+Keys = Float[Array, "b k h dh"]  # and values
 AttnLogits = Float[Array, "b h q k"]
 AttnMap = Float[Array, "b h q k"]
 Scores = Float[Array, "b n"]
 Indices = Int32[Array, "b s"]
-TokenMask = Bool[Array, "b n"]
 PerExample = Float[Array, " b"]

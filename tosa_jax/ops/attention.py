@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from tosa_jax.ops.array_types import AttnLogits, AttnMap, Heads, PerExample, Scores
+from tosa_jax.ops.array_types import AttnLogits, AttnMap, Keys, PerExample, Queries, Scores
 
 
 def pool_heads(values: Float[Array, "b h n"], how: str) -> Scores:
@@ -25,8 +25,8 @@ def column_sums(attn_map: AttnMap) -> Float[Array, "b h k"]:
 
 
 def attention(
-    query: Heads, key: Heads, value: Heads, key_bias: Float[Array, "b k"] | None = None
-) -> Heads:
+    query: Queries, key: Keys, value: Keys, key_bias: Float[Array, "b k"] | None = None
+) -> Queries:
     """Softmax attention whose map nobody reads; logits and softmax in float32.
 
     `key_bias` is added to every logit of a key. Half-precision inputs without it go through cuDNN's fused attention
@@ -52,21 +52,21 @@ def _has_cuda() -> bool:
         return False
 
 
-def attention_logits(query: Float[Array, "b q h dh"], key: Float[Array, "b k h dh"]) -> AttnLogits:
+def attention_logits(query: Queries, key: Keys) -> AttnLogits:
     """Scaled attention logits `q k^T / sqrt(dh)` in float32."""
     scale = query.shape[-1] ** -0.5
     return jnp.einsum("bqhc,bkhc->bhqk", query * scale, key, preferred_element_type=jnp.float32)
 
 
 def walk_map(
-    query: Heads,
-    key: Heads,
-    value: Heads,
+    query: Queries,
+    key: Keys,
+    value: Keys,
     summarise: Callable[[AttnLogits, AttnMap, Any], PyTree],
     *,
     rows: PyTree = None,
     chunk: int | None = None,
-) -> tuple[Heads, PyTree]:
+) -> tuple[Queries, PyTree]:
     """Exact attention, and a sum over its map, without the map ever leaving this function.
 
     The walk goes over query rows in chunks. `summarise(logits, attn_map, rows)` sees the float32 logits and map

@@ -8,13 +8,16 @@ import numpy as np
 
 from tosa_jax.distributed.timing import interleaved_seconds
 from tosa_jax.errors import DeviceError
-from tosa_jax.models import cost
+from tosa_jax.models import cost, method
 from tosa_jax.models.vit_config import check, check_choice
 from tosa_jax.performance import torch_baselines
-from tosa_jax.performance.candidates import CONTROLS, Candidate, candidate, networks
+from tosa_jax.performance.candidates import Candidate, candidate, networks
 from tosa_jax.tasks import model_config
 
 Record = dict[str, Any]
+
+OVERHEAD_REFERENCE = "random"
+"""The control whose layers run as ToSA's do, without a selector."""
 
 
 def measure(
@@ -32,7 +35,7 @@ def measure(
 ) -> list[Record]:
     """Measures one batch size. Records: dense, ToSA and each control at each keep rate, PyTorch baselines.
 
-    controls       of `CONTROLS`; `skip` has no keep rate and takes part once; `redundancy` gets ToSA's GMACs.
+    controls       names of methods that a benchmark times (`models.method.controls`).
     against        of `torch_baselines.LIBRARIES`: the dense model in PyTorch, in the same rounds on the same device.
     torch_compile  mode of `torch.compile` on a GPU, one of `torch_baselines.MODES`.
     fields         of `ViTConfig`. Weights are stored in float32 for training, and else in `dtype`, unless
@@ -47,8 +50,9 @@ def measure(
     """
     check(batch_size >= 1, f"--batch_size={batch_size} must be at least 1")
     check(rounds >= 1, f"--rounds={rounds} must be at least 1")
+    timed_controls = method.controls(timed=True)
     for name in controls:
-        check_choice("--controls", name, CONTROLS)
+        check_choice("--controls", name, timed_controls)
     against = torch_baselines.check_arguments(against, task, torch_compile)
     fields = {"param_dtype": fields.get("dtype", "float32") if not train else "float32"} | fields
     make_config = functools.partial(model_config, task, model, **fields)
@@ -105,7 +109,7 @@ def make_records(
 
 def add_selector_overhead(records: list[Record]) -> list[Record]:
     """Adds `selector_overhead` to all records if the control `random` is among them; None for all but ToSA."""
-    drawn = {r["keep_rate"]: r["ms"] for r in records if r["name"] == "random"}
+    drawn = {r["keep_rate"]: r["ms"] for r in records if r["name"] == OVERHEAD_REFERENCE}
     if not drawn:
         return records
     dense_ms = records[0]["ms"]
@@ -113,7 +117,7 @@ def add_selector_overhead(records: list[Record]) -> list[Record]:
         r
         | {
             "selector_overhead": (r["ms"] - drawn[r["keep_rate"]]) / dense_ms
-            if r["name"] == "tosa"
+            if r["name"] == method.MAIN
             else None
         }
         for r in records

@@ -13,7 +13,8 @@ from flax import nnx
 
 from tosa_jax.distributed import memory
 from tosa_jax.models import cost
-from tosa_jax.models.factory import build, redundant
+from tosa_jax.models.factory import build, control_config
+from tosa_jax.models.method import DENSE, MAIN, METHODS
 from tosa_jax.models.optim import OptimConfig, make_optimizer
 from tosa_jax.models.params import set_params, split
 from tosa_jax.models.vit import Output
@@ -21,33 +22,25 @@ from tosa_jax.models.vit_config import ViTConfig
 from tosa_jax.tasks.depth.errors import silog
 from tosa_jax.tasks.losses import smoothed_targets, soft_cross_entropy
 
-CONTROLS = ("random", "previous", "class_attention", "redundancy", "skip")
-"""Layer kinds that may stand beside ToSA. `random` runs the fused attention and no selector; `redundancy` selects in
-every layer, without a map."""
-
 
 def networks(
-    make_config: Callable[..., ViTConfig], keep_rates: Sequence[float], controls: Sequence[str]
+    make_config: Callable[..., ViTConfig], keep_rates: Sequence[float], names: Sequence[str]
 ) -> Iterator[tuple[str, float | None, ViTConfig]]:
-    """Name, keep rate and network: dense, then ToSA and each control at each keep rate, `skip` once.
+    """Name, keep rate and network: dense, then ToSA and each control in `names` at each keep rate.
 
-    At a keep rate `redundancy` gets the GMACs that ToSA has there.
+    A control whose cost does not depend on a keep rate takes part once, with None.
     """
-    yield "dense", None, make_config()
-    for name in dict.fromkeys(["tosa", *controls]):
-        for rate in keep_rates if name != "skip" else [None]:
+    yield DENSE, None, make_config()
+    for name in dict.fromkeys([MAIN, *names]):
+        for rate in keep_rates if METHODS[name].has_budget else [None]:
             budget = {} if rate is None else {"keep_rate": rate}
-            if name == "redundancy":
-                yield name, rate, redundant(make_config(plan="selective", **budget))
-            else:
-                plan = "selective" if name == "tosa" else name
-                yield name, rate, make_config(plan=plan, **budget)
+            yield name, rate, control_config(make_config(plan=METHODS[MAIN].plan, **budget), name)
 
 
 class Candidate(NamedTuple):
     """One of the models that the benchmark times.
 
-    name        in the records: "dense", "tosa", a control, or the library of a baseline.
+    name        in the records: a method's, or the library of a baseline.
     keep_rate   None if it selects no tokens.
     config      the model's configuration, from which its multiply-adds are computed.
     run         starts one pass over a batch; its result may still be computing.

@@ -5,19 +5,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tosa_jax.models.method import DENSE, MAIN
 from tosa_jax.paths import AnyPath, write_atomically
+from tosa_jax.reporting import series
 
-_COLOURS = {
-    "dense": "#303030",
-    "tosa": "#d07030",
-    "random": "#4878a8",
-    "previous": "#70a060",
-    "class_attention": "#c050a0",
-    "redundancy": "#208080",
-    "skip": "#b09020",
-    "timm": "#9060a8",
-    "transformers": "#c05070",
-}
+_LIBRARY_COLOURS = {"timm": "#705030", "transformers": "#303030"}
 _MARKERS = "osD^vP*X"
 
 
@@ -133,14 +125,14 @@ def plot(result: Mapping[str, Any]) -> bytes:
             points = sorted(of_name, key=lambda r: r["gmacs"])
             style = {
                 "marker": _MARKERS[i % len(_MARKERS)],
-                "color": _COLOURS[name],
-                "markerfacecolor": None if name in ("dense", "tosa") else "none",
+                "color": (series.colours(name) or (_LIBRARY_COLOURS.get(name, "#909090"),))[0],
+                "markerfacecolor": None if name in (DENSE, MAIN) else "none",
                 "label": f"{name}, batch {batch_size}",
             }
             gmacs = [r["gmacs"] for r in points]
             faster.plot(gmacs, [r["speedup"] for r in points], **style)
             rate.plot(gmacs, [r["img_per_sec"] for r in points], **style)
-    costs = sorted({r["gmacs"] for r in rows if r["name"] != "skip"})
+    costs = sorted({r["gmacs"] for r in rows if r["keep_rate"] is not None or r["name"] == DENSE})
     ideal = [rows[0]["gmacs"] / gmacs for gmacs in costs]
     faster.plot(costs, ideal, ":", color="#909090", label="every saved multiply-add")
     faster.set_ylabel("speed-up over dense")

@@ -7,16 +7,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from tosa_jax.models.method import DENSE, MAIN, METHODS
 from tosa_jax.paths import AnyPath
-from tosa_jax.reporting.report import MODEL_NAMES
+from tosa_jax.reporting.series import css_colour, short_label
 
 INK, MUTED, RULE = "#010101", "#020202", "#030303"
-"""Representatives that `_themed` replaces by the page's own colours, like those of the series below."""
-SERIES = {
-    "dense": 1, "tosa": 2, "random": 3, "previous": 4, "skip": 5, "class_attention": 6, "true_map": 7,
-    "worst_bypass": 8, "redundancy": 9,
-}  # fmt: skip
-"""Network -> number of its colour `--series-<number>`."""
+"""Placeholders that `_svg` replaces by the page's own colours, as it does those of `_colour`."""
 _DASHES = ("-", "--", ":", "-.")  # budgets of one network, in order
 
 
@@ -24,13 +20,13 @@ class Curve(NamedTuple):
     """One line of a chart.
 
     label    text of the legend.
-    network  name of the model, which decides the colour.
+    method   name of the method, which decides the colour.
     budget   index of its keep rate among those of the model, which decides the dashes.
     points   pairs (step, value).
     """
 
     label: str
-    network: str
+    method: str
     budget: int
     points: list[tuple[float, float]]
 
@@ -59,36 +55,49 @@ def stage_groups(stages: Sequence[str]) -> dict[str, list[str]]:
     return groups
 
 
-def stage_network(stage: str) -> tuple[str, str]:
-    """The model that a stage trains, and its keep rate: "finetune_random_0.5" -> ("random", "0.5").
+def stage_method(stage: str, facts: Mapping[str, Any] | None = None) -> tuple[str, str]:
+    """The method that a stage trains, and its keep rate as text, from the stage's facts in `report.json`.
 
-    >>> stage_network("finetune"), stage_network("finetune_0.25"), stage_network("pretrain")
-    (('tosa', ''), ('tosa', '0.25'), ('dense', ''))
-    >>> stage_network("finetune_true_map"), stage_network("finetune_true_map_0.5")
-    (('true_map', ''), ('true_map', '0.5'))
+    Reports of older versions do not say; there it is read from the stage's name.
+
+    >>> stage_method("finetune_0.25", {"row": "tosa", "keep_rate": 0.25})
+    ('tosa', '0.25')
+    >>> stage_method("finetune_random_0.5"), stage_method("pretrain")
+    (('random', '0.5'), ('dense', ''))
     """
+    if facts and "row" in facts:
+        rate = facts.get("keep_rate")
+        # The fine-tune of the main network at its main budget is named by neither.
+        return facts["row"], "" if rate is None or stage == "finetune" else str(rate)
     kind, _, rest = stage.partition("_")
     if kind != "finetune":
-        return "tosa" if kind == "selector" else "dense", ""
-    if rest in SERIES:
+        return MAIN if kind == "selector" else DENSE, ""
+    if rest in METHODS:
         return rest, ""
     name, _, budget = rest.rpartition("_")
-    return (name, budget) if name in SERIES else ("tosa", rest)
+    return (name, budget) if name in METHODS else (MAIN, rest)
 
 
 def curves(
-    records: Sequence[Mapping[str, Any]], stages: Sequence[str], metric: str, factor: float = 1.0
+    records: Sequence[Mapping[str, Any]],
+    stages: Sequence[str],
+    metric: str,
+    factor: float = 1.0,
+    facts: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[Curve]:
-    """A metric of each stage over steps, times `factor`; [] if no stage has two points."""
+    """A metric of each stage over steps, times `factor`; [] if no stage has two points.
+
+    facts  the facts of the stages by name, as in `report.json`.
+    """
     found, budgets = [], dict[str, int]()
     for stage in stages:
-        network, budget = stage_network(stage)
-        number = budgets[network] = budgets.get(network, -1) + 1
+        method, budget = stage_method(stage, (facts or {}).get(stage))
+        number = budgets[method] = budgets.get(method, -1) + 1
         own = [r for r in records if r["stage"] == stage and r.get(metric) is not None]
         points = [(r["step"], r[metric] * factor) for r in own]
-        label = MODEL_NAMES.get(network, network).partition(",")[0]
         if points:
-            found.append(Curve(f"{label} {budget}".strip(), network, number, points))
+            label = f"{short_label(method)} {budget}".strip()
+            found.append(Curve(label, method, number, points))
     return found if any(len(curve.points) > 1 for curve in found) else []
 
 
@@ -103,7 +112,7 @@ def line_chart(lines: Sequence[Curve], *, log: bool = False) -> str:
             few = len(line.points) <= 12
             axes.plot(
                 *zip(*line.points, strict=True),
-                color=_colour(line.network),
+                color=_colour(line.method),
                 linestyle=_DASHES[line.budget % len(_DASHES)],
                 marker="o" if few else None,
                 label=line.label,
@@ -116,7 +125,7 @@ def line_chart(lines: Sequence[Curve], *, log: bool = False) -> str:
 
 
 def scatter_chart(points: Sequence[tuple[float, float, str, str]], *, ylabel: str) -> str:
-    """Quality against cost as an `<svg>`. Points are (share of the dense multiply-adds, quality, model, text)."""
+    """Quality against cost as an `<svg>`. Points are (share of the dense multiply-adds, quality, method, text)."""
     from matplotlib.figure import Figure
 
     with _style():
@@ -125,8 +134,8 @@ def scatter_chart(points: Sequence[tuple[float, float, str, str]], *, ylabel: st
         placed: list[tuple[float, float]] = []
         ys = [y for _, y, _, _ in points]
         height = (max(ys) - min(ys)) or 1.0
-        for x, y, network, text in sorted(points, key=lambda p: -p[1]):
-            axes.plot([x], [y], "o", color=_colour(network), markersize=8)
+        for x, y, method, text in sorted(points, key=lambda p: -p[1]):
+            axes.plot([x], [y], "o", color=_colour(method), markersize=8)
             close = sum(abs(x - a) < 0.1 and abs(y - b) < 0.09 * height for a, b in placed)
             placed.append((x, y))
             axes.annotate(
@@ -173,8 +182,9 @@ def _tidy(axes: Any) -> None:
     axes.tick_params(length=0)
 
 
-def _colour(network: str) -> str:
-    return f"#f0f0f{SERIES[network]}"
+def _colour(method: str) -> str:
+    """A colour that matplotlib accepts and `_svg` replaces by the page's."""
+    return f"#f0{list(METHODS).index(method):04x}" if method in METHODS else MUTED
 
 
 def _svg(figure: Any) -> str:
@@ -185,7 +195,9 @@ def _svg(figure: Any) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     for name, value in {"ink": INK, "muted": MUTED, "rule": RULE}.items():
         text = text.replace(value, f"var(--{name})")
-    return re.sub(r"#f0f0f(\d)", r"var(--series-\1)", text).strip()
+    for name in METHODS:
+        text = text.replace(_colour(name), css_colour(name))
+    return text.strip()
 
 
 def is_number(value: Any) -> bool:

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from tosa_jax.models.method import DENSE, MAIN
 from tosa_jax.paths import AnyPath, as_path, write_atomically
-from tosa_jax.reporting import charts
-from tosa_jax.reporting.report import MODEL_NAMES, format_seconds, table_columns
+from tosa_jax.reporting import charts, series
+from tosa_jax.reporting.report import format_seconds, table_columns
 
 _GROUPS = {
     "pretrain": ("Pretraining", "The dense network, from random weights."),
@@ -57,12 +58,15 @@ def make_page(
     records  the records of `metrics.jsonl`.
     picture  the PNG of selected tokens; None: no such section.
     """
-    css = importlib.resources.files("tosa_jax.reporting").joinpath("page.css").read_text()
+    css = (
+        importlib.resources.files("tosa_jax.reporting").joinpath("page.css").read_text()
+        + series.css()
+    )
     parts = [
         _head(name, report),
         _results(report),
         _tokens(picture),
-        _curves(records),
+        _curves(records, report.get("stages") or {}),
         _stages(report),
     ]
     body = "\n".join(filter(None, [*parts, _settings(report)]))
@@ -105,7 +109,7 @@ def _results(report: Mapping[str, Any]) -> str:
     titles, *cells = zip(*columns, strict=True)
     lines = [_row("th", titles)]
     for row, values in zip(rows, cells, strict=True):
-        lines.append(_row("td", values, ' class="tosa"' if row["name"] == "tosa" else ""))
+        lines.append(_row("td", values, ' class="tosa"' if row["name"] == MAIN else ""))
     splits = dict.fromkeys((row.get("split"), row.get("count")) for row in rows)
     note = "; ".join(f"split {split}, {count} examples" for split, count in splits)
     note += (
@@ -123,8 +127,9 @@ def _row(tag: str, cells: Sequence[str], attributes: str = "") -> str:
 
 def _cost_chart(rows: Sequence[Mapping[str, Any]]) -> str:
     """A chart of quality against cost, if both are known for at least two models."""
-    dense = next((r["gmacs"] for r in rows if r["name"] == "dense"), None)
-    dense = dense or next((r["gmacs"] for r in rows if r["name"] == "dense_pretrained"), None)
+    pretrained = f"{DENSE}{series.PRETRAINED}"
+    dense = next((r["gmacs"] for r in rows if r["name"] == DENSE), None)
+    dense = dense or next((r["gmacs"] for r in rows if r["name"] == pretrained), None)
     metric = headline([f"val/{name}" for row in rows for name in row.get("metrics") or {}])
     if not dense or metric is None:
         return ""
@@ -132,14 +137,14 @@ def _cost_chart(rows: Sequence[Mapping[str, Any]]) -> str:
     points = []
     for row in rows:
         value = (row.get("metrics") or {}).get(key)
-        if row["name"] == "dense_pretrained" and any(r["name"] == "dense" for r in rows):
+        if row["name"] == pretrained and any(r["name"] == "dense" for r in rows):
             continue
         if value is not None and row.get("gmacs"):
-            text = MODEL_NAMES.get(row["name"], row["name"]).partition(",")[0]
+            text = series.short_label(row["name"])
             rate = row.get("keep_rate")
             text += f" {rate:g}" if charts.is_number(rate) else ""
-            network = row["name"].removesuffix("_pretrained")
-            points.append((row["gmacs"] / dense, value * factor, network, text))
+            method = series.method_name(row["name"])
+            points.append((row["gmacs"] / dense, value * factor, method, text))
     if len(points) < 2:
         return ""
     label = metric_title(metric)
@@ -158,7 +163,7 @@ def _tokens(picture: bytes | None) -> str:
     )
 
 
-def _curves(records: Sequence[Mapping[str, Any]]) -> str:
+def _curves(records: Sequence[Mapping[str, Any]], facts: Mapping[str, Mapping[str, Any]]) -> str:
     sections = []
     for group, stages in charts.stage_groups([r["stage"] for r in records]).items():
         title, text = _GROUPS.get(group, (group, ""))
@@ -174,7 +179,7 @@ def _curves(records: Sequence[Mapping[str, Any]]) -> str:
         ]
         figures, seen = [], []
         for name, heading, factor, log in panels:
-            if lines := charts.curves(own, stages, name, factor):
+            if lines := charts.curves(own, stages, name, factor, facts):
                 chart = charts.line_chart(lines, log=log)
                 figures.append(f'<figure class="card"><h3>{escape(heading)}</h3>{chart}</figure>')
                 seen += lines
@@ -214,7 +219,7 @@ def _legend(lines: Sequence[charts.Curve]) -> str:
     dashes = ("", "6 4", "2 3", "7 3 2 3")
     items = "".join(
         f'<span><svg viewBox="0 0 28 10" aria-hidden="true"><path d="M1 5H27" stroke-width="2.5" '
-        f'stroke="var(--series-{charts.SERIES[line.network]})" '
+        f'stroke="{series.css_colour(line.method)}" '
         f'stroke-dasharray="{dashes[line.budget % len(dashes)]}"/></svg>{escape(label)}</span>'
         for label, line in unique.items()
     )

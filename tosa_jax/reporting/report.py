@@ -7,21 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tosa_jax.errors import WorkdirError
+from tosa_jax.models.method import DENSE
 from tosa_jax.paths import as_path, write_atomically
+from tosa_jax.reporting.series import PRETRAINED, row_label, row_order
 
-# Names in the file and for people, in the order of the table.
-MODEL_NAMES = {
-    "dense_pretrained": "dense, as pretrained",
-    "dense": "dense, fine-tuned as long",
-    "tosa": "ToSA",
-    "random": "random selection",
-    "previous": "previous layer's map",
-    "class_attention": "class token's attention",
-    "redundancy": "redundancy, every layer",
-    "true_map": "oracle: the true next map",
-    "worst_bypass": "oracle: what the bypass misses",
-    "skip": "selective layers skipped",
-}
 _TABLE_WIDTH = 100
 _GAP = "  "
 
@@ -92,9 +81,8 @@ def table_columns(
 
 def _order(row: Mapping[str, Any]) -> tuple:
     """Sort key: dense first, then by falling keep rate; within a keep rate ToSA and its controls."""
-    names = list(MODEL_NAMES)
-    place = names.index(row["name"]) if row["name"] in names else len(names)
-    if place < 2:
+    place = row_order(row["name"])
+    if place[0] == 0:
         return 0, 0.0, place
     rate = row.get("keep_rate")
     if isinstance(rate, Sequence):
@@ -107,7 +95,7 @@ def _columns(
 ) -> tuple[list[list[str]], list[str]]:
     """The columns of cells, each with its title first, and the names of the metrics that do not fit into `width`."""
     splits = {row.get("split") for row in rows}
-    names = [MODEL_NAMES.get(row["name"], row["name"]) for row in rows]
+    names = [row_label(row["name"]) for row in rows]
     if len(splits) > 1:
         names = [f"{name} ({row.get('split')})" for name, row in zip(names, rows, strict=True)]
     gmacs = [row.get("gmacs") for row in rows]
@@ -154,7 +142,7 @@ def _keep_rate(rate: float | Sequence[float] | None) -> str:
 def _ratios(rows: Sequence[Mapping[str, Any]], key: str, spec: str, unit: str = "") -> list[str]:
     """Each row's value divided by the dense model's; "-" if one of them is unknown."""
     dense = {row["name"]: row[key] for row in rows if row.get(key)}
-    reference = dense.get("dense", dense.get("dense_pretrained"))
+    reference = dense.get(DENSE, dense.get(f"{DENSE}{PRETRAINED}"))
     if reference is None:
         return ["-"] * len(rows)
     cells = [_number(row.get(key), spec, 1 / reference) for row in rows]

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tosa_jax.models.factory import MODEL_CLASSES, build, with_budget
+from tosa_jax.models.method import MAIN, METHODS
+from tosa_jax.models.variants import variant_config
 from tosa_jax.models.vit import VisionTransformer
-from tosa_jax.models.vit_config import ViTConfig, check_choice, variant_config
+from tosa_jax.models.vit_config import ViTConfig, check_choice
 from tosa_jax.tasks.task import Task
 
 TASKS: dict[str, type[Task]] = {}
@@ -75,5 +77,5 @@ def create_model(
     if keep_rate is not None:
         fields["keep_rate"] = keep_rate
     if plan is None and (keep_rate is not None or fields.get("budget_gmacs")):
-        plan = "selective"
+        plan = METHODS[MAIN].plan
     return build(model_config(task, name, plan=plan, **fields), rngs=rngs)

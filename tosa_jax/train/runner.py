@@ -23,11 +23,12 @@ from tosa_jax.distributed.preemption import StopRequest, catch_signals
 from tosa_jax.errors import ConfigError
 from tosa_jax.models import cost
 from tosa_jax.models.bypass_fit import fit_bypass
-from tosa_jax.models.factory import build
+from tosa_jax.models.factory import build, control_config
+from tosa_jax.models.method import DENSE, MAIN
 from tosa_jax.models.optim import HEAD, learning_rate, make_optimizer, split_trainable
 from tosa_jax.models.params import Params, get_params, set_params, split
 from tosa_jax.models.plan import layer_specs
-from tosa_jax.models.vit_config import ViTConfig, with_plan
+from tosa_jax.models.vit_config import ViTConfig
 from tosa_jax.models.weights.load import load_pretrained, save_selectors
 from tosa_jax.paths import AnyPath
 from tosa_jax.reporting import figures, page, report
@@ -115,7 +116,7 @@ class Runner:
                     f"config.{stage.kind}.distill_weight={config.distill_weight} needs a trained dense network: "
                     "init_from has no head for this task, and there is no pretrain stage"
                 )
-            dense = with_plan(self.run.model, "standard")
+            dense = control_config(self.run.model, DENSE)
             teacher, names = split(cost.abstract_model(dense))
             macs += cost.macs(cost.abstract_model(dense))
             teacher_params = {name: self.networks[self.trunk][name] for name in names}
@@ -183,7 +184,7 @@ class Runner:
             state, facts = train_stage(
                 stage_run, self.run, self.mesh, checkpoints, writer, self.stop
             )
-        self.facts[stage.name] = facts
+        self.facts[stage.name] = facts | {"row": stage.row, "keep_rate": _plain(stage.keep_rate)}
         self.networks[stage.name] = self.networks[stage.start] | trained_params(state)
         if stage.kind == "selector":
             self.fit_and_save(stage)
@@ -234,7 +235,7 @@ class Runner:
 
     def draw(self, rows: list[Row], writer: MetricWriter) -> None:
         """Writes the figures of what ToSA, or else the last row, makes of the first test images."""
-        row = next((row for row in rows if row.name == "tosa"), rows[-1])
+        row = next((row for row in rows if row.name == MAIN), rows[-1])
         if (draw := self.drawer(row.model)) is None:
             return
         drawn = draw(self.candidate(row)[1])

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 from tosa_jax.config import RunConfig, StageConfig
 from tosa_jax.errors import ConfigError
-from tosa_jax.models.factory import redundant
-from tosa_jax.models.methods import LAYER_KINDS
-from tosa_jax.models.vit_config import ViTConfig, with_plan
+from tosa_jax.models.factory import control_config
+from tosa_jax.models.method import DENSE, MAIN, METHODS, fitting_plan, is_fitted
+from tosa_jax.models.vit_config import ViTConfig
 from tosa_jax.tasks import TASKS
 
-BUDGETLESS = ("dense", "skip")
-"""Rows whose cost does not depend on `keep_rate`."""
+DENSE_PRETRAINED = f"{DENSE}_pretrained"
+"""Name of the row of the dense network before it is fine-tuned."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class Stage:
     model      the network as it runs in this stage, its plan included.
     start      name of the stage whose network it starts from; "" for random weights.
     trainable  regular expression of the parameter paths that are trained.
+    row        name of the method that is trained: `MAIN`, `DENSE` or a control's.
+    keep_rate  the budget that it is trained for; None if it has none or draws them.
     """
 
     name: str
@@ -34,6 +36,8 @@ class Stage:
     start: str
     config: StageConfig
     trainable: str = "."
+    row: str = DENSE
+    keep_rate: float | tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ def recipe_stages(run: RunConfig) -> tuple[list[Stage], list[Row]]:
 
     Raises ConfigError: no stage makes a network to start from, and `init_from` names none.
     """
-    dense = with_plan(run.model, "standard")
+    dense = control_config(run.model, DENSE)
     stages, rows = [], []
     if run.has_stage("pretrain"):
         stages.append(Stage("pretrain", "pretrain", dense, "init", run.pretrain))
@@ -72,49 +76,40 @@ def recipe_stages(run: RunConfig) -> tuple[list[Stage], list[Row]]:
             "there is nothing to start from: set --config.init_from=FILE (released weights), or give "
             "the stage pretrain epochs"
         )
-    rows.append(Row("dense_pretrained", dense, trunk))
-    fit = tuple(LAYER_KINDS[kind].fit_kind for kind in run.model.plan)
-    if run.has_stage("selector") and "selective_fit" in fit:
-        model = dataclasses.replace(run.model, plan=fit)
-        stages.append(
-            Stage("selector", "selector", model, trunk, run.selector, r"^kinds/\d+/selector/")
-        )
+    rows.append(Row(DENSE_PRETRAINED, dense, trunk))
+    if run.has_stage("selector") and is_fitted(run.model.plan):
+        model = dataclasses.replace(run.model, plan=fitting_plan(run.model.plan))
+        trainable = r"^kinds/\d+/selector/"
+        stages.append(Stage("selector", "selector", model, trunk, run.selector, trainable, MAIN))
         selectors = "selector"
     if not run.has_stage("finetune"):
         if selectors == "selector" or run.init_selectors:
             rows += [
-                Row("tosa", dataclasses.replace(run.model, keep_rate=rate), selectors, rate)
+                Row(MAIN, dataclasses.replace(run.model, keep_rate=rate), selectors, rate)
                 for rate in run.keep_rates
             ]
         return stages, rows
     elastic = bool(run.finetune.keep_rates)
-    if elastic and "redundancy" in run.eval.controls:
+    solved = [name for name in run.eval.controls if METHODS[name].equal_gmacs]
+    if elastic and solved:
         raise ConfigError(
-            "eval.controls: 'redundancy' solves for a cost at each budget, and cannot stand beside fine-tuning "
+            f"eval.controls: {solved[0]!r} solves for a cost at each budget, and cannot stand beside fine-tuning "
             "that draws its budgets (finetune.keep_rates); leave one of them out"
         )
-    candidates = [("tosa", run.keep_rates)]
-    for control in run.eval.controls:
-        candidates.append((control, run.keep_rates[: 1 if control in BUDGETLESS else None]))
-    for name, rates in candidates:
-        for i, rate in enumerate(rates):
-            stage = "finetune" if name == "tosa" else f"finetune_{name}"
-            of_budget = name not in BUDGETLESS and not elastic
-            stage += f"_{rate}" if of_budget and (name != "tosa" or i) else ""
-            kind = {"tosa": None, "dense": "standard"}.get(name, name)
-            model = dataclasses.replace(run.model, keep_rate=rate)
-            if name == "redundancy":
-                model = redundant(model)
-            elif kind:
-                model = with_plan(model, kind)
-            start = trunk if name in BUDGETLESS else selectors  # with what was fitted there
+    for name in (MAIN, *run.eval.controls):
+        has_budget = METHODS[name].has_budget
+        for i, rate in enumerate(run.keep_rates if has_budget else run.keep_rates[:1]):
+            stage = "finetune" if name == MAIN else f"finetune_{name}"
+            budget = rate if has_budget and not elastic else None
+            stage += f"_{rate}" if budget is not None and (name != MAIN or i) else ""
+            model = control_config(dataclasses.replace(run.model, keep_rate=rate), name)
+            start = selectors if has_budget else trunk  # with what was fitted there
             if stage not in [s.name for s in stages]:
+                trainable = r"^(?!kinds/\d+/selector/)"
                 stages.append(
-                    Stage(
-                        stage, "finetune", model, start, run.finetune, r"^(?!kinds/\d+/selector/)"
-                    )
+                    Stage(stage, "finetune", model, start, run.finetune, trainable, name, budget)
                 )
-            rows.append(Row(name, model, stage, None if name in BUDGETLESS else rate))
+            rows.append(Row(name, model, stage, rate if has_budget else None))
     return stages, rows
 
 

@@ -117,7 +117,7 @@ def build_model(graphdef: nnx.GraphDef, params: Params, mesh: Mesh) -> Any:
         of_layers = ("blocks/", "kinds/")
         others = {path: x for path, x in params.items() if not path.startswith(of_layers)}
         model = set_params(graphdef, params | gather(others))
-        model.gather = gather
+        model.gather_params = gather
     return model
 
 

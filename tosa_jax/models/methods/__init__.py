@@ -1,23 +1,33 @@
-"""The layer kinds, by the names that plans use. A method of its own: one file here and its lines in the registry."""
+"""The methods: one file each, with its layer kinds and its row in the table. Not here: what a row is (`models.method`).
 
-from tosa_jax.models.methods.controls import Previous, Random, Skip
-from tosa_jax.models.methods.oracles import ClassAttention, PredictedBypass, TrueMap, WorstBypass
-from tosa_jax.models.methods.redundancy import Redundancy
-from tosa_jax.models.methods.standard import Standard
-from tosa_jax.models.methods.tosa import Selective, SelectiveFit
-from tosa_jax.models.token_state import LayerKind
+A method of your own is another such file and a call of `register`.
+"""
 
-LAYER_KINDS: dict[str, type[LayerKind]] = {
-    "standard": Standard,
-    "selective": Selective,
-    "selective_fit": SelectiveFit,
-    "random": Random,
-    "previous": Previous,
-    "skip": Skip,
-    "redundancy": Redundancy,
-    "class_attention": ClassAttention,
-    "true_map": TrueMap,
-    "worst_bypass": WorstBypass,
-    "predicted_bypass": PredictedBypass,
-}
-"""What the names in a plan mean."""
+from tosa_jax.models.method import METHODS, Method, register
+from tosa_jax.models.methods import (
+    class_attention,
+    previous,
+    random,
+    redundancy,
+    skip,
+    standard,
+    tosa,
+    true_map,
+    worst_bypass,
+)
+
+__all__ = ["METHODS", "Method", "register"]
+
+# In the order of tables and charts.
+for module in (
+    standard,
+    tosa,
+    random,
+    previous,
+    class_attention,
+    redundancy,
+    true_map,
+    worst_bypass,
+    skip,
+):
+    register(*module.METHODS)

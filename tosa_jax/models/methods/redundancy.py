@@ -9,7 +9,8 @@ representative, and rejoin with it. No map is read, and nothing is fitted.
 from flax import nnx
 
 from tosa_jax.models.layers import Block
-from tosa_jax.models.methods.tosa import SelectiveLayer
+from tosa_jax.models.method import Method
+from tosa_jax.models.methods.selective import SelectiveLayer
 from tosa_jax.models.token_state import LayerContext, LayerSpec, TokenState
 from tosa_jax.models.vit_config import ViTConfig, check
 from tosa_jax.ops.token_matching import bipartite_matching, least_after_matching
@@ -21,7 +22,23 @@ class Redundancy(SelectiveLayer):
 
     nests = True
     default_bypass = "shared"
-    least_count = staticmethod(least_after_matching)
+
+    @classmethod
+    def counted(cls, config: ViTConfig, spec: LayerSpec, keep_rate: float | None) -> LayerSpec:
+        """Each layer selects among what the one before it left, down to half of the patches.
+
+        Raises ConfigError: fewer are asked for, unless budgets fall linearly, which then stop there.
+        """
+        wanted = super().counted(config, spec, keep_rate).count
+        least = least_after_matching(spec.count_in, config.num_prefix_tokens)
+        count = max(wanted, least) if config.budget == "linear" else wanted
+        check(
+            count >= least,
+            f"keep_rate={config.keep_rate} leaves layer {spec.layer} {count} of {spec.count_in} tokens; "
+            f"{config.plan[spec.layer]!r} can bypass every second patch at most and leaves {least}",
+        )
+        count_out = spec.count_group if spec.closes else count
+        return spec._replace(opens=count < spec.count_in, count=count, count_out=count_out)
 
     def __init__(self, config: ViTConfig, spec: LayerSpec, *, rngs: nnx.Rngs) -> None:
         check(config.bypass in ("", "shared"),
@@ -29,23 +46,26 @@ class Redundancy(SelectiveLayer):
         super().__init__(config, spec, rngs=rngs)
 
     def apply(self, block: Block, state: TokenState, context: LayerContext) -> TokenState:
-        context = self.weighing_sizes(state, context)
+        context = context.weighing(state.sizes if self.proportional else None, state.mask)
 
         def attend(query, key, value):
             out, summary = context.attention_fn(query, key, value)
             return out, (summary, key.mean(axis=2))
 
-        update, (summary, keys) = block.attn_branch(state.tokens, attend)
-        tokens = state.tokens + (context.drop(update, 0) if context.drop else update)
-        if self.spec.opens:
+        before = state
+
+        def between(tokens, reported):
+            summary, keys = reported
+            if not self.spec.opens:
+                return tokens, (summary, before)
             chosen, scores = bipartite_matching(keys, self.spec.count, self.num_prefix_tokens)
             if self.one_hot:
                 chosen = with_one_hot(chosen, tokens.dtype)
-            entered = self.bypass.open(block, tokens, chosen, state.sizes)
-            state = state.opened(*entered, scores)
-            tokens = state.tokens
-        update = block.mlp_branch(tokens)
-        tokens = tokens + (context.drop(update, 1) if context.drop else update)
+            entered = self.bypass.open(block, tokens, chosen, before.sizes)
+            inside = before.opened(*entered, scores)
+            return inside.tokens, (summary, inside)
+
+        tokens, (summary, state) = block(state.tokens, attend, context.drop, between)
         state = state._replace(tokens=tokens, summary=summary)
         return state.restored() if self.spec.closes else state
 
@@ -59,3 +79,18 @@ class Redundancy(SelectiveLayer):
         candidates = (into - self.num_prefix_tokens + 1) // 2
         matching = candidates * (into - candidates) * (block.width // block.attn.num_heads)
         return matching + (into - left) * left * block.width * self.bypass.pool
+
+
+METHODS = (
+    Method(
+        name="redundancy",
+        kind=Redundancy,
+        label="redundancy, every layer",
+        short_label="redundancy",
+        colours=("#b03a9a", "#e58ad4"),
+        every_layer=True,
+        equal_gmacs=True,
+        # It has a bypass of its own, and counts that fall from layer to layer cannot be scanned.
+        fields={"budget": "linear", "bypass": "", "redundancy_weight": 0.0, "scan_layers": False},
+    ),
+)

@@ -1,8 +1,7 @@
-"""ToSA, Token Selective Attention (arXiv 2406.08816): a selector reads the attention logits of one layer, predicts the
-next layer's map, and the tokens that the prediction pays most attention to go through that next layer.
+"""ToSA, Token Selective Attention (Singh et al. 2024, arXiv 2406.08816).
 
-The others bypass it, attention and MLP, unchanged. Layers of the kind that follow each other share one choice:
-one gather, their blocks, one scatter.
+A selector reads the attention logits of one layer and predicts the attention map of the next. The tokens that the
+prediction pays most attention to go through that next layer; the others bypass it.
 """
 
 from typing import Any
@@ -11,78 +10,20 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tosa_jax.models.bypass import BYPASSES
 from tosa_jax.models.layers import AttentionFn, Block
+from tosa_jax.models.method import MAIN, Method
+from tosa_jax.models.methods.selective import SelectiveLayer
 from tosa_jax.models.methods.standard import Standard
 from tosa_jax.models.selector import TokenSelector
 from tosa_jax.models.token_state import LayerContext, LayerSpec, TokenState
 from tosa_jax.models.vit_config import ViTConfig
 from tosa_jax.ops.array_types import Heads, Scores
-from tosa_jax.ops.attention import (
-    attention,
-    attention_logits,
-    column_sums,
-    map_kl,
-    pool_heads,
-    walk_map,
-)
-from tosa_jax.ops.token_matching import weigh_redundancy
-from tosa_jax.ops.token_selection import overlap, select_tokens, with_one_hot
-
-
-class SelectiveLayer(Standard):
-    """Runs the block on the tokens of highest score. A method says where scores come from: `needs`, `scores`."""
-
-    selects = True
-    default_bypass = "identity"
-
-    def __init__(self, config: ViTConfig, spec: LayerSpec, *, rngs: nnx.Rngs) -> None:
-        super().__init__(config, spec, rngs=rngs)
-        self.num_prefix_tokens = config.num_prefix_tokens
-        self.head_pool, self.map_chunk = config.head_pool, config.map_chunk or None
-        path = BYPASSES[config.bypass or self.default_bypass]
-        self.bypass = path(config, spec, rngs=rngs) if spec.opens else None
-        self.size_bias, self.redundancy_weight = config.bypass_size_bias, config.redundancy_weight
-        self.one_hot = config.gather == "one_hot"
-        self.num_tokens, self.width = config.num_tokens, config.embed_dim
-
-    def scores(self, state: TokenState, context: LayerContext) -> Scores:
-        """Importance [b n] of each token, higher is better; read only where a group opens."""
-        return state.summary
-
-    def apply(self, block: Block, state: TokenState, context: LayerContext) -> TokenState:
-        if self.spec.opens:
-            scores = self.scores(state, context)
-            if weight := self.redundancy_weight:
-                scores = weigh_redundancy(scores, state.tokens, weight, self.num_prefix_tokens)
-            chosen = select_tokens(scores, self.spec.count, self.num_prefix_tokens)
-            if self.bypass.needs_representatives:
-                chosen = self.bypass.match(state.tokens, chosen)
-            if self.one_hot:
-                chosen = with_one_hot(chosen, state.tokens.dtype)
-            state = state.opened(*self.bypass.open(block, state.tokens, chosen), scores)
-        state = super().apply(block, state, self.weighing_sizes(state, context))
-        return state.restored() if self.spec.closes else state
-
-    def weighing_sizes(self, state: TokenState, context: LayerContext) -> LayerContext:
-        """The call with an attention in which a token counts as often as it stands for others."""
-        if state.sizes is None or not self.size_bias:
-            return context
-        bias = jnp.log(state.sizes)
-        # Inside a group nobody reads a map: the next layer has its tokens already, or is a standard one.
-        return context._replace(attention_fn=lambda q, k, v: (attention(q, k, v, bias), None))
-
-    def own_macs(self, block: Block) -> int:
-        if not self.spec.opens:
-            return 0
-        weighing = self.num_tokens**2 * self.width if self.redundancy_weight else 0
-        return self.bypass.macs(self.spec) + weighing
+from tosa_jax.ops.attention import attention_logits, column_sums, map_kl, pool_heads, walk_map
+from tosa_jax.ops.token_selection import overlap
 
 
 class Selective(SelectiveLayer):
     """The paper's token-selective layer: scores are the column sums of the predicted map."""
-
-    fit_kind = "selective_fit"
 
     def __init__(self, config: ViTConfig, spec: LayerSpec, *, rngs: nnx.Rngs) -> None:
         super().__init__(config, spec, rngs=rngs)
@@ -102,8 +43,10 @@ class Selective(SelectiveLayer):
         return out, pool_heads(sums, self.head_pool)
 
     def own_macs(self, block: Block) -> int:
-        predicting = self.selector.macs(self.num_tokens) if self.spec.opens else 0
-        return super().own_macs(block) + predicting
+        return super().own_macs(block) + self.selector_macs()
+
+    def selector_macs(self) -> int:
+        return 0 if self.selector is None else self.selector.macs(self.num_tokens)
 
 
 class SelectiveFit(Selective):
@@ -164,3 +107,16 @@ class SelectiveFit(Selective):
             }
 
         return walk_map(query, key, value, summarise, rows=before_query, chunk=self.map_chunk)
+
+
+METHODS = (
+    Method(
+        name=MAIN,
+        kind=Selective,
+        plan="selective",
+        label="ToSA",
+        colours=("#2463c4", "#6ea8ff"),
+        control=False,
+        fit_kind=SelectiveFit,
+    ),
+)

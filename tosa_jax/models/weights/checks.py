@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from tosa_jax.errors import WeightsError
-from tosa_jax.models.vit_config import VARIANTS, ViTConfig
+from tosa_jax.models.variants import VARIANTS
+from tosa_jax.models.vit_config import ViTConfig
 from tosa_jax.models.weights.names import google_fields, is_google
 from tosa_jax.models.weights.readers import WeightFile
 

@@ -1,56 +1,20 @@
-"""What a choice of tokens could be worth: the class token's attention, as rivals choose by, and oracles.
+"""Oracle: tokens selected by how wrong their bypass would be; and a linear prediction of that error.
 
-An oracle runs the layer densely to know what a method would have to predict, and its GMACs are counted as if that
-knowledge were free: those of a method that predicts perfectly at no cost. It saves no time; it says how much accuracy a
-better prediction could bring.
+An oracle runs the layer on all tokens to learn what a method would have to predict. Its GMACs leave that run out: they
+are those of a method that predicts perfectly at no cost. It saves no time. It shows how much accuracy a better
+prediction could bring.
 """
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tosa_jax.models.layers import AttentionFn, Block, linear
-from tosa_jax.models.methods.controls import Previous
-from tosa_jax.models.methods.tosa import SelectiveLayer
+from tosa_jax.models.layers import Block, linear
+from tosa_jax.models.method import Method
+from tosa_jax.models.methods.selective import SelectiveLayer
 from tosa_jax.models.token_state import LayerContext, LayerSpec, TokenState
 from tosa_jax.models.vit_config import ViTConfig, check
-from tosa_jax.ops.array_types import Heads, Scores, Tokens
-from tosa_jax.ops.attention import attention, attention_logits, column_sums, pool_heads
+from tosa_jax.ops.array_types import Scores, Tokens
 from tosa_jax.ops.token_selection import select_tokens
-
-
-class ClassAttention(SelectiveLayer):
-    """Selects what the class token attends to in the layer before, as EViT does (Liang et al. 2022).
-
-    One row of the map, computed once more beside the layer's own attention, which thus stays in its fastest form.
-    """
-
-    def needs(self) -> AttentionFn | None:
-        return self._read_class_row if self.spec.opens else None
-
-    def _read_class_row(self, query: Heads, key: Heads, value: Heads) -> tuple[Heads, Scores]:
-        row = jax.nn.softmax(attention_logits(query[:, :1], key), axis=-1)
-        return attention(query, key, value), pool_heads(column_sums(row), self.head_pool)
-
-    def own_macs(self, block: Block) -> int:
-        reading = self.num_tokens * self.width if self.spec.opens else 0
-        return super().own_macs(block) + reading
-
-
-class TrueMap(Previous):
-    """Oracle: the column sums of the map that a selector predicts, the next layer's own over all tokens.
-
-    Of a group of layers it reads the first one's map.
-    """
-
-    def needs(self) -> AttentionFn | None:
-        return None
-
-    def apply(self, block: Block, state: TokenState, context: LayerContext) -> TokenState:
-        if self.spec.opens:
-            _, sums = block.attn_branch(state.tokens, self._sum_columns)
-            state = state._replace(summary=sums)
-        return super().apply(block, state, context)
 
 
 class WorstBypass(SelectiveLayer):
@@ -74,8 +38,8 @@ class WorstBypass(SelectiveLayer):
         # Every patch bypassed: only the prefix is selected.
         prefix = self.num_prefix_tokens
         nothing = select_tokens(jnp.zeros(tokens.shape[:2]), prefix, prefix)
-        _, group = self.bypass.open(block, tokens, nothing)
-        return jnp.linalg.norm((moved - group.bypassed).astype(jnp.float32), axis=-1)
+        _, reduction = self.bypass.open(block, tokens, nothing)
+        return jnp.linalg.norm((moved - reduction.before).astype(jnp.float32), axis=-1)
 
     def expected(self, block: Block, tokens: Tokens) -> Scores:
         """What the choice is made by [b n]: here the truth, which takes the layer itself."""
@@ -103,3 +67,20 @@ class PredictedBypass(WorstBypass):
 
     def own_macs(self, block: Block) -> int:
         return super().own_macs(block) + self.num_tokens * self.width
+
+
+METHODS = (
+    Method(
+        name="worst_bypass",
+        kind=WorstBypass,
+        label="oracle: what the bypass misses",
+        colours=("#128a96", "#5cc4d0"),
+        oracle=True,
+    ),
+    Method(
+        name="predicted_bypass",
+        kind=PredictedBypass,
+        label="predicted: what the bypass misses",
+        control=False,
+    ),
+)

@@ -1,0 +1,37 @@
+"""Control: tokens selected by the attention of the class token, as EViT does (Liang et al. 2022)."""
+
+import jax
+
+from tosa_jax.models.layers import AttentionFn, Block
+from tosa_jax.models.method import Method
+from tosa_jax.models.methods.selective import SelectiveLayer
+from tosa_jax.ops.array_types import Heads, Scores
+from tosa_jax.ops.attention import attention, attention_logits, column_sums, pool_heads
+
+
+class ClassAttention(SelectiveLayer):
+    """Selects what the class token attends to in the layer before, as EViT does (Liang et al. 2022).
+
+    One row of the map, computed once more beside the layer's own attention, which thus stays in its fastest form.
+    """
+
+    def needs(self) -> AttentionFn | None:
+        return self._read_class_row if self.spec.opens else None
+
+    def _read_class_row(self, query: Heads, key: Heads, value: Heads) -> tuple[Heads, Scores]:
+        row = jax.nn.softmax(attention_logits(query[:, :1], key), axis=-1)
+        return attention(query, key, value), pool_heads(column_sums(row), self.head_pool)
+
+    def own_macs(self, block: Block) -> int:
+        reading = self.num_tokens * self.width if self.spec.opens else 0
+        return super().own_macs(block) + reading
+
+
+METHODS = (
+    Method(
+        name="class_attention",
+        kind=ClassAttention,
+        label="class token's attention",
+        colours=("#2f8a5b", "#6fcf9b"),
+    ),
+)

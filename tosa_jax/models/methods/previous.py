@@ -1,0 +1,30 @@
+"""Control: tokens selected by the attention map of the layer before, as ToSA would do without a selector."""
+
+from tosa_jax.models.layers import AttentionFn
+from tosa_jax.models.method import Method
+from tosa_jax.models.methods.selective import SelectiveLayer
+from tosa_jax.ops.array_types import Heads, Scores
+from tosa_jax.ops.attention import column_sums, pool_heads, walk_map
+
+
+class Previous(SelectiveLayer):
+    """Selects by the column sums of the previous layer's own map: ToSA without a selector."""
+
+    def needs(self) -> AttentionFn | None:
+        return self._sum_columns if self.spec.opens else None
+
+    def _sum_columns(self, query: Heads, key: Heads, value: Heads) -> tuple[Heads, Scores]:
+        out, sums = walk_map(
+            query, key, value, lambda _, attn_map, __: column_sums(attn_map), chunk=self.map_chunk
+        )
+        return out, pool_heads(sums, self.head_pool)
+
+
+METHODS = (
+    Method(
+        name="previous",
+        kind=Previous,
+        label="previous layer's map",
+        colours=("#8a4fbe", "#bd94ea"),
+    ),
+)

@@ -1,0 +1,69 @@
+"""Layers that run on a part of the tokens: the base of ToSA and of every method that chooses tokens by a score.
+
+The others bypass the layer, attention and MLP. Layers of one kind that follow each other share one choice: tokens are
+gathered once, go through all their blocks, and are scattered back once.
+"""
+
+from flax import nnx
+
+from tosa_jax.models.bypass import BYPASSES
+from tosa_jax.models.layers import Block
+from tosa_jax.models.methods.standard import Standard
+from tosa_jax.models.token_state import LayerContext, LayerSpec, TokenState
+from tosa_jax.models.vit_config import ViTConfig
+from tosa_jax.ops.array_types import Scores
+from tosa_jax.ops.token_matching import weigh_redundancy
+from tosa_jax.ops.token_selection import num_selected, select_tokens, with_one_hot
+
+
+class SelectiveLayer(Standard):
+    """Runs the block on the tokens of highest score. A method says where scores come from: `needs`, `scores`."""
+
+    selects = True
+    default_bypass = "identity"
+
+    def __init__(self, config: ViTConfig, spec: LayerSpec, *, rngs: nnx.Rngs) -> None:
+        super().__init__(config, spec, rngs=rngs)
+        self.num_prefix_tokens = config.num_prefix_tokens
+        self.head_pool, self.map_chunk = config.head_pool, config.map_chunk or None
+        path = BYPASSES[config.bypass or self.default_bypass]
+        self.bypass = path(config, spec, rngs=rngs) if spec.opens else None
+        self.proportional = config.bypass_size_bias
+        self.redundancy_weight = config.redundancy_weight
+        self.one_hot = config.gather == "one_hot"
+        self.num_tokens, self.width = spec.count_group, config.embed_dim
+
+    @classmethod
+    def counted(cls, config: ViTConfig, spec: LayerSpec, keep_rate: float | None) -> LayerSpec:
+        """All layers of a group run on the tokens that its first one selects; the others rejoin after the last."""
+        count = spec.count_in
+        if keep_rate is not None:
+            wanted = num_selected(
+                config.num_patches, config.num_prefix_tokens, keep_rate, config.count_multiple
+            )
+            count = min(wanted, count)
+        return spec._replace(count=count, count_out=spec.count_group if spec.closes else count)
+
+    def scores(self, state: TokenState, context: LayerContext) -> Scores:
+        """Importance [b n] of each token, higher is better; read only where a group opens."""
+        return state.summary
+
+    def apply(self, block: Block, state: TokenState, context: LayerContext) -> TokenState:
+        if self.spec.opens:
+            scores = self.scores(state, context)
+            if weight := self.redundancy_weight:
+                scores = weigh_redundancy(scores, state.tokens, weight, self.num_prefix_tokens)
+            chosen = select_tokens(scores, self.spec.count, self.num_prefix_tokens)
+            if self.bypass.needs_representatives:
+                chosen = self.bypass.match(state.tokens, chosen)
+            if self.one_hot:
+                chosen = with_one_hot(chosen, state.tokens.dtype)
+            state = state.opened(*self.bypass.open(block, state.tokens, chosen), scores)
+        state = super().apply(block, state, context)
+        return state.restored() if self.spec.closes else state
+
+    def own_macs(self, block: Block) -> int:
+        if not self.spec.opens:
+            return 0
+        weighing = self.num_tokens**2 * self.width if self.redundancy_weight else 0
+        return self.bypass.macs(self.spec) + weighing

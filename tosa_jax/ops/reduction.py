@@ -1,0 +1,83 @@
+"""Fewer tokens for many, and the way back: selected, merged or clustered tokens in one form."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from tosa_jax.ops.array_types import Tokens
+from tosa_jax.ops.token_matching import spread_groups, sum_groups
+from tosa_jax.ops.token_selection import Selection, gather_tokens, scatter_tokens
+
+
+class TokenWeights(NamedTuple):
+    """New tokens as weighted means of old ones.
+
+    weights  [b s n], how much each old token counts in a new one; rows sum to 1.
+    back     [b n s], how much each new token counts when an old one is rebuilt; None: `weights` transposed, each row
+             divided by its sum.
+    """
+
+    weights: Float[Array, "b s n"]
+    back: Float[Array, "b n s"] | None = None
+
+
+class Reduction(NamedTuple):
+    """How n old tokens became s new ones.
+
+    source   the old tokens that go on (a `Selection`), or the weights that mix them.
+    weights  [b n], how much each old token counts where the selected ones go on as the mean of their group, or None:
+             they go on as they are. Not read with `TokenWeights`.
+    sizes    [b s], how many tokens each new one stands for, itself included; None: one.
+    mask     [b s], false for new tokens that no attention may read; None: all are read.
+    before   [b n d], the old tokens as they rejoin: bypassed ones as they were, or moved on by an estimate.
+             None: each one becomes a copy of what stands for it.
+    entered  [b s d], what the new tokens were at first, where old ones get the updates of what stands for them;
+             else None. Read with `before` alone.
+    """
+
+    source: Selection | TokenWeights
+    weights: Float[Array, "b n"] | None = None
+    sizes: Float[Array, "b s"] | None = None
+    mask: Bool[Array, "b s"] | None = None
+    before: Tokens | None = None
+    entered: Float[Array, "b s d"] | None = None
+
+    def merge(self, values: Tokens) -> Float[Array, "b s d"]:
+        """values [b n d] of the old tokens -> those of the new ones [b s d]."""
+        if isinstance(self.source, TokenWeights):
+            return jnp.einsum("bsn,bnd->bsd", self.source.weights.astype(values.dtype), values)
+        if self.weights is None or self.sizes is None:
+            return gather_tokens(values, self.source)
+        total = sum_groups(values * self.weights[:, :, None].astype(values.dtype), self.source)
+        return total / self.sizes[:, :, None].astype(values.dtype)
+
+    def spread(self, values: Float[Array, "b s d"]) -> Tokens:
+        """values [b s d] of the new tokens -> [b n d]: each old token gets those of what stands for it."""
+        if isinstance(self.source, Selection):
+            return spread_groups(values, self.source)
+        back = self.source.back
+        if back is None:
+            back = self.source.weights.transpose(0, 2, 1)
+            back = back / jnp.maximum(back.sum(axis=2, keepdims=True), 1e-12)
+        return jnp.einsum("bns,bsd->bnd", back.astype(values.dtype), values)
+
+    def restore(self, tokens: Float[Array, "b s d"]) -> Tokens:
+        """All old tokens [b n d], after the new ones became `tokens` [b s d].
+
+        Raises ValueError: `before` without `entered`, and a source that is no selection.
+        """
+        if self.before is None:
+            return self.spread(tokens)
+        if self.entered is not None:
+            return self.before + self.spread(tokens - self.entered)
+        if isinstance(self.source, TokenWeights):
+            raise ValueError(
+                "weighted means rejoin by copies or by updates: leave `before`, or give `entered`"
+            )
+        return scatter_tokens(self.before, tokens, self.source)
+
+
+def pooled(selection: Selection, weights: Float[Array, "b n"]) -> Reduction:
+    """The selected tokens as means of their groups, old tokens weighted by how many each stands for [b n]."""
+    return Reduction(selection, weights, sum_groups(weights[:, :, None], selection)[:, :, 0])
