@@ -15,6 +15,7 @@ from tosa_jax.distributed.devices import accelerator
 from tosa_jax.distributed.mesh import MeshConfig, make_mesh
 from tosa_jax.performance import aot
 from tosa_jax.performance.aot import following, largest_batch, preceding
+from tosa_jax.tasks import TASKS
 
 ROOT = Path(__file__).parents[1]
 DIGITS = f"--config={ROOT}/configs/digits.py"
@@ -102,7 +103,7 @@ def test_depth_networks_are_compiled_with_their_own_batches():
     argv += ["--config.eval.batch_size=16", "--config.pretrain.warmup_steps=0"]
     config, _ = parse("", argv)
     mesh = make_mesh(MeshConfig())
-    batch = aot.abstract_batch(make_run_config(config).model, 16, mesh)
+    batch = aot.abstract_batch(TASKS["depth"], make_run_config(config).model, 16, mesh)
     assert {k: (x.shape, x.dtype) for k, x in batch.items()} == {
         "image": ((16, 96, 128, 3), jnp.uint8), "depth": ((16, 96, 128), jnp.float32)
     }  # fmt: skip
