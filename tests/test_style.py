@@ -17,3 +17,11 @@ def test_ruff_finds_nothing(check):
         [ruff, *check, "--quiet", *CODE], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_pyright_finds_nothing():
+    pyright = Path(sys.executable).with_name("pyright")
+    done = subprocess.run(
+        [pyright, "--pythonpath", sys.executable], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -199,8 +199,10 @@ def _defaults(cls: type, skip: tuple[str, ...] = ()) -> dict[str, Any]:
     }
 
 
-def default_config(model: str = "vit", task: str = "classification") -> ml_collections.ConfigDict:
-    """Every field of a run with its default value, for a model of this name (`VARIANTS`) and a task (`TASKS`).
+def default_config(model: str = "vit", task: str = "classification") -> Any:
+    """Every field of a run with its default value, as a ConfigDict.
+
+    model  a key of `VARIANTS`; `task` one of `TASKS`.
 
     The section `task` holds the task's own fields. Where a network takes images of any shape, as for depth,
     `model.image_size` is (height, width). `model.plan` is the name of a layer kind for every second layer, or a name
@@ -244,9 +246,9 @@ def build_section(cls: type, section: str, values: Mapping[str, Any]) -> Any:
 
 def make_run_config(config: ml_collections.ConfigDict) -> RunConfig:
     """Checks a recipe and freezes it. Raises ConfigError, one line that names the field."""
-    name, task = (config.get(section, {}).get("name") for section in ("model", "task"))
+    values: dict[str, Any] = config.to_dict()
+    name, task = (values.get(section, {}).get("name") for section in ("model", "task"))
     template = default_config(name or "vit", task or "classification")
-    values = config.to_dict()
     _check_fields("", values, template.to_dict())
     model = values.pop("model")
     name, plan = model.pop("name"), model.pop("plan")

@@ -4,8 +4,6 @@ The network after a selective layer expects every token updated. An estimate is 
 when it closes, from the updates that the selected tokens got; every one counts in multiply-adds.
 """
 
-from typing import Protocol
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -19,37 +17,30 @@ from tosa_jax.ops.reduction import Reduction, pooled
 from tosa_jax.ops.token_matching import with_representatives
 from tosa_jax.ops.token_selection import Selection, complement, gather_tokens, scatter_tokens
 
-Sizes = Float[Array, "b s"] | None
+Sizes = Float[Array, "b n"] | None
 """How many tokens each one stands for; None: one."""
 
 
-class Bypass(Protocol):
-    """A path around a group of layers: an NNX module, built as `Path(config, spec, rngs=rngs)`."""
-
-    needs_representatives: bool
-
-    def open(
-        self, block: Block, tokens: Tokens, selection: Selection, sizes: Sizes = None
-    ) -> tuple[Tokens, Reduction]:
-        """The selected tokens [b s d] as they enter, and the reduction; `block` is the first that they go through.
-
-        tokens  [b n d]; `sizes` [b n], how many tokens each stands for already.
-        """
-
-    def macs(self, spec: LayerSpec) -> int:
-        """Multiply-adds of one example."""
-
-
 class Identity(nnx.Module):
-    """The paper's: bypassed tokens rejoin unchanged."""
+    """The paper's path around a group of layers: bypassed tokens rejoin unchanged. The base of the other paths."""
 
-    needs_representatives = False
+    pool = False
+    """Whether selected tokens enter as the mean of those they stand for."""
 
     def __init__(self, config: ViTConfig, spec: LayerSpec, *, rngs: nnx.Rngs) -> None:
         self.width = config.embed_dim
 
-    def open(self, block, tokens, selection, sizes=None):
-        """The selected tokens [b s d] as they are, and a group whose others stay as they were."""
+    def match(self, tokens: Tokens, selection: Selection) -> Selection:
+        """The selection with what this path must know of it, by the tokens [b n d] that the group gets."""
+        return selection
+
+    def open(
+        self, block: Block, tokens: Tokens, selection: Selection, sizes: Sizes = None
+    ) -> tuple[Float[Array, "b s d"], Reduction]:
+        """The selected tokens [b s d] as they enter, and the reduction; `block` is the first that they go through.
+
+        tokens  [b n d]; `sizes` [b n], how many tokens each stands for already.
+        """
         return gather_tokens(tokens, selection), Reduction(selection, before=tokens)
 
     def macs(self, spec: LayerSpec) -> int:
@@ -70,7 +61,9 @@ class LowRank(Identity):
         zeros = nnx.initializers.zeros_init()
         self.up = linear(config, self.rank, config.embed_dim, rngs, kernel_init=zeros)
 
-    def open(self, block, tokens, selection, sizes=None):
+    def open(
+        self, block: Block, tokens: Tokens, selection: Selection, sizes: Sizes = None
+    ) -> tuple[Float[Array, "b s d"], Reduction]:
         others = complement(selection)
         missed = gather_tokens(tokens, others)
         moved = missed + self.up(self.down(block.norm1(missed)))
@@ -88,14 +81,14 @@ class Shared(Identity):
     by their number. Both are ToMe's (Bolya et al. 2023); that every token keeps its own difference is not.
     """
 
-    needs_representatives = True
-
     def __init__(self, config: ViTConfig, spec: LayerSpec, *, rngs: nnx.Rngs) -> None:
         super().__init__(config, spec, rngs=rngs)
         self.num_prefix_tokens = config.num_prefix_tokens
         self.pool = config.bypass_pool
 
-    def open(self, block, tokens, selection, sizes=None):
+    def open(
+        self, block: Block, tokens: Tokens, selection: Selection, sizes: Sizes = None
+    ) -> tuple[Float[Array, "b s d"], Reduction]:
         if not self.pool:
             entered = gather_tokens(tokens, selection)
             return entered, Reduction(selection, before=tokens, entered=entered)
@@ -113,5 +106,5 @@ class Shared(Identity):
         return pairs * self.width * (1 if not self.pool else 2)
 
 
-BYPASSES: dict[str, type[Bypass]] = {"identity": Identity, "low_rank": LowRank, "shared": Shared}
+BYPASSES: dict[str, type[Identity]] = {"identity": Identity, "low_rank": LowRank, "shared": Shared}
 """By the value of `ViTConfig.bypass`."""

@@ -38,7 +38,7 @@ def groups_to_fit(model: VisionTransformer, needs: Callable[[nnx.Module], bool])
     found, first = {}, None
     for spec in (kind.spec for kind in model.kinds):
         first = spec.layer if spec.opens else first
-        if spec.closes and needs(model.kinds[first]):
+        if spec.closes and first is not None and needs(model.kinds[first]):
             found[first] = spec.layer
     return found
 
@@ -69,7 +69,9 @@ def moments(
                 before, opening = starts[first], model.blocks[first]
                 y = tokens - before
                 if of_misses:
-                    missed = model.kinds[first].missed(opening, before, tokens)
+                    kind = model.kinds[first]
+                    assert isinstance(kind, PredictedBypass)  # `groups` names these alone
+                    missed = kind.missed(opening, before, tokens)
                     y = jnp.log(jnp.maximum(missed, jnp.finfo(jnp.float32).tiny))[:, :, None]
                 x, y = (v[:, prefix:] for v in (opening.norm1(before), y))
                 x, y = (v.reshape(-1, v.shape[-1]).astype(jnp.float32) for v in (x, y))
@@ -133,7 +135,7 @@ def fit_bypass(
     bypasses, choices = (groups_to_fit(model, needs) for needs in (_has_low_rank, _predicts_misses))
     batches = list(batches) if bypasses and choices else batches
     for first, sums in _sums(model, batches, bypasses).items():
-        down, up, bias = solve(sums, model.kinds[first].bypass.rank, ridge)
+        down, up, bias = solve(sums, model.config.bypass_rank, ridge)
         add(f"kinds/{first}/bypass", {"down/kernel": down, "up/kernel": up, "up/bias": bias})
     model = set_params(split(model)[0], own | fitted)
     for first, sums in _sums(model, batches, choices, of_misses=True).items():

@@ -53,17 +53,19 @@ def _check_neighbours(config: ViTConfig) -> None:
 def _rates(config: ViTConfig, selections: int) -> Sequence[float]:
     """The keep rate of each selection, in order."""
     given = config.keep_rates_given
-    check(len(given) in (1, selections) or not selections,
-          f"keep_rate has {len(given)} values, but the plan makes {selections} selections")  # fmt: skip
-    if len(given) > 1:
+    count = len(given)
+    check(count in (1, selections) or not selections,
+          f"keep_rate has {count} values, but the plan makes {selections} selections")  # fmt: skip
+    if count > 1:
         return given
+    mean = given[0]
     if config.budget == "uniform":
         return given * selections
-    falling = [1 - (1 - given[0]) * 2 * (i + 1) / (selections + 1) for i in range(selections)]
+    falling = [1 - (1 - mean) * 2 * (i + 1) / (selections + 1) for i in range(selections)]
     if all(layer_kinds()[name].nests for name in config.plan if layer_kinds()[name].selects):
         # Where less is asked for than the kind can leave, `layer_specs` takes that.
         return [max(rate, 1 / config.num_patches) for rate in falling]
     check(falling[-1] > 0,
-          f"keep_rate={given[0]} with budget='linear' leaves the last of {selections} selections no patch; "
+          f"keep_rate={mean} with budget='linear' leaves the last of {selections} selections no patch; "
           f"the mean must be above {1 - (selections + 1) / (2 * selections):.3f}")  # fmt: skip
     return falling

@@ -155,9 +155,9 @@ class LayerContext(NamedTuple):
             raise ConfigError(
                 "the plan has a layer that reads the attention map of merged tokens; put it before the merging ones"
             )
-        bias = 0.0 if sizes is None else jnp.log(sizes)
+        bias = None if sizes is None else jnp.log(sizes)
         if mask is not None:
-            bias = jnp.where(mask, bias, jnp.finfo(jnp.float32).min)
+            bias = jnp.where(mask, 0.0 if bias is None else bias, jnp.finfo(jnp.float32).min)
         return self._replace(attention_fn=lambda q, k, v: (attention(q, k, v, bias), None))
 
     def run(self, block: Block, tokens: Tokens) -> tuple[Tokens, Any]:

@@ -66,7 +66,8 @@ def variant_config(
     check_choice("model name", name, VARIANTS)
     for field in fields:
         check_choice("model field", field, config_class.__dataclass_fields__)
-    merged = {**VARIANTS[name], **fields}
-    if isinstance(merged.get("plan"), str):
-        merged["plan"] = plan_named(merged["plan"], merged.get("depth", ViTConfig.depth))
-    return config_class(**merged)
+    merged: dict[str, Any] = {**VARIANTS[name], **fields}
+    plan = merged.get("plan") or ()
+    if isinstance(plan, str):
+        plan = plan_named(plan, merged.get("depth", ViTConfig.depth))
+    return config_class(**(merged | {"plan": plan}))

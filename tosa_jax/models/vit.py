@@ -131,7 +131,7 @@ class VisionTransformer(nnx.Module):
             raise ConfigError(
                 f"images have {images.shape[3]} channels, but the model was made for {config.in_chans}"
             )
-        positions = self.positions(images.shape[1:3]).astype(dtype)
+        positions = self.positions((images.shape[1], images.shape[2])).astype(dtype)
         patches = self.patch_embed(images.astype(dtype))
         prefix = [self.cls_token]
         prefix += [self.dist_token] if config.distilled else []

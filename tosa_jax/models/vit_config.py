@@ -45,7 +45,7 @@ class ViTConfig:
     resizes   images that the patch does not divide are brought to the next multiple; else they are refused.
     unused    fields that this task's network does not read.
 
-    plan               a layer kind for each layer; None: all standard.
+    plan               a layer kind for each layer; (): all standard.
     keep_rate          share in (0, 1] of patches selected: one, or one a selection.
     budget_gmacs       above 0: keep_rate is solved for this cost of an image, and what was given is not read.
     budget             "uniform": one keep_rate for all selections; "linear": keep_rate is the mean of falling ones,
@@ -88,7 +88,7 @@ class ViTConfig:
     drop_path_rate: float = 0.0  # of the last layer; rises linearly from 0
     dtype: Any = jnp.float32  # computes
     param_dtype: Any = jnp.float32  # stores
-    plan: tuple[str, ...] | None = None
+    plan: tuple[str, ...] = ()
     keep_rate: float | tuple[float, ...] = 0.5
     budget_gmacs: float = 0.0
     budget: str = "uniform"
@@ -143,7 +143,7 @@ class ViTConfig:
               f"map_chunk={self.map_chunk} must be positive, or 0 for all rows")  # fmt: skip
         if len(self.keep_rates_given) == 1:
             object.__setattr__(self, "keep_rate", self.keep_rates_given[0])
-        plan = (STANDARD,) * self.depth if self.plan is None else tuple(self.plan)
+        plan = tuple(self.plan or (STANDARD,) * self.depth)
         object.__setattr__(self, "plan", plan)
         check(len(plan) == self.depth,
               f"plan has {len(plan)} layers, but depth={self.depth}")  # fmt: skip

@@ -140,5 +140,6 @@ class Classification(Task):
             return {}
         names = readable(class_names)
         labels = [names[i] for i in batch["label"]] if names else None
-        figure = draw_tokens(config, batch["image"], out.selected, labels=labels)
+        selected = [np.asarray(x) for x in out.selected]
+        figure = draw_tokens(config, batch["image"], selected, labels=labels)
         return {"selected_tokens": figure}

@@ -3,9 +3,9 @@
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -202,7 +202,17 @@ def evaluate(stage: StageRun, step: int, params: Params, writer: MetricWriter) -
     return metrics
 
 
-def stage_batches(run: RunConfig, setup: StepSetup, mesh: Mesh, first: int = 0) -> Iterator[Any]:
+@runtime_checkable
+class Batches(Protocol):
+    """An endless iterator of batches, to be closed when no more are wanted."""
+
+    def __next__(self) -> Any: ...
+
+    def close(self) -> None:
+        """Ends the threads and workers that read ahead."""
+
+
+def stage_batches(run: RunConfig, setup: StepSetup, mesh: Mesh, first: int = 0) -> Batches:
     """This process's rows of a stage's batches, from the update `first` on."""
     index, count = process_rows(mesh)
     return train_batches(

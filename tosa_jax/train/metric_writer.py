@@ -11,10 +11,13 @@ from typing import Any, SupportsFloat
 import numpy as np
 import tensorboardX.summary
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.proto import event_pb2, summary_pb2
 
 from tosa_jax.paths import Mirror, as_path, write_atomically
+
+# Protocol buffers make these classes at run time, where type checkers do not see them.
+_EVENT: Any = event_pb2
+_SUMMARY: Any = summary_pb2
 
 
 class MetricWriter(contextlib.AbstractContextManager):
@@ -67,9 +70,10 @@ class MetricWriter(contextlib.AbstractContextManager):
             file.write(line)
         if finite:
             scalars = [
-                Summary.Value(tag=name, simple_value=value) for name, value in finite.items()
+                _SUMMARY.Summary.Value(tag=name, simple_value=value)
+                for name, value in finite.items()
             ]
-            self._show(stage, step, Summary(value=scalars))
+            self._show(stage, step, _SUMMARY.Summary(value=scalars))
         self._files.push(now=False)
 
     def image(self, stage: str, step: int, name: str, hwc_uint8: np.ndarray) -> None:
@@ -107,9 +111,9 @@ class MetricWriter(contextlib.AbstractContextManager):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _show(self, stage: str, step: int, summary: Summary) -> None:
+    def _show(self, stage: str, step: int, summary: Any) -> None:
         board = self._board(stage)
-        board.write_event(Event(step=int(step), wall_time=time.time(), summary=summary))
+        board.write_event(_EVENT.Event(step=int(step), wall_time=time.time(), summary=summary))
         board.flush()
 
     def _board(self, stage: str) -> EventsWriter:
@@ -120,8 +124,10 @@ class MetricWriter(contextlib.AbstractContextManager):
             # The name has whole seconds: a second file within one would replace the first.
             board = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
             if (first := self._purge_steps.pop(stage, None)) is not None:
-                start = SessionLog(status=SessionLog.START)
-                board.write_event(Event(step=first, wall_time=time.time(), session_log=start))
+                start = _EVENT.SessionLog(status=_EVENT.SessionLog.START)
+                board.write_event(
+                    _EVENT.Event(step=first, wall_time=time.time(), session_log=start)
+                )
             self._boards[stage] = board
         return self._boards[stage]
 

@@ -1,11 +1,11 @@
 """What a long run says while it runs: its clock and its progress line."""
 
 import contextlib
-import io
 import math
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import TextIO
 
 import rich.console
 import rich.progress
@@ -130,7 +130,7 @@ class Progress(contextlib.AbstractContextManager):
         stage: str,
         first_step: int,
         total_steps: int,
-        stream: io.TextIOBase | None = None,
+        stream: TextIO | None = None,
         main_process: bool = True,
     ) -> None:
         self._stage = stage

@@ -7,7 +7,7 @@ uninterrupted one would have drawn, on any number of devices.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -143,7 +143,7 @@ def train_step(
         setup.accumulate,
     )
     updates, opt = setup.optimizer.update(grads, state.opt, state.params)
-    params = dict(optax.apply_updates(state.params, updates))
+    params = cast(Params, optax.apply_updates(state.params, updates))
     metrics = {
         "loss": loss,
         "grad_norm": global_norm(grads),

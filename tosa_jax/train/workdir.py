@@ -11,6 +11,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from typing import Any
 
 import fsspec
 
@@ -160,7 +161,8 @@ def _outlast(fs: fsspec.AbstractFileSystem, path: str, workdir: AnyPath, beat: f
 
     def read() -> bytes:
         fs.invalidate_cache()
-        return fs.cat_file(path) if fs.exists(path) else b""
+        content: Any = fs.cat_file(path) if fs.exists(path) else b""
+        return content
 
     found, end = read(), time.monotonic() + 3 * beat
     print(

@@ -56,7 +56,7 @@ class Redundancy(SelectiveLayer):
 
         def between(tokens, reported):
             summary, keys = reported
-            if not self.spec.opens:
+            if self.bypass is None:
                 return tokens, (summary, before)
             chosen, scores = bipartite_matching(keys, self.spec.count, self.num_prefix_tokens)
             if self.one_hot:
@@ -73,7 +73,7 @@ class Redundancy(SelectiveLayer):
         return block.attn_macs(self.spec.count_in) + block.mlp_macs(self.spec.count)
 
     def own_macs(self, block: Block) -> int:
-        if not self.spec.opens:
+        if self.bypass is None:
             return 0
         into, left = self.spec.count_in, self.spec.count
         candidates = (into - self.num_prefix_tokens + 1) // 2

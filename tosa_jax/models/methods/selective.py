@@ -49,13 +49,12 @@ class SelectiveLayer(Standard):
         return state.summary
 
     def apply(self, block: Block, state: TokenState, context: LayerContext) -> TokenState:
-        if self.spec.opens:
+        if self.bypass is not None:
             scores = self.scores(state, context)
             if weight := self.redundancy_weight:
                 scores = weigh_redundancy(scores, state.tokens, weight, self.num_prefix_tokens)
             chosen = select_tokens(scores, self.spec.count, self.num_prefix_tokens)
-            if self.bypass.needs_representatives:
-                chosen = self.bypass.match(state.tokens, chosen)
+            chosen = self.bypass.match(state.tokens, chosen)
             if self.one_hot:
                 chosen = with_one_hot(chosen, state.tokens.dtype)
             state = state.opened(*self.bypass.open(block, state.tokens, chosen), scores)
@@ -63,7 +62,7 @@ class SelectiveLayer(Standard):
         return state.restored() if self.spec.closes else state
 
     def own_macs(self, block: Block) -> int:
-        if not self.spec.opens:
+        if self.bypass is None:
             return 0
         weighing = self.num_tokens**2 * self.width if self.redundancy_weight else 0
         return self.bypass.macs(self.spec) + weighing

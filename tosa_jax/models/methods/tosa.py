@@ -35,9 +35,14 @@ class Selective(SelectiveLayer):
     def _predict(self, query: Heads, key: Heads, value: Heads) -> tuple[Heads, Scores]:
         """Attention of the layer before, and the scores [b n] of the map it lets the selector predict."""
 
+        selector = self.selector
+        assert (
+            selector is not None
+        )  # the first layer of a group has one, and it alone asks for this
+
         def summarise(logits, attn_map, rows):
             # The exponential comes before the sum: a sum of log-probabilities is no importance.
-            return column_sums(jnp.exp(self.selector(logits)))
+            return column_sums(jnp.exp(selector(logits)))
 
         out, sums = walk_map(query, key, value, summarise, chunk=self.map_chunk)
         return out, pool_heads(sums, self.head_pool)
@@ -94,10 +99,12 @@ class SelectiveFit(Selective):
 
     def _compare(self, query, key, value, before):
         before_query, before_key = before
+        selector = self.selector
+        assert selector is not None  # as for the prediction
 
         def summarise(logits, attn_map, before_rows):
             own_logits = attention_logits(before_rows, before_key)
-            found = self.selector(own_logits)
+            found = selector(own_logits)
             logits, attn_map = jax.lax.stop_gradient((logits, attn_map))
             return {
                 "kl": map_kl(logits, found),

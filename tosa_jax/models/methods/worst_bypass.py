@@ -38,7 +38,9 @@ class WorstBypass(SelectiveLayer):
         # Every patch bypassed: only the prefix is selected.
         prefix = self.num_prefix_tokens
         nothing = select_tokens(jnp.zeros(tokens.shape[:2]), prefix, prefix)
+        assert self.bypass is not None  # the layer opens its group
         _, reduction = self.bypass.open(block, tokens, nothing)
+        assert reduction.before is not None  # what bypassed tokens rejoin as
         return jnp.linalg.norm((moved - reduction.before).astype(jnp.float32), axis=-1)
 
     def expected(self, block: Block, tokens: Tokens) -> Scores:

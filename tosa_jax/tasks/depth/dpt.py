@@ -148,7 +148,7 @@ class Fusion(nnx.Module):
         self.weights = 2 * 9 * channels**2
 
     def __call__(self, fine: FeatureMap, coarse: AnyMap | None) -> FeatureMap:
-        x = fine if coarse is None else fine + resize(coarse, fine.shape[1:3])
+        x = fine if coarse is None else fine + resize(coarse, (fine.shape[1], fine.shape[2]))
         return x + self.conv2(jax.nn.relu(self.conv1(jax.nn.relu(x))))
 
 
@@ -162,7 +162,8 @@ class DepthDecoder(nnx.Module):
         self.fusion = nnx.List([Fusion(config, rngs=rngs) for _ in SCALES])
         self.conv = convolution(config, channels, channels // 2, 3, rngs)
         self.out = convolution(config, channels // 2, 1, 1, rngs)
-        self.out.bias[...] = jnp.full_like(self.out.bias[...], math.log(START / (1 - START)))
+        start = jnp.full(1, math.log(START / (1 - START)), config.param_dtype)
+        self.out.bias = nnx.Param(start)
         self.head_weights = 9 * channels * (channels // 2) + channels // 2
 
     def __call__(
@@ -170,8 +171,9 @@ class DepthDecoder(nnx.Module):
     ) -> Float[Array, "b height width"]:
         """Normalised tokens of four depths, the shallowest first -> float32 depth of (height, width) pixels."""
         maps = [part(x, grid) for part, x in zip(self.reassemble, taps, strict=True)]
-        x = None
-        for fusion, fine in zip(reversed(self.fusion), reversed(maps), strict=True):
+        *finer, coarsest = list(zip(self.fusion, maps, strict=True))
+        x = coarsest[0](coarsest[1], None)
+        for fusion, fine in reversed(finer):
             x = fusion(fine, x)
         x = self.out(jax.nn.relu(self.conv(jax.nn.relu(x)))).astype(jnp.float32)
         return self.max_depth * jax.nn.sigmoid(resize(x, size)[..., 0])
@@ -187,6 +189,7 @@ class DepthDecoder(nnx.Module):
 class DepthTransformer(VisionTransformer):
     """A ViT that predicts depth. Its parameters are the backbone's, under their names, and those under `decoder/`."""
 
+    config: DepthConfig
     config_class: ClassVar[type[ViTConfig]] = DepthConfig
 
     def add_head(self, rngs: nnx.Rngs) -> None:
@@ -218,7 +221,7 @@ class DepthTransformer(VisionTransformer):
         Returns depth, no logits. Every depth that the decoder reads goes through the final norm, as DINOv2's
         `get_intermediate_layers` does.
         """
-        size, patch = images.shape[1:3], self.config.patch_size
+        size, patch = (images.shape[1], images.shape[2]), self.config.patch_size
         grid = self.config.grid_of(size)
         covered = resize(images, (grid[0] * patch, grid[1] * patch))
         state = self.layers(self.embed(covered), key=key, train=train)

@@ -133,11 +133,11 @@ class Depth(Task):
     def training_batch(self, batch: Batch, key: jax.Array) -> Batch:
         """Normalised `image`, `depth`, and `weight` [b]: the mean of the loss counts images with a valid pixel."""
         seen = self.valid(batch["depth"], self.scoring.min_train_depth).any(axis=(1, 2))
-        return {**super().training_batch(batch, key), "weight": batch_weights(seen)}
+        return {**super().training_batch(batch, key), "weight": batch_weights(jnp.asarray(seen))}
 
     def loss(self, out: Output, batch: Batch) -> PerExample:
         """`silog` in nats times `weight`; 0 for an image without a valid pixel."""
-        valid = self.valid(batch["depth"], self.scoring.min_train_depth)
+        valid = jnp.asarray(self.valid(batch["depth"], self.scoring.min_train_depth))
         return batch["weight"] * silog(out.depth, batch["depth"], valid)
 
     def distillation(self, out: Output, teacher: Output) -> PerExample:
@@ -158,7 +158,7 @@ class Depth(Task):
 
     def errors(self, depth: DepthMaps, truth: DepthMaps) -> dict[str, Float[Array, " b"]]:
         """`metrics.depth_errors` of the clipped prediction over `scored` pixels, and the training loss over them."""
-        scored = self.scored(truth)
+        scored = jnp.asarray(self.scored(truth))
         depth = jnp.clip(depth, self.scoring.min_depth, self.max_depth)
         return depth_errors(depth, truth, scored) | {"loss": silog(depth, truth, scored)}
 
@@ -174,5 +174,7 @@ class Depth(Task):
     def pictures(
         self, batch: HostBatch, out: Output, config: ViTConfig, class_names: Sequence[str] = ()
     ) -> dict[str, np.ndarray]:
-        panel = draw_depth(config, batch["image"], out.depth, out.selected, truth=batch["depth"])
+        selected = [np.asarray(x) for x in out.selected]
+        depth = np.asarray(out.depth)
+        panel = draw_depth(config, batch["image"], depth, selected, truth=batch["depth"])
         return {"selected_tokens" if out.selected else "depth": panel}
