@@ -70,4 +70,5 @@ def variant_config(
     plan = merged.get("plan") or ()
     if isinstance(plan, str):
         plan = plan_named(plan, merged.get("depth", ViTConfig.depth))
-    return config_class(**(merged | {"plan": plan}))
+    merged["plan"] = plan
+    return config_class(**merged)
