@@ -9,7 +9,6 @@ import jax
 import numpy as np
 
 from tosa_jax.data.decoding import BadImageError
-from tosa_jax.data.depth.maps import depth_of_png
 from tosa_jax.errors import DataError
 from tosa_jax.reporting.figures import colour_map, save_depth_png, write_png
 from tosa_jax.reporting.token_pictures import draw_depth
@@ -68,6 +67,9 @@ class DepthWriter(PredictionWriter):
 
     def _read_truth(self, path: Path, image: np.ndarray) -> np.ndarray | None:
         """The true depth in metres, float32 [1, height, width]; None without --truth."""
+        # Here, not above: it brings the data libraries, which the benchmark does without.
+        from tosa_jax.data.depth.maps import depth_of_png
+
         if not self.args.truth:
             return None
         file = self._truth_of(path)
