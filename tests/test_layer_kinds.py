@@ -16,6 +16,7 @@ from tosa_jax.models.cost import abstract_model
 from tosa_jax.models.method import METHODS, Method, layer_kinds
 from tosa_jax.models.methods.standard import Standard
 from tosa_jax.models.params import get_params, set_params, split
+from tosa_jax.models.selector import TokenSelector
 from tosa_jax.models.token_state import LayerContext, TokenState
 from tosa_jax.models.vit import VisionTransformer
 from tosa_jax.tasks.classification import Classification
@@ -232,3 +233,10 @@ def test_compiled_training_step_has_no_float_scatter():
 def test_random_needs_a_key():
     with pytest.raises(ConfigError, match="key"):
         small_model(plan="random", keep_rate=0.5)(random_images())
+
+
+def test_no_gradient_reaches_the_logits_that_a_selector_reads():
+    selector = TokenSelector(small_model().config)
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(1, 2, 3, 3)), jnp.float32)
+    grad = jax.jit(jax.grad(lambda x: (selector(x) ** 2).sum()))(logits)
+    np.testing.assert_array_equal(grad, 0)
