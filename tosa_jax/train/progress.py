@@ -1,11 +1,12 @@
 """What a long run says while it runs: its clock and its progress line."""
 
 import contextlib
+import io
 import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import TextIO
+from typing import TextIO, cast
 
 import rich.console
 import rich.progress
@@ -130,12 +131,13 @@ class Progress(contextlib.AbstractContextManager):
         stage: str,
         first_step: int,
         total_steps: int,
-        stream: TextIO | None = None,
+        stream: io.TextIOBase | None = None,
         main_process: bool = True,
     ) -> None:
         self._stage = stage
         self._total_steps = total_steps
-        self._stream = sys.stderr if stream is None else stream
+        # To type checkers no class of `io` is a TextIO, which is what others ask for.
+        self._stream = sys.stderr if stream is None else cast(TextIO, stream)
         self._main_process = main_process
         self._bar: rich.progress.Progress | None = None
         console = rich.console.Console(file=self._stream)
