@@ -2,13 +2,14 @@
 
 import chex
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tosa_jax.ops import attention, token_selection
+from tosa_jax.ops import attention, reduction, token_matching, token_selection
 
 
 def random(seed, *shape):
@@ -69,6 +70,36 @@ def test_no_gradient_passes_through_the_choice():
     grad = jax.grad(lambda s: loss(s) - loss(jax.lax.stop_gradient(s)))(random(0, 1, 6))
     assert set(np.unique(grad)) <= {0.0, 1.0}  # what was gathered, nothing for having been best
     assert grad.sum() == 4
+
+
+def matrix_products(jaxpr):
+    """The matrix products of a program, those of programs that it calls included."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from matrix_products(inner)
+
+
+def test_matrix_products_that_move_tokens_are_exact_in_float32():
+    """A TPU's default rounds both sides to bfloat16, and so would every token that is only moved."""
+    scores, weights = random(0, 2, 9), reduction.TokenWeights(jnp.ones((2, 5, 9)) / 9)
+
+    def loss(tokens):
+        chosen = token_selection.with_one_hot(
+            token_selection.select_tokens(scores, 5, 1), tokens.dtype
+        )
+        selected = token_selection.gather_tokens(tokens, chosen)
+        placed = token_selection.scatter_tokens(tokens, selected, chosen)
+        mixed = reduction.Reduction(weights)
+        sums = token_matching.sum_groups(placed, chosen)
+        return (sums**2).sum() + (mixed.spread(mixed.merge(placed)) ** 2).sum()
+
+    program = jax.make_jaxpr(jax.grad(loss))(random(1, 2, 9, 3))
+    products = list(matrix_products(program.jaxpr))
+    assert len(products) >= 5
+    exact = jax.lax.Precision.HIGHEST
+    assert all(x.params["precision"] == (exact, exact) for x in products), products
 
 
 def plain_walk(query, key, value):

@@ -46,7 +46,8 @@ class Reduction(NamedTuple):
     def merge(self, values: Tokens) -> Float[Array, "b s d"]:
         """values [b n d] of the old tokens -> those of the new ones [b s d]."""
         if isinstance(self.source, TokenWeights):
-            return jnp.einsum("bsn,bnd->bsd", self.source.weights.astype(values.dtype), values)
+            weights = self.source.weights.astype(values.dtype)
+            return jnp.einsum("bsn,bnd->bsd", weights, values, precision="highest")
         if self.weights is None or self.sizes is None:
             return gather_tokens(values, self.source)
         total = sum_groups(values * self.weights[:, :, None].astype(values.dtype), self.source)
@@ -60,7 +61,7 @@ class Reduction(NamedTuple):
         if back is None:
             back = self.source.weights.transpose(0, 2, 1)
             back = back / jnp.maximum(back.sum(axis=2, keepdims=True), 1e-12)
-        return jnp.einsum("bns,bsd->bnd", back.astype(values.dtype), values)
+        return jnp.einsum("bns,bsd->bnd", back.astype(values.dtype), values, precision="highest")
 
     def restore(self, tokens: Float[Array, "b s d"]) -> Tokens:
         """All old tokens [b n d], after the new ones became `tokens` [b s d].

@@ -25,7 +25,8 @@ def sum_groups(values: Tokens, selection: Selection) -> Float[Array, "b s d"]:
         return sums
     places = jnp.take_along_axis(selection.slot, others.indices, axis=1)
     hot = jax.nn.one_hot(places, sums.shape[1], dtype=values.dtype)
-    return sums + jnp.einsum("bms,bmd->bsd", hot, gather_tokens(values, others))
+    moved = gather_tokens(values, others)
+    return sums + jnp.einsum("bms,bmd->bsd", hot, moved, precision="highest")
 
 
 @jax.custom_vjp

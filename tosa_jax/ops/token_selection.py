@@ -21,7 +21,8 @@ class Selection(NamedTuple):
     slot     int32 [b n], the place of a selected token among the selected ones; of a bypassed token, the place of
              the one that stands in for it, where representatives were looked for. In [0, s) everywhere.
     hot      [b s n], one where a token has a place: where it is there, gather and scatter are matrix products, which
-             suits the matrix units of TPUs.
+             suits the matrix units of TPUs. They are asked for full precision: by default a TPU would round float32
+             tokens to bfloat16.
     """
 
     indices: Int32[Array, "b s"]
@@ -85,7 +86,7 @@ def complement(selection: Selection) -> Selection:
 def gather_tokens(tokens: Tokens, selection: Selection) -> Float[Array, "b s d"]:
     """tokens [b n d] -> the selected ones [b s d], in raster order."""
     if selection.hot is not None:
-        return jnp.einsum("bsn,bnd->bsd", selection.hot, tokens)
+        return jnp.einsum("bsn,bnd->bsd", selection.hot, tokens, precision="highest")
     return _gather(tokens, selection)
 
 
@@ -97,7 +98,7 @@ def scatter_tokens(
     Rows that are not selected are bit-identical to those of `base`.
     """
     if selection.hot is not None:
-        placed = jnp.einsum("bsn,bsd->bnd", selection.hot, selected)
+        placed = jnp.einsum("bsn,bsd->bnd", selection.hot, selected, precision="highest")
         return jnp.where(selection.mask[:, :, None], placed, base)
     return _scatter(base, selected, selection)
 
