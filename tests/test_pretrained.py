@@ -47,7 +47,7 @@ def test_every_variant_was_measured_whole_at_two_sizes_in_every_way() -> None:
 def test_positions_are_resampled_as_torch_does(key: str) -> None:
     how, new = key.split("/")
     out = resample_positions(RESAMPLED["before"], (int(new), int(new)), how)
-    np.testing.assert_allclose(out, RESAMPLED[key], rtol=0, atol=2e-6)
+    np.testing.assert_allclose(out, RESAMPLED[key], rtol=0, atol=1e-6)
 
 
 def test_rows_and_columns_are_kept_apart() -> None:

@@ -52,6 +52,35 @@ def test_dinov2s_original_names_are_timms(tmp_path: Path) -> None:
     assert same(a, b)
 
 
+@pytest.mark.parametrize(
+    ("whose", "registers", "form"),
+    [
+        ("transformers", 0, "bicubic"),
+        ("transformers", 4, "bicubic_antialias"),
+        ("Facebook's hub", 0, "bicubic_offset"),
+        ("Facebook's hub", 4, "bicubic_antialias"),
+        ("timm", 0, None),
+    ],
+)
+def test_whose_positions_another_form_would_give_is_said(whose, registers, form, tmp_path) -> None:
+    """Said where a grid is resampled in another form than the code that the names are of has."""
+    fields = {"layer_scale": 1.0, "reg_tokens": registers, "pos_embed_prefix": not registers}
+    weights = tiny_weights(**fields)
+    if whose == "transformers":
+        weights = hf_names(variant_config("vit", **(TINY | fields)), weights)
+    elif whose == "Facebook's hub":
+        weights["mask_token"] = np.ones((1, 16), np.float32)
+    path = write(tmp_path / "w", weights)
+    for own in ("bicubic_antialias", "bilinear"):
+        said: list[str] = []
+        model = tiny(**fields, image_size=24, pos_resample=own)
+        load_pretrained(model, path, on_message=said.append)
+        (line,) = [text for text in said if "resampled from 4x4 to 3x3" in text]
+        other = form not in (None, own)
+        assert (f"pass pos_resample={form!r}" in line and whose in line) == other
+        assert ("pass pos_resample" in line) == other
+
+
 def test_positions_without_prefix_give_a_model_with_them_zeros(tmp_path: Path) -> None:
     weights = tiny_weights(pos_embed_prefix=False)
     positions = get_params(load_pretrained(tiny(), write(tmp_path / "a", weights)))["pos_embed"]

@@ -35,18 +35,27 @@ def make_torch_files() -> None:
     np.savez(HERE / "torch_expected.npz", **expected)
 
 
+WAYS = {
+    "bicubic": {"mode": "bicubic"},
+    "bicubic_antialias": {"mode": "bicubic", "antialias": True},
+    "bicubic_offset": {"mode": "bicubic"},
+    "bilinear": {"mode": "bilinear"},
+}
+
+
 def resample_positions() -> None:
-    """A grid of 6x6 positions on other grids, both ways."""
+    """A grid of 6x6 positions on other grids, in each of `WAYS`; computed in float64, stored as float32."""
     before = random_weights({"positions": (1, 36, 3)})["positions"]
-    grid = torch.from_numpy(before).reshape(1, 6, 6, 3).permute(0, 3, 1, 2)
+    grid = torch.from_numpy(before).double().reshape(1, 6, 6, 3).permute(0, 3, 1, 2)
     resampled = {"before": before}
-    for antialias in (False, True):
+    for how, options in WAYS.items():
         for new in (3, 4, 10):
-            after = torch.nn.functional.interpolate(
-                grid, size=(new, new), mode="bicubic", antialias=antialias
-            )
-            key = f"{'bicubic_antialias' if antialias else 'bicubic'}/{new}"
-            resampled[key] = after.permute(0, 2, 3, 1).reshape(1, new * new, 3).numpy()
+            # DINOv2 gives a factor, not a size: PyTorch then steps by that factor, not by the ratio of the sizes.
+            scale = ((new + 0.1) / 6,) * 2
+            size = {"scale_factor": scale} if how == "bicubic_offset" else {"size": (new, new)}
+            after = torch.nn.functional.interpolate(grid, **size, **options)
+            after = after.permute(0, 2, 3, 1).reshape(1, new * new, 3)
+            resampled[f"{how}/{new}"] = after.float().numpy()
     np.savez(HERE / "torch_resampled.npz", **resampled)
 
 

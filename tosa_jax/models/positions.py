@@ -1,16 +1,27 @@
-"""Learned positions on another grid: PyTorch's two bicubic interpolations, in NumPy.
+"""Learned positions on another grid: PyTorch's interpolations, in NumPy.
 
-Both are separable, so each is one small matrix a side. `bicubic` is `F.interpolate(mode="bicubic",
-align_corners=False)`, Keys' kernel with a = -0.75, edges repeated; `bicubic_antialias` adds
-`antialias=True`: the kernel with a = -0.5, as wide as the step where the grid shrinks, and
-normalised over what lies inside (PIL's rule). Source: aten/src/ATen/native/UpSample.h and
-cpu/UpSampleKernel.cpp of PyTorch.
+All are separable, so each is one small matrix a side. Their names are the values of `ViTConfig.pos_resample`:
+
+bicubic_antialias  `F.interpolate(size=..., mode="bicubic", antialias=True)`: Keys' kernel with a = -0.5, as wide as the
+                   step where the grid shrinks, normalised over what lies inside (PIL's rule). Of timm, and for DINOv2
+                   with registers also of transformers and of Facebook's hub.
+bicubic            the same without antialias: Keys' kernel with a = -0.75, edges repeated. Of transformers.
+bicubic_offset     that with `scale_factor=(new + 0.1) / old` in place of the size, so that the samples are taken a
+                   little too close together. Of Facebook's hub (DINOv2 without registers) and of Depth Anything's code.
+bilinear           `mode="bilinear"` without antialias, edges repeated. Of DPT, its own code and transformers'.
+
+All have `align_corners=False`. Sources: aten/src/ATen/native/UpSample.h and cpu/UpSampleKernel.cpp of PyTorch;
+`interpolate_pos_encoding` of facebookresearch/dinov2; `_resize_pos_embed` of transformers' DPT.
 """
 
 import math
 
 import numpy as np
 from jaxtyping import Float
+
+RESAMPLINGS = ("bicubic_antialias", "bicubic", "bicubic_offset", "bilinear")
+
+_OFFSET = 0.1  # patches: `interpolate_offset` of facebookresearch/dinov2
 
 
 def _keys_kernel(x: np.ndarray, a: float) -> np.ndarray:
@@ -21,33 +32,38 @@ def _keys_kernel(x: np.ndarray, a: float) -> np.ndarray:
     return np.where(x < 1, near, np.where(x < 2, far, 0.0))
 
 
+def _triangle(x: np.ndarray) -> np.ndarray:
+    """The kernel of linear interpolation at distances `x`."""
+    return np.maximum(1 - np.abs(x), 0.0)
+
+
 def resample_matrix(old: int, new: int, how: str) -> Float[np.ndarray, "new old"]:
-    """The float64 matrix that takes `old` samples of a line to `new` ones; `how` is `ViTConfig.pos_resample`."""
-    scale = old / new
+    """The float64 matrix that takes `old` samples of a line to `new` ones; `how` is one of `RESAMPLINGS`."""
+    scale = old / (new + _OFFSET if how == "bicubic_offset" else new)
     matrix = np.zeros((new, old))
     for row in range(new):
         center = scale * (row + 0.5)
-        if how == "bicubic":
-            first = math.floor(center - 0.5) - 1
-            taps = np.arange(first, first + 4)
-            weights = _keys_kernel(taps + 0.5 - center, -0.75)
-            np.add.at(matrix[row], np.clip(taps, 0, old - 1), weights)
-        else:
+        if how == "bicubic_antialias":
             stretch = max(scale, 1.0)
             low = max(int(center - 2 * stretch + 0.5), 0)
             high = min(int(center + 2 * stretch + 0.5), old)
             weights = _keys_kernel((np.arange(low, high) + 0.5 - center) / stretch, -0.5)
             matrix[row, low:high] = weights / weights.sum()
+        else:
+            taps = math.floor(center - 0.5) + np.arange(-1, 3)
+            distances = taps + 0.5 - center
+            linear = how == "bilinear"
+            weights = _triangle(distances) if linear else _keys_kernel(distances, -0.75)
+            np.add.at(matrix[row], np.clip(taps, 0, old - 1), weights)
     return matrix
 
 
 def resample_positions(
     positions: Float[np.ndarray, "1 old d"], grid: tuple[int, int], how: str
 ) -> Float[np.ndarray, "1 new d"]:
-    """Positions of a square grid -> those of `grid` (rows, columns), float32; `how` is
-    `ViTConfig.pos_resample`.
+    """Positions of a square grid -> those of `grid` (rows, columns), float32; `how` is one of `RESAMPLINGS`.
 
-    A grid of the same size goes through untouched, as in timm and transformers. Raises ValueError: no square.
+    A grid of the same size goes through untouched, as in timm, transformers and DINOv2. Raises ValueError: no square.
     """
     side = math.isqrt(positions.shape[1])
     if side * side != positions.shape[1]:

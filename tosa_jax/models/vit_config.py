@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tosa_jax.errors import ConfigError
+from tosa_jax.models.positions import RESAMPLINGS
 
 STANDARD = "standard"
 """What plans call an ordinary transformer layer."""
@@ -83,7 +84,7 @@ class ViTConfig:
     reg_tokens: int = 0  # registers
     distilled: bool = False  # a distillation token, and a head of its own
     pos_embed_prefix: bool = True  # positions for the prefix tokens too
-    pos_resample: str = "bicubic_antialias"  # positions of another grid; or "bicubic"
+    pos_resample: str = "bicubic_antialias"  # positions of another grid: one of `RESAMPLINGS`
     global_pool: str = "token"  # the class token is classified; "avg": the patches' mean, as in MAE
     drop_path_rate: float = 0.0  # of the last layer; rises linearly from 0
     dtype: Any = jnp.float32  # computes
@@ -119,7 +120,7 @@ class ViTConfig:
         check(self.embed_dim % self.num_heads == 0,
               f"num_heads={self.num_heads} does not divide embed_dim={self.embed_dim}")  # fmt: skip
         check_choice("mlp", self.mlp, ("gelu", "gelu_tanh", "swiglu"))
-        check_choice("pos_resample", self.pos_resample, ("bicubic_antialias", "bicubic"))
+        check_choice("pos_resample", self.pos_resample, RESAMPLINGS)
         check_choice("global_pool", self.global_pool, ("token", "avg"))
         check_choice("head_pool", self.head_pool, ("mean", "max"))
         check(0 <= self.redundancy_weight <= 1,

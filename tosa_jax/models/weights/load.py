@@ -2,9 +2,9 @@
 
 Loading changes parameters only. What the shapes in a file do not tell is a field of the model: the
 epsilon of LayerNorm (`norm_eps`: 1e-6 in timm, DeiT and DINOv2, 1e-12 in transformers' ViT and
-DeiT), the variant of GELU, the number of heads, and how positions are resampled (`pos_resample`:
-"bicubic_antialias" in timm and in transformers' DINOv2 with registers, else "bicubic" in
-transformers). If a config.json lies beside the file, the fields are checked against it.
+DeiT), the variant of GELU, the number of heads, and how positions are resampled (`pos_resample`;
+`models/positions.py` says which form is whose). If a config.json lies beside the file, the fields
+are checked against it.
 """
 
 import json
@@ -105,9 +105,9 @@ def pretrained_params(
     arrays = _to_ours(file.arrays, config, messages.append)
     arrays, moved = names.fit_positions(arrays, config)
     if moved:
-        theirs = names.resampling_of(file.arrays, config)
-        same = f"; pass pos_resample={theirs!r} to create_model for what transformers computes"
-        messages.append(moved + (same if theirs not in (None, config.pos_resample) else ""))
+        theirs, whose = names.resampling_of(file.arrays, config) or (config.pos_resample, "")
+        same = f"; pass pos_resample={theirs!r} to create_model for what {whose} computes"
+        messages.append(moved + (same if theirs != config.pos_resample else ""))
     kept = _kept_head(arrays, own, messages.append) | _kept_kinds(arrays, own, messages.append)
     kept |= _kept_norm(file.path, arrays, own, "head/kernel" in kept, messages.append)
     kept |= _other_heads(arrays, own, messages.append)

@@ -93,11 +93,16 @@ def is_hugging_face(arrays: Arrays) -> bool:
     return any(name.endswith("embeddings.position_embeddings") for name in arrays)
 
 
-def resampling_of(arrays: Arrays, config: ViTConfig) -> str | None:
-    """How transformers resamples these positions; None for the names of others."""
-    if not is_hugging_face(arrays):
-        return None
-    return "bicubic_antialias" if config.reg_tokens else "bicubic"
+def resampling_of(arrays: Arrays, config: ViTConfig) -> tuple[str, str] | None:
+    """How the code that the names are of resamples these positions (`pos_resample`), and whose code that is.
+
+    None for names that say nothing of it, such as timm's and DeiT's.
+    """
+    if is_hugging_face(arrays):
+        return "bicubic_antialias" if config.reg_tokens else "bicubic", "transformers"
+    if config.layer_scale and "mask_token" in arrays:  # timm's files of DINOv2 have none
+        return "bicubic_antialias" if config.reg_tokens else "bicubic_offset", "Facebook's hub"
+    return None
 
 
 def to_timm(arrays: Arrays) -> tuple[Arrays, list[str]]:
