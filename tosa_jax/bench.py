@@ -25,6 +25,7 @@ from tosa_jax.cli.command import run_command
 from tosa_jax.distributed.devices import describe_device, versions
 from tosa_jax.errors import ConfigError
 from tosa_jax.models.method import controls
+from tosa_jax.models.options import OPTIONS
 from tosa_jax.paths import as_path
 from tosa_jax.performance import results, torch_baselines
 from tosa_jax.performance.benchmark import measure, measure_batch_sizes
@@ -95,9 +96,6 @@ def _add_model_fields(parser: argparse.ArgumentParser) -> None:
     )
     add("--dtype", default="float32")
     add(
-        "--bypass", default="", help="bypass of ToSA and the controls: identity, low_rank or shared"
-    )
-    add(
         "--map_chunk",
         type=int,
         default=0,
@@ -110,6 +108,13 @@ def _add_model_fields(parser: argparse.ArgumentParser) -> None:
         default="none",
         help="rematerialisation in training: none, full, dots, dots_no_batch",
     )
+    add = parser.add_argument_group("options of ToSA and the controls").add_argument
+    for name, options in OPTIONS.items():
+        default = getattr(options(), name)
+        if isinstance(default, bool):
+            add(f"--{name}", action=argparse.BooleanOptionalAction, default=default)
+        else:
+            add(f"--{name}", type=type(default), default=default, help=f"default: {default!r}")
 
 
 def _bench(argv: Sequence[str], args: argparse.Namespace, overrides: list[str]) -> int:
@@ -125,7 +130,7 @@ def _bench(argv: Sequence[str], args: argparse.Namespace, overrides: list[str]) 
 
 def measure_networks(argv: Sequence[str], args: argparse.Namespace) -> list[dict[str, Any]]:
     """Measures every batch size and returns the records; with --sweep it also writes the files."""
-    names = ("task", "dtype", "bypass", "map_chunk", "gather", "scan_layers", "remat")
+    names = ("task", "dtype", "map_chunk", "gather", "scan_layers", "remat", *OPTIONS)
     names += ("train", "rounds", "controls", "against", "torch_compile")
     fields = {name: getattr(args, name) for name in names}
     if size := args.image_size:

@@ -215,9 +215,8 @@ def default_config(model: str = "vit", task: str = "classification") -> Any:
     config = ml_collections.ConfigDict(_defaults(RunConfig, skip=("task", "options")))
     config.task = {"name": task} | _defaults(TASKS[task].options)
     vit = model_config(task, model)
-    variant = {k: v for k, v in dataclasses.asdict(vit).items() if k not in vit.unused}
+    variant = {k: v for k, v in vit.to_fields().items() if k not in vit.unused}
     variant |= {"name": model, "plan": METHODS[MAIN].plan, "keep_rate": (0.5,)}
-    variant |= {name: str(variant[name]) for name in ("dtype", "param_dtype")}
     variant |= {"image_size": vit.image_shape} if vit.resizes else {}
     config.model = variant
     config.data = {"name": ""} | _defaults(DataConfig)
@@ -308,9 +307,7 @@ MAY_CHANGE = {
 
 def to_json(run: RunConfig) -> dict[str, Any]:
     """The run as plain JSON values, in sections."""
-    values = dataclasses.asdict(run)
-    values["model"] |= {name: str(values["model"][name]) for name in ("dtype", "param_dtype")}
-    return values
+    return dataclasses.asdict(run) | {"model": run.model.to_fields()}
 
 
 def from_json(values: Mapping[str, Any]) -> RunConfig:

@@ -136,9 +136,7 @@ def from_weights(path: str | Path, keep_rate: KeepRate, on_message: OnMessage) -
 
 def save(network: LoadedModel, path: str | Path) -> None:
     """Writes a model with its preprocessing, options and class names to one `.safetensors` file, for `from_weights`."""
-    config = dataclasses.asdict(network["model"].config)
-    config |= {name: str(config[name]) for name in ("dtype", "param_dtype")}
-    said = {**network, "model": config}
+    said = {**network, "model": network["model"].config.to_fields()}
     said |= {name: dataclasses.asdict(network[name]) for name in ("form", "options")}
     save_weights(network["model"], path, metadata={_METADATA: json.dumps(said)})
 

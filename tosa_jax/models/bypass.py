@@ -4,14 +4,17 @@ The network after a selective layer expects every token updated. An estimate is 
 when it closes, from the updates that the selected tokens got; every one counts in multiply-adds.
 """
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from tosa_jax.models.layers import Block, linear
+from tosa_jax.models.options import Options
 from tosa_jax.models.token_state import LayerSpec
-from tosa_jax.models.vit_config import ViTConfig
+from tosa_jax.models.vit_config import ViTConfig, check, check_choice
 from tosa_jax.ops.array_types import Tokens
 from tosa_jax.ops.reduction import Reduction, pooled
 from tosa_jax.ops.token_matching import with_representatives
@@ -19,6 +22,27 @@ from tosa_jax.ops.token_selection import Selection, complement, gather_tokens, s
 
 Sizes = Float[Array, "b n"] | None
 """How many tokens each one stands for; None: one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BypassOptions(Options):
+    """What becomes of the tokens that a layer does not select. Raises ConfigError for values out of range.
+
+    bypass            a key of `BYPASSES`; "": the one that the layer kind prefers (`default_bypass`).
+    bypass_rank       of "low_rank": the rank of its linear map, at least 1.
+    bypass_pool       with "shared", a selected token enters as the mean of the tokens that it stands for.
+    bypass_size_bias  with "shared" and `bypass_pool`, a selected token counts in attention as often as it stands for
+                      others.
+    """
+
+    bypass: str = ""
+    bypass_rank: int = 64
+    bypass_pool: bool = True
+    bypass_size_bias: bool = True
+
+    def __post_init__(self) -> None:
+        check_choice("bypass", self.bypass, ("", *BYPASSES))
+        check(self.bypass_rank >= 1, f"bypass_rank={self.bypass_rank} must be at least 1")
 
 
 class Identity(nnx.Module):
@@ -56,7 +80,7 @@ class LowRank(Identity):
 
     def __init__(self, config: ViTConfig, spec: LayerSpec, *, rngs: nnx.Rngs) -> None:
         super().__init__(config, spec, rngs=rngs)
-        self.rank = config.bypass_rank
+        self.rank = config.options_of(BypassOptions).bypass_rank
         self.down = linear(config, config.embed_dim, self.rank, rngs, use_bias=False)
         zeros = nnx.initializers.zeros_init()
         self.up = linear(config, self.rank, config.embed_dim, rngs, kernel_init=zeros)
@@ -84,7 +108,7 @@ class Shared(Identity):
     def __init__(self, config: ViTConfig, spec: LayerSpec, *, rngs: nnx.Rngs) -> None:
         super().__init__(config, spec, rngs=rngs)
         self.num_prefix_tokens = config.num_prefix_tokens
-        self.pool = config.bypass_pool
+        self.pool = config.options_of(BypassOptions).bypass_pool
 
     def open(
         self, block: Block, tokens: Tokens, selection: Selection, sizes: Sizes = None
@@ -107,4 +131,4 @@ class Shared(Identity):
 
 
 BYPASSES: dict[str, type[Identity]] = {"identity": Identity, "low_rank": LowRank, "shared": Shared}
-"""By the value of `ViTConfig.bypass`."""
+"""By the value of `BypassOptions.bypass`."""

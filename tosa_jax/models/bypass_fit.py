@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from tosa_jax.models.bypass import LowRank
+from tosa_jax.models.bypass import BypassOptions, LowRank
 from tosa_jax.models.methods.selective import SelectiveLayer
 from tosa_jax.models.methods.worst_bypass import PredictedBypass
 from tosa_jax.models.params import Params, get_params, set_params, split
@@ -135,7 +135,7 @@ def fit_bypass(
     bypasses, choices = (groups_to_fit(model, needs) for needs in (_has_low_rank, _predicts_misses))
     batches = list(batches) if bypasses and choices else batches
     for first, sums in _sums(model, batches, bypasses).items():
-        down, up, bias = solve(sums, model.config.bypass_rank, ridge)
+        down, up, bias = solve(sums, model.config.options_of(BypassOptions).bypass_rank, ridge)
         add(f"kinds/{first}/bypass", {"down/kernel": down, "up/kernel": up, "up/bias": bias})
     model = set_params(split(model)[0], own | fitted)
     for first, sums in _sums(model, batches, choices, of_misses=True).items():

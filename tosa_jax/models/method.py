@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tosa_jax.errors import ConfigError
+from tosa_jax.models.options import Options, declare
 from tosa_jax.models.token_state import LayerKind
-from tosa_jax.models.vit_config import STANDARD, alternate, check, check_choice
+from tosa_jax.models.vit_config import STANDARD, ViTConfig, alternate, check, check_choice
 
 DENSE = "dense"
 """Name of the network without any method: every layer is a standard one."""
@@ -36,7 +37,7 @@ class Method:
     every_layer  the plan of this name has no standard layers; else every second layer is standard.
     has_budget   its cost depends on `keep_rate`.
     equal_gmacs  as a control its keep_rate is solved for the GMACs of the main network.
-    fields       fields of `ViTConfig` that it sets as a control.
+    fields       fields of `ViTConfig` and options that it sets as a control.
     fit_kind     stands in for `kind` in the selector stage, under the plan's name and "_fit"; None: a standard layer.
     """
 
@@ -74,12 +75,26 @@ METHODS: dict[str, Method] = {}
 
 
 def register(*methods: Method) -> None:
-    """Adds methods. Raises ConfigError: a name or a plan's name is taken."""
+    """Adds methods and declares their options.
+
+    Raises ConfigError: a method, a layer kind or an option has a name that is taken.
+    """
     for method in methods:
         check(method.name not in METHODS, f"there is already a method {method.name!r}")
         for name in kinds_of(method):
             check(name not in layer_kinds(), f"there is already a layer kind {name!r}")
+        for kind in kinds_of(method).values():
+            for options in kind.options:
+                _declare(options)
         METHODS[method.name] = method
+
+
+def _declare(options: type[Options]) -> None:
+    taken = options.__dataclass_fields__.keys() & ViTConfig.__dataclass_fields__.keys()
+    check(
+        not taken, f"{options.__name__} declares {min(taken, default='')!r}, a field of ViTConfig"
+    )
+    declare(options)
 
 
 def kinds_of(method: Method) -> dict[str, type[LayerKind]]:

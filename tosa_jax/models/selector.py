@@ -4,16 +4,42 @@ ToSA (arXiv 2406.08816): two 1-D convolutions with a ReLU between, then a log-so
 the kernel slides along the keys of a row, by default with width 1: the selector fits every resolution.
 """
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from tosa_jax.models.vit_config import ViTConfig
+from tosa_jax.models.options import Options
+from tosa_jax.models.vit_config import ViTConfig, check
 from tosa_jax.ops.array_types import AttnLogits
 
 _FEW_MACS = 200
 """Multiply-adds of an entry up to which a CPU works entry by entry: above, matrix products were as fast."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectorOptions(Options):
+    """The size of the token selector. Raises ConfigError for values out of range.
+
+    selector_hidden  channels between its two convolutions, at least 2 * num_heads; 0: that number.
+    kernel_size      of its convolutions, in keys; odd.
+    """
+
+    selector_hidden: int = 0
+    kernel_size: int = 1
+
+    def __post_init__(self) -> None:
+        check(self.kernel_size >= 1 and self.kernel_size % 2 == 1,
+              f"kernel_size={self.kernel_size} must be odd")  # fmt: skip
+
+    def check_network(self, config: ViTConfig) -> None:
+        """Raise a ConfigError if there are too few channels for the heads of `config`."""
+        least = 2 * config.num_heads
+        check(self.selector_hidden == 0 or self.selector_hidden >= least,
+              f"selector_hidden={self.selector_hidden} is below 2 * num_heads = {least}, which the "
+              "selector's start at the identity needs; use 0 for that number")  # fmt: skip
 
 
 def _identity_kernels(size: int, heads: int, hidden: int) -> tuple[Array, Array]:
@@ -47,16 +73,17 @@ class TokenSelector(nnx.Module):
     """Predicts the next layer's attention map; starts as the identity, so at the previous layer's own map."""
 
     def __init__(self, config: ViTConfig) -> None:
-        hidden = config.selector_hidden or 2 * config.num_heads
-        expand, contract = _identity_kernels(config.kernel_size, config.num_heads, hidden)
+        options = config.options_of(SelectorOptions)
+        size, hidden = options.kernel_size, options.selector_hidden or 2 * config.num_heads
+        expand, contract = _identity_kernels(size, config.num_heads, hidden)
         if (extra := hidden - 2 * config.num_heads) > 0:
             # Channels beyond the identity's start with a weight in and none out: still the identity, yet trainable.
             key = jax.random.key(0)
-            noise = jax.random.normal(key, (config.kernel_size, config.num_heads, extra))
+            noise = jax.random.normal(key, (size, config.num_heads, extra))
             expand = expand.at[:, :, -extra:].set(noise * config.num_heads**-0.5)
         self.conv1 = HeadConv(expand, config)
         self.conv2 = HeadConv(contract, config)
-        self.macs_per_entry = 2 * config.kernel_size * config.num_heads * hidden
+        self.macs_per_entry = 2 * size * config.num_heads * hidden
 
     def __call__(self, logits: AttnLogits) -> Float[Array, "b h q k"]:
         """Scaled attention logits (float32) -> log of the predicted map, rows normalised over keys.

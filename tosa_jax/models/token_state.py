@@ -4,7 +4,7 @@ A method of token reduction is one file in `methods/`: the layer kinds it adds. 
 runs its blocks in the order of a plan, each through the kind that the plan names.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from tosa_jax.errors import ConfigError
 from tosa_jax.models.layers import AttentionFn, Block, DropPath, plain_attention
+from tosa_jax.models.options import Options
 from tosa_jax.models.vit_config import ViTConfig
 from tosa_jax.ops.array_types import Indices, PerExample, Scores, Tokens
 from tosa_jax.ops.attention import attention
@@ -174,11 +175,13 @@ class LayerKind(nnx.Module):
     selects   the kind chooses tokens: neighbours of the same kind form a group.
     nests     each layer of a group chooses, among what the one before it left; else the group shares one choice.
     proportional  attention counts a token as often as it stands for others.
+    options  the dataclasses whose fields the kind reads from the configuration (`ViTConfig.options_of`).
     """
 
     selects: bool
     nests: bool
     proportional: bool
+    options: ClassVar[tuple[type[Options], ...]] = ()
     spec: LayerSpec
 
     def __init__(self, config: ViTConfig, spec: LayerSpec, *, rngs: nnx.Rngs) -> None:

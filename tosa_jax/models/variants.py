@@ -64,8 +64,6 @@ def variant_config(
     Raises ConfigError, naming what is known, for an unknown name or field.
     """
     check_choice("model name", name, VARIANTS)
-    for field in fields:
-        check_choice("model field", field, config_class.__dataclass_fields__)
     merged: dict[str, Any] = {**VARIANTS[name], **fields}
     plan = merged.get("plan") or ()
     if isinstance(plan, str):

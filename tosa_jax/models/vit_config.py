@@ -3,16 +3,20 @@
 A plan is a tuple with the name of a layer kind for each layer, `("standard", "selective", "standard", ...)`.
 """
 
+import dataclasses
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
 
 from tosa_jax.errors import ConfigError
+from tosa_jax.models.options import OPTIONS, Options, with_values
 from tosa_jax.models.positions import RESAMPLINGS
+
+AnyOptions = TypeVar("AnyOptions", bound=Options)
 
 STANDARD = "standard"
 """What plans call an ordinary transformer layer."""
@@ -36,11 +40,30 @@ def check(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ViTConfig:
-    """Sizes are timm's; the fields from `plan` on are this project's (README, "Deviations from the paper").
+def _own_fields(config: Any) -> list[str]:
+    """Names of the fields that a configuration, or its class, declares itself: all but the options of methods."""
+    return [field.name for field in dataclasses.fields(config) if field.name != "options"]
 
-    Raises ConfigError for values out of range or that do not go together.
+
+class _TakesOptions(type):
+    """The class of `ViTConfig` and its subclasses: their calls take the options of methods among their own fields."""
+
+    def __call__(cls, *, options: tuple[Options, ...] = (), **values: Any) -> Any:
+        own = _own_fields(cls)
+        for name in values:
+            check_choice("model field", name, [*own, *OPTIONS])
+        of_methods = {name: values.pop(name) for name in values.keys() - own}
+        return super().__call__(options=with_values(options, of_methods), **values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTConfig(metaclass=_TakesOptions):
+    """What a network is. Sizes are timm's; the fields from `plan` on are this project's.
+
+    What a single method reads is in that method's file, in a subclass of `Options`. Its fields are set and read like
+    those of this class: `ViTConfig(bypass="shared").bypass`, `dataclasses.replace(config, bypass="shared")`.
+
+    Raises ConfigError for an unknown field, and for values that are out of range or do not go together.
 
     task      for which such models are built, unless another is named: a key of `tasks.TASKS`.
     resizes   images that the patch does not divide are brought to the next multiple; else they are refused.
@@ -52,17 +75,11 @@ class ViTConfig:
     budget             "uniform": one keep_rate for all selections; "linear": keep_rate is the mean of falling ones,
                        which "redundancy" follows as far down as it can.
     count_multiple     counts of selected tokens are rounded up to a multiple of it.
-    bypass             "identity", "low_rank" (of bypass_rank) or "shared"; "": the layer kind's own.
-    bypass_pool        "shared": selected tokens enter as the mean of those they stand for; with bypass_size_bias they
-                       also weigh as much in attention.
-    redundancy_weight  share in [0, 1] of likeness to more attended tokens in the scores.
-    head_pool          heads -> one score: "mean" or "max".
-    selector_hidden    channels between the selector's convolutions, at least 2 * num_heads; 0: that number.
-    kernel_size        of the selector's convolutions, along the keys; odd.
     gather             "indices", or "one_hot": tokens are gathered and put back by matrix products.
     scan_layers        one program for all repetitions of the plan: compiles faster, computes the same.
     remat              what backward computes again to save memory: "none", "full", "dots" or "dots_no_batch".
     map_chunk          query rows at a time when a map is walked; 0: all.
+    options            of methods: one object of each class that is not at its defaults; `options_of` reads them.
     """
 
     task: ClassVar[str] = "classification"
@@ -94,18 +111,11 @@ class ViTConfig:
     budget_gmacs: float = 0.0
     budget: str = "uniform"
     count_multiple: int = 1
-    bypass: str = ""
-    bypass_rank: int = 64
-    bypass_pool: bool = True
-    bypass_size_bias: bool = True
-    redundancy_weight: float = 0.0
-    head_pool: str = "mean"
-    selector_hidden: int = 0
-    kernel_size: int = 1
     gather: str = "indices"
     scan_layers: bool = False
     remat: str = "none"
     map_chunk: int = 0
+    options: tuple[Options, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("dtype", "param_dtype"):
@@ -122,24 +132,14 @@ class ViTConfig:
         check_choice("mlp", self.mlp, ("gelu", "gelu_tanh", "swiglu"))
         check_choice("pos_resample", self.pos_resample, RESAMPLINGS)
         check_choice("global_pool", self.global_pool, ("token", "avg"))
-        check_choice("head_pool", self.head_pool, ("mean", "max"))
-        check(0 <= self.redundancy_weight <= 1,
-              f"redundancy_weight={self.redundancy_weight} is not in [0, 1]")  # fmt: skip
         check_choice("gather", self.gather, ("indices", "one_hot"))
         check_choice("remat", self.remat, ("none", "full", "dots", "dots_no_batch"))
         check_choice("budget", self.budget, ("uniform", "linear"))
-        check_choice("bypass", self.bypass, ("", "identity", "low_rank", "shared"))
         check(self.budget_gmacs >= 0, f"budget_gmacs={self.budget_gmacs} is negative")
-        for name in ("count_multiple", "bypass_rank"):
-            check(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        check(self.count_multiple >= 1,
+              f"count_multiple={self.count_multiple} must be at least 1")  # fmt: skip
         check(0 <= self.drop_path_rate < 1,
               f"drop_path_rate={self.drop_path_rate} is not in [0, 1)")  # fmt: skip
-        check(self.kernel_size >= 1 and self.kernel_size % 2 == 1,
-              f"kernel_size={self.kernel_size} must be odd")  # fmt: skip
-        least = 2 * self.num_heads
-        check(self.selector_hidden == 0 or self.selector_hidden >= least,
-              f"selector_hidden={self.selector_hidden} is below 2 * num_heads = {least}, which the "
-              "selector's start at the identity needs; use 0 for that number")  # fmt: skip
         check(self.map_chunk >= 0,
               f"map_chunk={self.map_chunk} must be positive, or 0 for all rows")  # fmt: skip
         if len(self.keep_rates_given) == 1:
@@ -150,6 +150,8 @@ class ViTConfig:
               f"plan has {len(plan)} layers, but depth={self.depth}")  # fmt: skip
         for rate in self.keep_rates_given:
             check(0 < rate <= 1, f"keep_rate={rate} is not in (0, 1]")
+        for options in self.options:
+            options.check_network(self)
 
     def _check_image_size(self) -> None:
         """One form for each size (a square is an int), and the patch divides it unless the network resizes."""
@@ -162,6 +164,23 @@ class ViTConfig:
         check(self.resizes or self.image_shape == tuple(nearest),
               f"image_size={self.image_size} is not a multiple of patch_size={patch}; the nearest that is: "
               f"{nearest[0] if nearest[0] == nearest[-1] else tuple(nearest)}")  # fmt: skip
+
+    def options_of(self, cls: type[AnyOptions]) -> AnyOptions:
+        """The options of one class, at their defaults unless others were given."""
+        return next((one for one in self.options if isinstance(one, cls)), cls())
+
+    if not TYPE_CHECKING:  # a type checker would take any misspelt field for an option
+
+        def __getattr__(self, name: str) -> Any:
+            """The value of a method's option."""
+            if name not in OPTIONS:
+                raise AttributeError(f"{type(self).__name__} has no field {name!r}")
+            return getattr(self.options_of(OPTIONS[name]), name)
+
+    def to_fields(self) -> dict[str, Any]:
+        """Every field and every option by name, dtypes as text: what makes an equal configuration."""
+        values = {name: getattr(self, name) for name in [*_own_fields(self), *OPTIONS]}
+        return values | {name: str(values[name]) for name in ("dtype", "param_dtype")}
 
     @property
     def image_shape(self) -> tuple[int, int]:

@@ -8,6 +8,7 @@ representative, and rejoin with it. No map is read, and nothing is fitted.
 
 from flax import nnx
 
+from tosa_jax.models.bypass import BypassOptions
 from tosa_jax.models.layers import Block
 from tosa_jax.models.method import Method
 from tosa_jax.models.methods.selective import SelectiveLayer
@@ -41,8 +42,9 @@ class Redundancy(SelectiveLayer):
         return spec._replace(opens=count < spec.count_in, count=count, count_out=count_out)
 
     def __init__(self, config: ViTConfig, spec: LayerSpec, *, rngs: nnx.Rngs) -> None:
-        check(config.bypass in ("", "shared"),
-              f"bypass={config.bypass!r}: the layer kind 'redundancy' works with 'shared' alone")  # fmt: skip
+        bypass = config.options_of(BypassOptions).bypass
+        check(bypass in ("", "shared"),
+              f"bypass={bypass!r}: the layer kind 'redundancy' works with 'shared' alone")  # fmt: skip
         super().__init__(config, spec, rngs=rngs)
 
     def apply(self, block: Block, state: TokenState, context: LayerContext) -> TokenState:

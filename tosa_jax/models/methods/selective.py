@@ -4,32 +4,54 @@ The others bypass the layer, attention and MLP. Layers of one kind that follow e
 gathered once, go through all their blocks, and are scattered back once.
 """
 
+from dataclasses import dataclass
+
 from flax import nnx
 
-from tosa_jax.models.bypass import BYPASSES
+from tosa_jax.models.bypass import BYPASSES, BypassOptions
 from tosa_jax.models.layers import Block
 from tosa_jax.models.methods.standard import Standard
+from tosa_jax.models.options import Options
 from tosa_jax.models.token_state import LayerContext, LayerSpec, TokenState
-from tosa_jax.models.vit_config import ViTConfig
+from tosa_jax.models.vit_config import ViTConfig, check, check_choice
 from tosa_jax.ops.array_types import Scores
 from tosa_jax.ops.token_matching import weigh_redundancy
 from tosa_jax.ops.token_selection import num_selected, select_tokens, with_one_hot
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectiveOptions(Options):
+    """How scores become a choice. Raises ConfigError for values out of range.
+
+    head_pool          how the scores of all heads become one: "mean" or "max".
+    redundancy_weight  share in [0, 1] of redundancy in the scores: how much a token resembles a more attended one.
+    """
+
+    head_pool: str = "mean"
+    redundancy_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_choice("head_pool", self.head_pool, ("mean", "max"))
+        check(0 <= self.redundancy_weight <= 1,
+              f"redundancy_weight={self.redundancy_weight} is not in [0, 1]")  # fmt: skip
 
 
 class SelectiveLayer(Standard):
     """Runs the block on the tokens of highest score. A method says where scores come from: `needs`, `scores`."""
 
     selects = True
+    options = (BypassOptions, SelectiveOptions)
     default_bypass = "identity"
 
     def __init__(self, config: ViTConfig, spec: LayerSpec, *, rngs: nnx.Rngs) -> None:
         super().__init__(config, spec, rngs=rngs)
         self.num_prefix_tokens = config.num_prefix_tokens
-        self.head_pool, self.map_chunk = config.head_pool, config.map_chunk or None
-        path = BYPASSES[config.bypass or self.default_bypass]
+        bypass, options = config.options_of(BypassOptions), config.options_of(SelectiveOptions)
+        self.head_pool, self.map_chunk = options.head_pool, config.map_chunk or None
+        path = BYPASSES[bypass.bypass or self.default_bypass]
         self.bypass = path(config, spec, rngs=rngs) if spec.opens else None
-        self.proportional = config.bypass_size_bias
-        self.redundancy_weight = config.redundancy_weight
+        self.proportional = bypass.bypass_size_bias
+        self.redundancy_weight = options.redundancy_weight
         self.one_hot = config.gather == "one_hot"
         self.num_tokens, self.width = spec.count_group, config.embed_dim
 

@@ -14,7 +14,7 @@ from tosa_jax.models.layers import AttentionFn, Block
 from tosa_jax.models.method import MAIN, Method
 from tosa_jax.models.methods.selective import SelectiveLayer
 from tosa_jax.models.methods.standard import Standard
-from tosa_jax.models.selector import TokenSelector
+from tosa_jax.models.selector import SelectorOptions, TokenSelector
 from tosa_jax.models.token_state import LayerContext, LayerSpec, TokenState
 from tosa_jax.models.vit_config import ViTConfig
 from tosa_jax.ops.array_types import Heads, Scores
@@ -24,6 +24,8 @@ from tosa_jax.ops.token_selection import overlap
 
 class Selective(SelectiveLayer):
     """The paper's token-selective layer: scores are the column sums of the predicted map."""
+
+    options = (*SelectiveLayer.options, SelectorOptions)
 
     def __init__(self, config: ViTConfig, spec: LayerSpec, *, rngs: nnx.Rngs) -> None:
         super().__init__(config, spec, rngs=rngs)

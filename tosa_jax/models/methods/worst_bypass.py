@@ -8,6 +8,7 @@ prediction could bring.
 import jax.numpy as jnp
 from flax import nnx
 
+from tosa_jax.models.bypass import BypassOptions
 from tosa_jax.models.layers import Block, linear
 from tosa_jax.models.method import Method
 from tosa_jax.models.methods.selective import SelectiveLayer
@@ -27,8 +28,9 @@ class WorstBypass(SelectiveLayer):
     def __init__(self, config: ViTConfig, spec: LayerSpec, *, rngs: nnx.Rngs) -> None:
         name = config.plan[spec.layer]
         kind = f"the layer kind {name!r}"
-        check(config.bypass in ("", "identity", "low_rank"),
-              f"bypass={config.bypass!r}: {kind} works with 'identity' and 'low_rank'")  # fmt: skip
+        bypass = config.options_of(BypassOptions).bypass
+        check(bypass in ("", "identity", "low_rank"),
+              f"bypass={bypass!r}: {kind} works with 'identity' and 'low_rank'")  # fmt: skip
         check(spec.opens and spec.closes,
               f"plan has layer {spec.layer} in a group: {kind} needs a standard layer before each")  # fmt: skip
         super().__init__(config, spec, rngs=rngs)
