@@ -77,6 +77,30 @@ def test_the_step_whose_size_was_checked_is_not_compiled_again(digits_dir, caplo
     assert len([text for text in compiled if "eval_step" in text]) == 1
 
 
+class WhoSelectsWhat(Task):
+    """A task whose scores say which example selects which token: the images differ, and so do their means."""
+
+    def metrics(self, out, batch):
+        indices, brightness = out.selected[0], batch["image"].mean(axis=(1, 2, 3))
+        return {str(i): brightness * (indices == i).any(axis=1) for i in range(17)}
+
+
+def test_an_example_draws_the_same_tokens_in_any_batch_on_any_devices(digits_dir):
+    graphdef, params = split(small_model(plan="random", keep_rate=0.5))
+    data = small_run(digits_dir, data={"eval_split": "test[:15]"}).data
+    task, scores, selected = WhoSelectsWhat(mean=(0.5,), std=(0.5,)), [], []
+    for devices, batch_size in ((1, 5), (1, 3), (8, 16)):
+        mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
+        evaluator = Evaluator(graphdef, task, data, mesh, batch_size)
+        scores.append(evaluator(params)[0])
+        parts = [out.selected[0] for _, out in evaluator.outputs(params, "eval")]
+        selected.append(np.concatenate(parts))
+    assert len({tuple(row) for row in selected[0]}) > 10, "examples draw the same tokens"
+    for other_scores, other_selected in zip(scores[1:], selected[1:], strict=True):
+        np.testing.assert_array_equal(other_selected, selected[0])
+        assert other_scores == pytest.approx(scores[0], rel=1e-5)
+
+
 class SelectedTokens(Task):
     """A task that counts the tokens of the first selection."""
 
@@ -101,5 +125,5 @@ def test_larger_images_keep_their_share_of_tokens():
             seed=0,
             mesh=mesh,
         )
-        sums = jax.jit(step)(params, batch, jnp.uint32(0))
+        sums = jax.jit(step)(params, batch, jnp.int32(0))
         assert metrics.means(sums) == {"tokens": tokens}

@@ -147,11 +147,11 @@ def _evaluation(
     params = with_shardings(params, tree_shardings(params, mesh))
     batch = abstract_batch(TASKS[run.task], model, run.eval.batch_size, mesh)
     mask = jax.ShapeDtypeStruct((run.eval.batch_size,), jnp.float32, sharding=batch_sharding(mesh))
-    number = jax.ShapeDtypeStruct((), jnp.uint32)
+    first = jax.ShapeDtypeStruct((), jnp.int32)
     step = runner.evaluator(model, task).step
     return Program(
         f"evaluate {name}",
-        functools.partial(step.lower, params, batch | {"mask": mask}, number),
+        functools.partial(step.lower, params, batch | {"mask": mask}, first),
         _device_bytes(params),
         run.eval.batch_size,
         2.0 * cost.macs(abstract) * run.eval.batch_size / mesh.size,

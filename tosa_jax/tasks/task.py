@@ -254,7 +254,10 @@ class Task:
         raise NotImplementedError
 
     def predict(self, model: Callable[..., Any], batch: Batch, key: jax.Array) -> Any:
-        """What is scored and shown, for a batch with uint8 `image`: by default the model's output."""
+        """What is scored and shown, for a batch with uint8 `image`: by default the model's output.
+
+        `key` is one for each example, [b], or one for all.
+        """
         return model(self.inputs(batch["image"]), key=key)
 
     def metrics(self, out: Any, batch: Batch) -> dict[str, Float[Array, " b"]]:

@@ -18,7 +18,7 @@ from tosa_jax.models.factory import with_image_size
 from tosa_jax.models.params import Params, set_params
 from tosa_jax.tasks.metrics import add, means
 from tosa_jax.tasks.task import Batch, HostBatch, Task
-from tosa_jax.train.step import eval_step
+from tosa_jax.train.step import eval_step, example_keys
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Evaluator:
 
     @functools.cached_property
     def step(self):
-        """The jitted `eval_step`: (params, batch, number of the batch) -> totals."""
+        """The jitted `eval_step`: (params, batch, number of its first example) -> totals."""
         step = functools.partial(
             eval_step, graphdef=self.graphdef, task=self.task, seed=self.seed, mesh=self.mesh
         )
@@ -51,7 +51,7 @@ class Evaluator:
         batch = next(self.batches()) if batch is None else batch
         check_fits(
             # Kept by JAX: the call of the step that follows compiles nothing.
-            self.step.lower(params, batch, np.uint32(0)).compile(),
+            self.step.lower(params, batch, np.int32(0)).compile(),
             f"an evaluation step of eval.batch_size={self.batch_size}",
             "set --config.eval.batch_size lower, or --config.model.map_chunk=64",
         )
@@ -74,8 +74,9 @@ class Evaluator:
 
     def outputs(self, params: Params, split: str) -> Iterator[tuple[HostBatch, Any]]:
         """Batches of a split, "train" or "eval", and what the model predicts for them, on every host, unpadded."""
-        for batch in self.batches(split):
-            found = jax.device_get(self._look(params, batch, self.batch_size))
+        for number, batch in enumerate(self.batches(split)):
+            first = np.int32(number * self.batch_size)
+            found = jax.device_get(self._look(params, batch, first, self.batch_size))
             real = found[0]["mask"] > 0
             yield jax.tree.map(lambda x, real=real: x[real], found)
 
@@ -85,18 +86,18 @@ class Evaluator:
 
     @functools.cached_property
     def _look(self):
-        def look(params, batch, count):
+        def look(params, batch, first, count):
             model = with_image_size(set_params(self.graphdef, params), batch["image"].shape[1:3])
-            key = jax.random.key(self.seed)
-            out = self.task.predict(model, batch, key)
+            keys = example_keys(self.seed, first, len(batch["image"]))
+            out = self.task.predict(model, batch, keys)
             return jax.tree.map(lambda x: x[:count], (dict(batch), out))
 
         # A copy on each device, so that every process can read all of it.
-        return jax.jit(look, static_argnums=2, out_shardings=replicated(self.mesh))
+        return jax.jit(look, static_argnums=3, out_shardings=replicated(self.mesh))
 
     def look(self, params: Params, count: int) -> tuple[HostBatch, Any]:
         """The first `count` examples of the split, at most a batch, and what the network makes of them."""
-        return jax.device_get(self._look(params, self._first_batch, count))
+        return jax.device_get(self._look(params, self._first_batch, np.int32(0), count))
 
     def __call__(self, params: Params) -> tuple[dict[str, float], int]:
         """Mean of each metric, and the number of examples.
@@ -107,7 +108,8 @@ class Evaluator:
         for number, batch in enumerate(self.batches()):
             if number == 0:
                 self.check(params, batch)
-            sums = add(sums, self.step(params, batch, np.uint32(number)))
+            first = np.int32(number * self.batch_size)
+            sums = add(sums, self.step(params, batch, first))
         sums = jax.device_get(sums)
         scores, count = means(sums), int(next(iter(sums.values()))[1])
         return scores | self.task.split_metrics(functools.partial(self.outputs, params)), count
@@ -137,4 +139,4 @@ def throughput(candidates: Sequence[tuple[Evaluator, Params]], rounds: int = 7) 
 
 
 def _score_and_wait(evaluator: Evaluator, params: Params, batch: Batch) -> None:
-    jax.block_until_ready(evaluator.step(params, batch, np.uint32(0)))
+    jax.block_until_ready(evaluator.step(params, batch, np.int32(0)))

@@ -209,10 +209,16 @@ def mean_over_parts(function: Callable[..., Any], batch: tuple[Any, ...], parts:
     return jax.tree.map(lambda t, x: (t / parts).astype(x.dtype), total, out)
 
 
+def example_keys(seed: int, first: jax.Array, count: int) -> jax.Array:
+    """A random key for each of `count` examples of a split, from the one with the number `first` on: [count]."""
+    key = jax.random.key(seed)
+    return jax.vmap(lambda number: jax.random.fold_in(key, number))(first + jnp.arange(count))
+
+
 def eval_step(
     params: Params,
     batch: Batch,
-    number: jax.Array,
+    first: jax.Array,
     *,
     graphdef: nnx.GraphDef,
     task: Task,
@@ -221,10 +227,10 @@ def eval_step(
 ) -> Totals:
     """(sum, count) of each metric over the examples of a batch whose `mask` is 1.
 
-    `number` of the batch and `seed` give the key of random selections. Images may have another size than those that
-    the network trained on, where the network takes any: its `keep_rate` is the share of the patches that they have.
+    `first` is the number of the first example in its split, int32. Each example's random selections follow from `seed`
+    and its own number, so that they do not depend on the batch size. Images may have another size than those that the
+    network trained on, where the network takes any: its `keep_rate` is the share of the patches that they have.
     """
-    key = jax.random.fold_in(jax.random.key(seed), number)
     model = with_image_size(build_model(graphdef, params, mesh), batch["image"].shape[1:3])
-    out = task.predict(model, batch, key)
+    out = task.predict(model, batch, example_keys(seed, first, len(batch["image"])))
     return totals(task.metrics(out, batch), batch["mask"])
