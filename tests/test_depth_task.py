@@ -10,7 +10,7 @@ import pytest
 from tosa_jax.errors import ConfigError, DataError
 from tosa_jax.models.vit import Output
 from tosa_jax.tasks.depth.errors import silog
-from tosa_jax.tasks.depth.task import Depth, DepthOptions
+from tosa_jax.tasks.depth.task import Depth, DepthOptions, crop_box
 
 PIXELS = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
 SIZE = (24, 32)
@@ -157,6 +157,26 @@ def test_the_crops_are_those_of_eigen_and_garg():
     assert counted("none", (7, 9)).all()
     half = np.argwhere(counted("eigen", (240, 320)))
     assert (half.min(axis=0) == [22, 20]).all() and (half.max(axis=0) == [234, 299]).all()
+
+
+def test_crops_end_where_the_references_end_at_every_size():
+    """Garg's as BTS and NeWCRFs compute it, in float64; Eigen's in integers. At 370 rows an end is just below 367."""
+    for side in range(1, 2001):
+        rows, columns = crop_box("garg", side, side)
+        ends = [int(x * side) for x in (0.40810811, 0.99189189, 0.03594771, 0.96405229)]
+        assert [rows.start, rows.stop, columns.start, columns.stop] == ends, side
+        rows, columns = crop_box("eigen", side, side)
+        ends = [45 * side // 480, 471 * side // 480, 41 * side // 640, 601 * side // 640]
+        assert [rows.start, rows.stop, columns.start, columns.stop] == ends, side
+
+
+def test_depth_beyond_what_the_network_can_say_is_neither_learnt_from_nor_scored():
+    depth, truth = random_maps(5)
+    far = np.where(truth == 0, np.inf, truth).astype(np.float32)
+    own, beside = task(), {"weight": jnp.ones(3)}
+    near, both = ({**beside, "depth": jnp.asarray(x)} for x in (truth, far))
+    np.testing.assert_array_equal(own.loss(output(depth), near), own.loss(output(depth), both))
+    np.testing.assert_array_equal(own.scored(truth), own.scored(far))
 
 
 def test_an_image_that_cannot_be_scored_is_named():

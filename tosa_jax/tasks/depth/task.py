@@ -7,6 +7,7 @@ predictions clipped to that range, averaged with the prediction of the mirrored 
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, ClassVar
 
 import jax
@@ -39,13 +40,23 @@ AnyMaps = Float[Array | np.ndarray, "b height width"]
 AnyMask = Bool[Array | np.ndarray, "b height width"]
 
 CROPS = {
-    "none": (0.0, 1.0, 0.0, 1.0),
+    "none": ("0", "1", "0", "1"),
     # Rows 45 to 471 and columns 41 to 601 of 480x640 (Eigen et al. 2014).
-    "eigen": (45 / 480, 471 / 480, 41 / 640, 601 / 640),
+    "eigen": ("45/480", "471/480", "41/640", "601/640"),
     # For KITTI (Garg et al. 2016).
-    "garg": (0.40810811, 0.99189189, 0.03594771, 0.96405229),
+    "garg": ("0.40810811", "0.99189189", "0.03594771", "0.96405229"),
 }
-"""Which part of an image is scored: first row, end row, first column, end column, as shares of the sides."""
+"""Which part of an image is scored: first row, end row, first column, end column, as shares of the sides.
+
+They are texts for exact fractions: products of floats can fall on the wrong side of a whole number.
+"""
+
+
+def crop_box(crop: str, height: int, width: int) -> tuple[slice, slice]:
+    """The rows and columns of an image that a key of `CROPS` scores; ends are rounded down, as the references do."""
+    top, bottom, left, right = map(Fraction, CROPS[crop])
+    rows = slice(int(top * height), int(bottom * height))
+    return rows, slice(int(left * width), int(right * width))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +66,7 @@ class DepthOptions:
     crop             what is scored, a key of `CROPS`.
     min_depth        metres: nearer truth is not scored, nearer predictions are moved there. The far end is the
                      network's `max_depth`.
-    min_train_depth  metres: nearer truth is not learnt from.
+    min_train_depth  metres: nearer truth is not learnt from, nor is truth from `max_depth` on.
     flip_average     scores the mean of the prediction and that of the mirrored image: twice the work.
     """
 
@@ -112,17 +123,17 @@ class Depth(Task):
             )
 
     def valid(self, truth: AnyMaps, nearest: float) -> AnyMask:
-        """Pixels with a measured depth in (nearest, max_depth)."""
+        """Pixels with a measured depth in (nearest, max_depth).
+
+        The far end holds in training too, as no prediction can be deeper. BTS and NeWCRFs have it in evaluation alone.
+        """
         return (truth > nearest) & (truth < self.max_depth)
 
     def scored(self, truth: AnyMaps) -> AnyMask:
         """Pixels that count in evaluation: in range and inside the crop."""
         height, width = truth.shape[1:]
-        top, bottom, left, right = CROPS[self.scoring.crop]
         inside = np.zeros((1, height, width), bool)
-        # The nudge keeps whole numbers whole; other ends are rounded down, as the references do.
-        rows = slice(int(top * height + 1e-6), int(bottom * height + 1e-6))
-        inside[:, rows, int(left * width + 1e-6) : int(right * width + 1e-6)] = True
+        inside[:, *crop_box(self.scoring.crop, height, width)] = True
         return self.valid(truth, self.scoring.min_depth) & inside
 
     @classmethod
