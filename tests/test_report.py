@@ -40,6 +40,15 @@ def test_a_report_survives_the_file(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
 
 
+def test_the_table_says_how_much_of_the_start_averaged_weights_hold() -> None:
+    written = report(row("tosa", 0.5, 3.4, 900.0, acc1=0.79))
+    assert "averaged" not in format_table(written)
+    written["config"] = {"pretrain": {"ema_decay": 0.0}, "finetune": {"ema_decay": 0.99}}
+    written["stages"] = {"pretrain": {"steps": 100}, "finetune": {"steps": 160}}
+    lines = [line for line in format_table(written).splitlines() if "averaged" in line]
+    assert lines == ["finetune: averaged weights are scored; 20 % are those it began with"]
+
+
 def test_array_scalars_become_numbers(tmp_path: Path) -> None:
     write_report(tmp_path, report(row("tosa", 0.5, 1.0, 1.0, acc1=np.float32(0.5))))
     assert read_report(tmp_path)["results"][0]["metrics"] == {"acc1": 0.5}

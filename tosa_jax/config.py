@@ -17,7 +17,7 @@ from tosa_jax.data.pipeline import DataConfig
 from tosa_jax.distributed.mesh import MeshConfig
 from tosa_jax.errors import ConfigError
 from tosa_jax.models.method import MAIN, METHODS, controls
-from tosa_jax.models.optim import SCHEDULES, OptimConfig
+from tosa_jax.models.optim import PERIODS, SCHEDULES, OptimConfig
 from tosa_jax.models.vit_config import ViTConfig, check, check_choice
 from tosa_jax.tasks import TASKS, model_config
 from tosa_jax.tasks.mixing import MixingConfig
@@ -39,6 +39,7 @@ class StageConfig:
     min_learning_rate: float = 0.0
     schedule: str = "cosine"  # or "polynomial"
     schedule_power: float = 0.9  # of the polynomial
+    schedule_per: str = "update"  # or "epoch": how often the learning rate moves on
     head_lr_scale: float = 1.0  # the head's or decoder's learning rate over the backbone's
     weight_decay: float = 0.05
     clip_norm: float = 0.0
@@ -69,6 +70,7 @@ class StageConfig:
         )
         check(0 <= self.ema_decay < 1, f"ema_decay={self.ema_decay} is not in [0, 1)")
         check_choice("schedule", self.schedule, SCHEDULES)
+        check_choice("schedule_per", self.schedule_per, PERIODS)
         check(self.head_lr_scale > 0, f"head_lr_scale={self.head_lr_scale} must be above 0")
         check(self.learning_rate >= 0, f"learning_rate={self.learning_rate} is negative")
         for rate in self.keep_rates:
@@ -96,6 +98,7 @@ class StageConfig:
         values = {name: getattr(self, name) for name in shared}
         values["steps"] = self.duration("", steps_per_epoch)
         values["warmup_steps"] = self.duration("warmup", steps_per_epoch)
+        values["schedule_period"] = steps_per_epoch if self.schedule_per == "epoch" else 1
         if self.learning_rate_batch:
             # As in DeiT, only the peak is scaled: where it starts and ends are absolute.
             values["learning_rate"] *= batch_size / self.learning_rate_batch

@@ -22,6 +22,9 @@ HEAD = r"^(head|head_dist|decoder)/"
 SCHEDULES = ("cosine", "polynomial")
 """How the learning rate falls after the warm-up: see `learning_rate`."""
 
+PERIODS = ("update", "epoch")
+"""How often the learning rate moves on: a value of `StageConfig.schedule_per`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
@@ -37,6 +40,7 @@ class OptimConfig:
     min_learning_rate: float = 0.0  # where the schedule ends
     schedule: str = "cosine"  # a value of `SCHEDULES`
     schedule_power: float = 0.9  # of the polynomial
+    schedule_period: int = 1  # updates that share a learning rate: 1, or those of an epoch
     head_lr_scale: float = 1.0  # the learning rate of `HEAD` over that of the backbone
     weight_decay: float = 0.05
     b1: float = 0.9
@@ -49,11 +53,13 @@ class OptimConfig:
 def learning_rate(config: OptimConfig) -> optax.Schedule:
     """Update count -> learning rate: a linear warm-up, and a cosine or (1 - share)^power down to `min_learning_rate`.
 
-    As in timm's scheduler, which DeiT uses, the cosine counts from step 0, the warm-up included; the polynomial is
-    that of BTS and NeWCRFs.
+    As in timm's scheduler, the cosine counts from step 0, the warm-up included; the polynomial is that of BTS and
+    NeWCRFs. With a `schedule_period` the rate stays what it was at the period's first update, as timm's does for an
+    epoch. DeiT uses timm's scheduler so, an epoch late: its epochs 0 and 1 both have the first rate.
     """
 
     def rate(step):
+        step = step // config.schedule_period * config.schedule_period
         share = jnp.minimum(step / max(config.steps, 1), 1.0)
         span = config.learning_rate - config.min_learning_rate
         left = {
@@ -100,6 +106,11 @@ def split_trainable(params: Mapping[str, Any], trainable: str) -> tuple[Params, 
     """Parameters whose path matches the regular expression `trainable`, and the frozen rest."""
     chosen = {path: x for path, x in params.items() if re.search(trainable, path)}
     return chosen, {path: x for path, x in params.items() if path not in chosen}
+
+
+def start_share(decay: float, updates: int) -> float:
+    """Share in [0, 1] that the parameters before training have in their moving average after `updates`."""
+    return decay**updates
 
 
 def update_ema(ema: Params, params: Params, decay: float | jax.Array) -> Params:

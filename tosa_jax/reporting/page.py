@@ -10,7 +10,7 @@ from typing import Any
 from tosa_jax.models.method import DENSE, MAIN
 from tosa_jax.paths import AnyPath, as_path, write_atomically
 from tosa_jax.reporting import charts, series
-from tosa_jax.reporting.report import format_seconds, table_columns
+from tosa_jax.reporting.report import averages, format_seconds, table_columns
 
 _GROUPS = {
     "pretrain": ("Pretraining", "The dense network, from random weights."),
@@ -111,10 +111,9 @@ def _results(report: Mapping[str, Any]) -> str:
     for row, values in zip(rows, cells, strict=True):
         lines.append(_row("td", values, ' class="tosa"' if row["name"] == MAIN else ""))
     splits = dict.fromkeys((row.get("split"), row.get("count")) for row in rows)
-    note = "; ".join(f"split {split}, {count} examples" for split, count in splits)
-    note += (
-        ". Ratios and speed-ups are to the dense network, fine-tuned as long where there is one."
-    )
+    notes = [f"split {split}, {count} examples" for split, count in splits] + averages(report)
+    note = f"{'; '.join(notes)}. "
+    note += "Ratios and speed-ups are to the dense network, fine-tuned as long where there is one."
     return (
         f'<h2>Results</h2>\n<div class="two"><div class="card scroll"><table>{"".join(lines)}</table></div>\n'
         f'{_cost_chart(rows)}</div>\n<p class="muted">{escape(note)}</p>'

@@ -8,6 +8,7 @@ from typing import Any
 
 from tosa_jax.errors import WorkdirError
 from tosa_jax.models.method import DENSE
+from tosa_jax.models.optim import start_share
 from tosa_jax.paths import as_path, write_atomically
 from tosa_jax.reporting.series import PRETRAINED, row_label, row_order
 
@@ -66,9 +67,23 @@ def format_table(report: Mapping[str, Any]) -> str:
     lines.insert(1, "-" * (sum(widths) + len(_GAP) * (len(widths) - 1)))
     splits = dict.fromkeys((row.get("split"), row.get("count")) for row in rows)
     lines += [f"split {split}, {count} examples" for split, count in splits if split is not None]
+    lines += averages(report)
     if left_out:
         lines.append(f"report.json has also: {', '.join(left_out)}"[:_TABLE_WIDTH])
     return "\n".join(lines)
+
+
+def averages(report: Mapping[str, Any]) -> list[str]:
+    """One line for each stage whose networks are scored with averaged weights: how much those before it still count."""
+    config, stages = report.get("config"), report.get("stages") or {}
+    lines = []
+    for name in ("pretrain", "finetune"):
+        section = config.get(name) or {} if isinstance(config, Mapping) else {}
+        decay, steps = section.get("ema_decay"), stages.get(name, {}).get("steps")
+        if decay and steps:
+            share = f"{100 * start_share(decay, steps):.2g} %"
+            lines.append(f"{name}: averaged weights are scored; {share} are those it began with")
+    return lines
 
 
 def table_columns(
