@@ -15,9 +15,9 @@ from typing import Any
 
 import fsspec
 
-from tosa_jax.config import RunConfig, differences, to_json
+from tosa_jax.config import RunConfig, differences, from_json, to_json
 from tosa_jax.distributed import coordination
-from tosa_jax.errors import WorkdirError
+from tosa_jax.errors import ConfigError, WorkdirError
 from tosa_jax.paths import AnyPath, as_path, is_remote, write_atomically
 
 BEAT_SECONDS = 20.0
@@ -70,9 +70,12 @@ def _check_config(path: AnyPath, run: RunConfig) -> None:
     if not path.exists():
         return
     try:
-        lines = differences(json.loads(path.read_text()), _as_json(run))
+        begun = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise WorkdirError(f"{path} cannot be read ({error}); delete {path.parent}") from error
+    with contextlib.suppress(ConfigError):
+        begun = _as_json(from_json(begun))  # with the defaults of fields that are newer than it
+    lines = differences(begun, _as_json(run))
     if lines:
         more = f"; and {len(lines) - 6} more" if len(lines) > 6 else ""
         raise WorkdirError(
