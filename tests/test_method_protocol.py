@@ -1,26 +1,43 @@
-"""Three methods unlike those of the package, each one class and one row: nothing else changes for them."""
+"""Methods unlike those of the package, each one class and one row: nothing else changes for them.
+
+Three of them reduce tokens for good, by merging or in clusters. Each of the others tries one part of what a layer kind
+may do.
+"""
+
+import dataclasses
+import io
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import SIZES, forward, random_images, small_model
+from PIL import Image
+from small import SIZES, forward, random_images, small_model, small_run
 
 from tosa_jax.errors import ConfigError
+from tosa_jax.models.bypass_fit import fit_bypass
 from tosa_jax.models.cost import gmacs
 from tosa_jax.models.factory import control_config
+from tosa_jax.models.layers import Block, linear
 from tosa_jax.models.method import METHODS, Method, controls, register
+from tosa_jax.models.methods.selective import SelectiveLayer
 from tosa_jax.models.methods.standard import Standard
+from tosa_jax.models.params import get_params, set_params, split
 from tosa_jax.models.plan import layer_specs
+from tosa_jax.models.token_state import LinearFit, TokenState
 from tosa_jax.ops.attention import attention
 from tosa_jax.ops.reduction import Reduction, TokenWeights, pooled
 from tosa_jax.ops.token_matching import bipartite_matching
-from tosa_jax.ops.token_selection import select_tokens
+from tosa_jax.ops.token_selection import gather_tokens, scatter_tokens, select_tokens
+from tosa_jax.performance import results
+from tosa_jax.performance.benchmark import add_selector_overhead
 from tosa_jax.performance.candidates import networks
-from tosa_jax.reporting import charts
+from tosa_jax.reporting import charts, series
 from tosa_jax.reporting.page import make_page
 from tosa_jax.reporting.report import format_table
 from tosa_jax.tasks import model_config
+from tosa_jax.train.stages import plan_stages
 
 PREFIX = 1
 
@@ -106,14 +123,127 @@ class Cluster(Standard):
         return state.restored() if self.spec.closes else state
 
 
+class ParallelBlock(Block):
+    """Attention and MLP side by side on the same tokens (as ViT-22B)."""
+
+    def __call__(self, x, attention_fn, drop_path=None, between=None):
+        update, summary = self.attn_branch(x, attention_fn)
+        return x + update + self.mlp_branch(x), summary
+
+
+class Parallel(Standard):
+    """Has a block of its own, twice as wide within."""
+
+    @staticmethod
+    def build_block(config, *, rngs):
+        return ParallelBlock(dataclasses.replace(config, mlp_ratio=4.0), rngs=rngs)
+
+
+class Hide(Standard):
+    """Hides every second patch from the attention of all layers from here on."""
+
+    def apply(self, block, state, context):
+        b, n, _ = state.tokens.shape
+        mask = jnp.broadcast_to(jnp.asarray(seen(n)), (b, n))
+        same = TokenWeights(jnp.broadcast_to(jnp.eye(n), (b, n, n)))
+        state = state.reduced(state.tokens, Reduction(same, mask=mask))
+        return super().apply(block, state, context)
+
+
+def seen(n):
+    """The tokens that `Hide` leaves: the prefix, and every second patch."""
+    return (np.arange(n) < PREFIX) | (np.arange(n) % 2 == 0)
+
+
+class FewQueries(Standard):
+    """Half of the patches are updated, by attention to all tokens."""
+
+    selects = True
+
+    @classmethod
+    def counted(cls, config, spec, keep_rate):
+        return spec._replace(count=PREFIX + (spec.count_in - PREFIX) // 2)
+
+    def apply(self, block, state, context):
+        norms = jnp.linalg.norm(state.tokens, axis=-1)
+        chosen = select_tokens(norms, self.spec.count, PREFIX)
+        x = gather_tokens(state.tokens, chosen)
+        update, summary = block.attn_branch(x, context.attention_fn, state.tokens)
+        x = x + update
+        x = x + block.mlp_branch(x)
+        return state._replace(tokens=scatter_tokens(state.tokens, x, chosen), summary=summary)
+
+    def block_macs(self, block):
+        count = self.spec.count
+        return block.attn_macs(count, self.spec.count_in) + block.mlp_macs(count)
+
+
+class KeepMap(Standard):
+    """Hands its attention map on to the layers after it."""
+
+    def apply(self, block, state, context):
+        def attend(query, key, value):
+            logits = jnp.einsum("bqhd,bkhd->bhqk", query, key) * query.shape[-1] ** -0.5
+            attn_map = jax.nn.softmax(logits, axis=-1)
+            return jnp.einsum("bhqk,bkhd->bqhd", attn_map, value), attn_map
+
+        tokens, attn_map = block(state.tokens, attend, context.drop)
+        return state._replace(tokens=tokens, attention_map=attn_map)
+
+
+class ShareMap(Standard):
+    """Attends by the map of an earlier layer to values of its own (as PSViT)."""
+
+    def apply(self, block, state, context):
+        def attend(query, key, value):
+            return jnp.einsum("bhqk,bkhd->bqhd", state.shared_map, value), None
+
+        tokens, _ = block(state.tokens, attend, context.drop)
+        return state._replace(tokens=tokens)
+
+
+class Gated(SelectiveLayer):
+    """Selects by a linear map of the normalised tokens, which is fitted to the size of the update."""
+
+    fit_modules = ("gate",)
+
+    def __init__(self, config, spec, *, rngs):
+        super().__init__(config, spec, rngs=rngs)
+        self.gate = linear(config, config.embed_dim, 1, rngs)
+
+    def scores(self, state, context):
+        return self.gate(state.tokens)[:, :, 0]
+
+    def linear_fits(self):
+        def size_of_update(block, before, after):
+            return jnp.linalg.norm(after - before, axis=-1, keepdims=True)
+
+        def params(down, up, bias):
+            return {"gate/kernel": down @ up, "gate/bias": bias}
+
+        return (LinearFit(1, size_of_update, params),)
+
+
+class GatedFit(Gated):
+    """Runs densely."""
+
+    apply = Standard.apply
+
+
 @pytest.fixture
 def added(monkeypatch):
-    """The three, registered for one test."""
+    """All of them, registered for one test."""
     before = dict(METHODS)
     register(
         Method(name="fuse", kind=Fuse, label="fused for good"),
         Method(name="merge", kind=Merge, label="merged, and back", every_layer=True),
         Method(name="cluster", kind=Cluster),
+        Method(name="parallel", kind=Parallel),
+        Method(name="hide", kind=Hide),
+        Method(name="few_queries", kind=FewQueries),
+        Method(name="keep_map", kind=KeepMap),
+        Method(name="share_map", kind=ShareMap),
+        Method(name="gated", kind=Gated, fit_kind=GatedFit, free_choice=True),
     )
     yield
     for name in METHODS.keys() - before.keys():
@@ -184,6 +314,197 @@ def test_clusters_are_means_and_rebuild_the_grid(added):
     x = jnp.concatenate([few[:, :1], jnp.repeat(few[:, 1:], 4, axis=1)], axis=1)
     expected = model.norm(model.blocks[3](x)[0])
     np.testing.assert_allclose(forward(model, random_images()).tokens, expected, atol=1e-5)
+
+
+def test_a_depth_network_reads_the_grid_where_tokens_are_fused_for_good(added):
+    model = small_model(plan="fuse", task="depth", decoder_dim=4)
+    assert model.config.intermediate_layers == (0, 1, 2, 3)
+    graphdef, params = split(model)
+
+    @jax.jit
+    def run(params, images):
+        model = set_params(graphdef, params)
+        state = model.layers(model.embed(images), key=None, train=False)
+        return state.intermediate, state.tokens, model(images).depth
+
+    read, last, depth = run(params, random_images())
+    assert depth.shape == (4, 8, 8) and np.isfinite(depth).all()
+    # After each layer all 17 tokens are there, copies of as many as the layer left.
+    for layer, count in enumerate((17, 10, 10, 6)):
+        assert read[layer].shape == (4, 17, 16)
+        for grid in np.asarray(read[layer]):
+            assert len(np.unique(grid, axis=0)) == count
+    for grid, few in zip(np.asarray(read[3]), np.asarray(last), strict=True):
+        np.testing.assert_array_equal(np.unique(grid, axis=0), np.unique(few, axis=0))
+
+
+def run_layers(model, tokens):
+    graphdef, params = split(model)
+
+    @jax.jit
+    def run(params, tokens):
+        return set_params(graphdef, params).layers(tokens, key=None, train=False).tokens
+
+    return np.asarray(run(params, tokens))
+
+
+def through(model, tokens, layers):
+    """Tokens after some blocks, each run densely."""
+    for layer in layers:
+        tokens, _ = model.blocks[layer](tokens)
+    return tokens
+
+
+def test_a_kind_builds_its_own_block(added):
+    model = small_model(plan=("standard", "parallel", "standard", "standard"))
+    shapes = {path: x.shape for path, x in get_params(model).items()}
+    assert shapes["blocks/0/mlp/fc1/kernel"] == (16, 32)
+    assert shapes["blocks/1/mlp/fc1/kernel"] == (16, 64)
+    assert model.macs() - small_model().macs() == 17 * 2 * 16 * 32
+    tokens = model.embed(random_images())
+    x, block = through(model, tokens, [0]), model.blocks[1]
+    x = x + block.attn(block.norm1(x))[0] + block.mlp(block.norm2(x))
+    np.testing.assert_allclose(run_layers(model, tokens), through(model, x, [2, 3]), atol=1e-5)
+
+
+def test_a_masked_token_is_read_by_nobody(added):
+    model = small_model(plan=("hide", "standard", "standard", "standard"))
+    tokens, mask = model.embed(random_images()), seen(17)
+    out = run_layers(model, tokens)
+    other = run_layers(model, tokens.at[:, 3].add(1.0))
+    assert not mask[3] and np.abs(other[:, 3] - out[:, 3]).max() > 0.1
+    np.testing.assert_array_equal(np.delete(other, 3, axis=1), np.delete(out, 3, axis=1))
+    # The others come out as if there were no more than they.
+    alone = through(model, tokens[:, mask], range(4))
+    np.testing.assert_allclose(out[:, mask], alone, atol=1e-5)
+
+
+def test_fewer_queries_than_keys(added):
+    model = small_model(plan=("standard", "few_queries", "standard", "standard"))
+    tokens = model.embed(random_images())
+    before = through(model, tokens, [0])
+    moved = through(model, before, [1])
+    patches = np.linalg.norm(before[:, PREFIX:], axis=-1)
+    x = np.array(before)
+    for image in range(4):
+        rows = [0, *(PREFIX + np.argsort(-patches[image])[:8])]
+        x[image, rows] = moved[image, rows]
+    expected = through(model, jnp.asarray(x), [2, 3])
+    np.testing.assert_allclose(run_layers(model, tokens), expected, atol=1e-5)
+    # Queries and their projection for 9 tokens, keys and values for 17, logits and sums for 9 x 17.
+    layer = 2 * 9 * 16**2 + 2 * 17 * 16**2 + 2 * 9 * 17 * 16 + 9 * 1024
+    assert model.macs() - small_model().macs() == layer - model.blocks[1].macs(17)
+
+
+def test_a_layer_uses_the_attention_map_of_the_one_before(added):
+    model = small_model(plan=("keep_map", "share_map") * 2)
+    tokens = model.embed(random_images())
+    x, attn_map = tokens, None
+    for layer, block in enumerate(model.blocks):
+        qkv = block.attn.qkv(block.norm1(x)).reshape(4, 17, 3, 2, 8).transpose(2, 0, 3, 1, 4)
+        query, key, value = qkv  # [b h n d]
+        if layer in (0, 2):
+            weights = jnp.exp(query @ key.swapaxes(2, 3) / 8**0.5)
+            attn_map = weights / weights.sum(axis=-1, keepdims=True)
+        x = x + block.attn.proj((attn_map @ value).swapaxes(1, 2).reshape(4, 17, 16))
+        x = x + block.mlp_branch(x)
+    np.testing.assert_allclose(run_layers(model, tokens), x, atol=1e-5)
+    scanned = small_model(plan=("keep_map", "share_map") * 2, scan_layers=True)
+    np.testing.assert_allclose(run_layers(scanned, tokens), x, atol=1e-5)
+
+
+def test_a_map_that_is_not_there_is_one_line(added):
+    model = small_model(plan=("standard", "share_map", "standard", "standard"))
+    with pytest.raises(ConfigError, match="uses the attention map of an earlier one") as error:
+        jax.eval_shape(lambda: model(random_images()))
+    assert "\n" not in str(error.value)
+    # It is of the tokens that the layer ran on, and ends with them.
+    tokens, few = jnp.zeros((1, 3, 4)), jnp.zeros((1, 2, 4))
+    state = TokenState(tokens, attention_map=jnp.ones((1, 2, 3, 3)) / 3)
+    assert state.restored().shared_map.shape == state.restored_grid().shared_map.shape
+    reduction = Reduction(TokenWeights(jnp.ones((1, 2, 3)) / 3))
+    for fewer in (state.opened(few, reduction), state.reduced(few, reduction)):
+        assert fewer.attention_map is None
+        fewer = fewer._replace(attention_map=jnp.ones((1, 2, 2, 2)) / 2)
+        assert fewer.restored_grid().attention_map is None
+
+
+def test_a_kind_brings_what_the_selector_stage_fits_and_the_benchmark_subtracts(added):
+    run = small_run(
+        "", model={"plan": "gated"}, pretrain={"steps": 1}, selector={"steps": 1}, finetune={"steps": 1}
+    )  # fmt: skip
+    stages, _ = plan_stages(run)
+    assert [s.model.plan[1] for s in stages] == ["standard", "gated_fit", "gated"]
+    paths = list(get_params(small_model(plan="gated")))
+    trained = [{path for path in paths if re.search(s.trainable, path)} for s in stages]
+    gates = {f"kinds/{layer}/gate/{part}" for layer in (1, 3) for part in ("kernel", "bias")}
+    assert trained == [set(paths), gates, set(paths) - gates]
+    records = [
+        {"name": name, "keep_rate": 0.5, "ms": ms}
+        for name, ms in (("dense", 8.0), ("tosa", 6.0), ("gated", 4.0), ("previous", 1.0))
+    ]
+    overheads = [r["selector_overhead"] for r in add_selector_overhead(records)]
+    assert overheads == [None, 0.25, None, None]
+
+    model = small_model(plan=("standard", "standard", "standard", "gated"))
+    images = [random_images(32, seed) for seed in range(2)]
+    fitted = fit_bypass(model, images, ridge=1e-6)
+    assert fitted.keys() == {"kinds/3/gate/kernel", "kinds/3/gate/bias"}
+    x = through(model, model.embed(jnp.concatenate(images)), range(3))
+    update = np.linalg.norm((through(model, x, [3]) - x)[:, PREFIX:], axis=-1).ravel()
+    x = np.asarray(model.blocks[3].norm1(x)[:, PREFIX:], np.float64).reshape(len(update), 16)
+    x = np.concatenate([x, np.ones((len(x), 1))], axis=1)
+    best, *_ = np.linalg.lstsq(x, update)
+    found = np.concatenate([fitted["kinds/3/gate/kernel"][:, 0], fitted["kinds/3/gate/bias"]])
+    errors = [np.square(x @ weights - update).mean() for weights in (found, best)]
+    assert errors[0] < 1.001 * errors[1] < 0.9 * update.var()
+
+
+def test_a_run_and_its_report_and_the_benchmarks_plot_take_them_by_their_rows(added):
+    run = small_run(
+        "",
+        model={"plan": "cluster"},
+        pretrain={"steps": 1},
+        finetune={"steps": 1},
+        eval={"controls": ("fuse", "merge"), "keep_rates": (0.5, 0.25)},
+    )
+    stages, rows = plan_stages(run)
+    fine_tuned = ["finetune", "finetune_0.25"]
+    fine_tuned += [f"finetune_{name}_{rate}" for name in ("fuse", "merge") for rate in (0.5, 0.25)]
+    assert [stage.name for stage in stages] == ["pretrain", *fine_tuned]
+    assert [row.model.plan[1] for row in rows[1:]] == ["cluster"] * 2 + ["fuse"] * 2 + ["merge"] * 2
+    assert set(rows[-1].model.plan) == {"merge"}  # in every layer
+
+    steps = [
+        {"stage": stage.name, "step": step, "train/loss": 1.0 / (step + i)}
+        for i, stage in enumerate(stages)
+        for step in (1, 2, 3)
+    ]
+    facts = {stage.name: {"row": stage.row, "keep_rate": stage.keep_rate} for stage in stages}
+    found = [
+        {"name": row.name, "keep_rate": row.keep_rate, "gmacs": 1.0, "metrics": {"acc1": 0.5}}
+        for row in rows
+    ]
+    report = {"results": found, "stages": facts}
+    table = format_table(report).splitlines()
+    assert [line for line in table if "merged, and back" in line and "0.25" in line]
+    lines = charts.curves(steps, fine_tuned, "train/loss", facts=facts)
+    labels = [line.label for line in lines]
+    assert labels[2:] == [
+        "fused for good 0.5", "fused for good 0.25", "merged, and back 0.5", "merged, and back 0.25"
+    ]  # fmt: skip
+    assert [line.method for line in lines[2:]] == ["fuse", "fuse", "merge", "merge"]
+    assert charts.css_colour("merge") in charts.line_chart(lines)
+
+    timed = [
+        {"name": name, "keep_rate": None, "batch_size": 1, "gmacs": gmacs, "speedup": 1.0, "img_per_sec": 9.0,
+         "train": False, "image_size": 8, "dtype": "float32"}
+        for name, gmacs in (("dense", 2.0), ("merge", 1.0))
+    ]  # fmt: skip
+    png = results.plot({"rows": timed, "device": "1 x cpu"})
+    image = np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int)
+    colour = np.array([int(series.colours("merge")[0][i : i + 2], 16) for i in (1, 3, 5)])
+    assert (abs(image - colour[None, None]).max(axis=2) < 8).sum() > 20
 
 
 def test_costs_tables_and_charts_take_them_by_their_rows(added):

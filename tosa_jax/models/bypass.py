@@ -1,7 +1,8 @@
-"""What becomes of bypassed tokens: left as they were, as in the paper, or moved on by a cheap estimate.
+"""What becomes of tokens that a layer does not select: they stay as they were, or move on by a cheap estimate.
 
-The network after a selective layer expects every token updated. An estimate is made when a group of layers opens, or
-when it closes, from the updates that the selected tokens got; every one counts in multiply-adds.
+In the paper they stay as they were, but the layers after a selective one expect every token updated. `LowRank`
+estimates the missed update when a group of layers opens, `Shared` when it closes, from the updates of selected tokens.
+Every estimate counts in multiply-adds.
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from jaxtyping import Array, Float
 
 from tosa_jax.models.layers import Block, linear
 from tosa_jax.models.options import Options
-from tosa_jax.models.token_state import LayerSpec
+from tosa_jax.models.token_state import LayerSpec, LinearFit
 from tosa_jax.models.vit_config import ViTConfig, check, check_choice
 from tosa_jax.ops.array_types import Tokens
 from tosa_jax.ops.reduction import Reduction, pooled
@@ -21,7 +22,7 @@ from tosa_jax.ops.token_matching import with_representatives
 from tosa_jax.ops.token_selection import Selection, complement, gather_tokens, scatter_tokens
 
 Sizes = Float[Array, "b n"] | None
-"""How many tokens each one stands for; None: one."""
+"""How many of the original tokens each one stands for; None: one each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,24 +47,29 @@ class BypassOptions(Options):
 
 
 class Identity(nnx.Module):
-    """The paper's path around a group of layers: bypassed tokens rejoin unchanged. The base of the other paths."""
+    """The paper's bypass: tokens rejoin unchanged after the group of layers. The base class of the other ones."""
 
     pool = False
-    """Whether selected tokens enter as the mean of those they stand for."""
+    """Whether a selected token enters the group as the mean of the tokens that it stands for."""
 
     def __init__(self, config: ViTConfig, spec: LayerSpec, *, rngs: nnx.Rngs) -> None:
         self.width = config.embed_dim
 
     def match(self, tokens: Tokens, selection: Selection) -> Selection:
-        """The selection with what this path must know of it, by the tokens [b n d] that the group gets."""
+        """The selection with what this bypass needs to know of it: here as it is.
+
+        tokens  [b n d], those that reach the group.
+        """
         return selection
 
     def open(
         self, block: Block, tokens: Tokens, selection: Selection, sizes: Sizes = None
     ) -> tuple[Float[Array, "b s d"], Reduction]:
-        """The selected tokens [b s d] as they enter, and the reduction; `block` is the first that they go through.
+        """The selected tokens [b s d] as they enter the group, and the reduction that ends with it.
 
-        tokens  [b n d]; `sizes` [b n], how many tokens each stands for already.
+        block   the first one of the group.
+        tokens  [b n d], those that reach the group.
+        sizes   [b n], how many of the original tokens each one stands for already; None: one each.
         """
         return gather_tokens(tokens, selection), Reduction(selection, before=tokens)
 
@@ -71,11 +77,16 @@ class Identity(nnx.Module):
         """Multiply-adds of the estimate for one example."""
         return 0
 
+    def linear_fits(self) -> tuple[LinearFit, ...]:
+        """The linear maps that are fitted in closed form (`LayerKind.linear_fits`)."""
+        return ()
+
 
 class LowRank(Identity):
-    """`x + norm1(x) A B + b`, with A B of rank `bypass_rank`: what is linear in the update that is missed.
+    """A bypassed token x rejoins as `x + norm1(x) A B + b`, where A B has rank `bypass_rank`.
 
-    Starts at the identity; fitted in closed form in the selector stage (`fit_bypass`), trained in fine-tuning.
+    It starts at the identity, is fitted in closed form after the selector stage (`fit_bypass`), and is trained in
+    fine-tuning.
     """
 
     def __init__(self, config: ViTConfig, spec: LayerSpec, *, rngs: nnx.Rngs) -> None:
@@ -97,12 +108,21 @@ class LowRank(Identity):
     def macs(self, spec: LayerSpec) -> int:
         return (spec.count_in - spec.count) * 2 * self.width * self.rank
 
+    def linear_fits(self) -> tuple[LinearFit, ...]:
+        """The one map of this bypass: its target is the update that the group makes when it runs densely."""
+
+        def params(down, up, bias):
+            return {"bypass/down/kernel": down, "bypass/up/kernel": up, "bypass/up/bias": bias}
+
+        return (LinearFit(self.rank, lambda block, before, after: after - before, params),)
+
 
 class Shared(Identity):
-    """A bypassed token gets the update of the selected token most like it, and keeps what sets it apart.
+    """A bypassed token gets the update of the selected token most like it.
 
-    With `bypass_pool` that token enters as the mean of those it stands for; with `bypass_size_bias` attention weighs it
-    by their number. Both are ToMe's (Bolya et al. 2023); that every token keeps its own difference is not.
+    With `bypass_pool` the selected token enters as the mean of the tokens that it stands for; with `bypass_size_bias`
+    attention counts it as often as there are. Both are from ToMe (Bolya et al. 2023). Unlike there, the update is added
+    to each token, so that tokens stay different from each other.
     """
 
     def __init__(self, config: ViTConfig, spec: LayerSpec, *, rngs: nnx.Rngs) -> None:
@@ -122,7 +142,7 @@ class Shared(Identity):
         return entered, reduction._replace(before=tokens, entered=entered)
 
     def match(self, tokens: Tokens, selection: Selection) -> Selection:
-        """The selection with representatives, found by the cosine of the tokens themselves."""
+        """The selection in which each bypassed token has a representative, the selected one of largest cosine."""
         return with_representatives(tokens, selection, self.num_prefix_tokens)
 
     def macs(self, spec: LayerSpec) -> int:

@@ -1,4 +1,4 @@
-"""What a model costs, by arithmetic: multiply-adds and parameters. Each layer kind speaks for itself."""
+"""What a model costs, by arithmetic: multiply-adds and parameters. Each layer kind counts its own."""
 
 import functools
 import math
@@ -14,13 +14,13 @@ from tosa_jax.models.vit_config import ViTConfig
 def macs(model: VisionTransformer) -> int:
     """Multiply-adds of one example's forward pass: patch projection, layers, selectors, head.
 
-    Norms, softmax and element-wise work are left out, as usual. Abstract models will do.
+    Norms, softmax and element-wise operations do not count, as is usual. The model may be abstract.
     """
     return model.macs()
 
 
 def macs_by_part(model: VisionTransformer) -> dict[str, int]:
-    """`macs` in three parts: backbone, selection (what layer kinds do besides running blocks), head (or decoder)."""
+    """`macs` by part: "backbone", "selection" (what layer kinds do beside running blocks), "head" (or decoder)."""
     selection = sum(
         kind.own_macs(block) for kind, block in zip(model.kinds, model.blocks, strict=True)
     )
@@ -42,16 +42,17 @@ def num_params(model: VisionTransformer) -> int:
 def abstract_model(config: ViTConfig) -> VisionTransformer:
     """The model with shapes for arrays: nothing is allocated.
 
-    One for all callers, since a run asks for each of its networks many times, at half a second each: read it, do not
-    change it.
+    All callers get the same object and must not change it. A run asks for each of its networks many times, and building
+    one takes half a second.
     """
     return nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0)))
 
 
 def training_macs(model: VisionTransformer, *, only_selectors: bool = False) -> int:
-    """Multiply-adds of one training example: forward, and twice as much backward for the part that gets gradients.
+    """Multiply-adds of one training example: the forward pass, and twice as much for every part that is trained.
 
-    That is everything but the selectors, or with `only_selectors` nothing else: the backbone then runs forward only.
+    only_selectors  only the selectors are trained; otherwise everything but the selectors is.
+
     What is computed again to save memory does not count.
     """
     forward = macs(model)

@@ -1,6 +1,6 @@
-"""How the layers of a plan are run: one after the other, or scanned; what backward keeps of them.
+"""Runs the layers of a plan, one after the other or scanned, and decides what is kept of them for the backward pass.
 
-Both are choices of execution: parameters lie the same way, and the results are equal up to float noise.
+Neither choice changes parameter paths, and both change results only by rounding.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,18 +18,21 @@ from tosa_jax.models.token_state import LayerContext, TokenState
 from tosa_jax.models.vit_config import ViTConfig
 
 GatherParams = Callable[[Params], Params]
-"""Parameters by path, as they are stored -> as a layer computes with them."""
+"""A layer's parameters by path, as they are stored -> as the layer computes with them."""
 
 POLICIES: dict[str, Callable | None] = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_saveable,
     "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-"""What is kept for backward, by name: nothing but layer inputs, matrix products, those of weights alone."""
+"""What is kept for the backward pass, by the value of `ViTConfig.remat`.
+
+"full": the layers' inputs only; "dots": also all matrix products; "dots_no_batch": also those with weights.
+"""
 
 
 def drop_path_rates(config: ViTConfig) -> list[float]:
-    """A rate a layer, rising linearly from 0 to `drop_path_rate`, as in DeiT."""
+    """The rate of each layer: it rises linearly from 0 to `drop_path_rate`, as in DeiT."""
     last = max(config.depth - 1, 1)
     return [config.drop_path_rate * i / last for i in range(config.depth)]
 
@@ -44,28 +47,19 @@ def run_layers(
     train: bool,
     gather_params: GatherParams | None = None,
 ) -> TokenState:
-    """Each layer in turn (`blocks`, `kinds`: NNX lists).
+    """Runs each layer in turn.
 
-    `state.intermediate` gets all tokens [b n d] after each layer that the head reads.
-
-    `gather_params` gets a layer's parameters when that layer runs, so that no more than one layer is whole at a time.
+    blocks, kinds  NNX lists with one module a layer.
+    state          its tokens are [b n d]; `intermediate` gets all tokens [b n d] after each layer that the head reads.
+    key            for drop path and random selection: one, one an example, or None.
+    train          turns drop path on.
+    gather_params  gets the parameters of a layer when that layer runs, so that only one layer at a time is whole.
     """
     rates = drop_path_rates(config)
-    for i, (kind, block) in enumerate(zip(kinds, blocks, strict=True)):
-        after = kinds[i + 1].needs() if i + 1 < len(kinds) else None
-        layer_key = None if key is None else fold_key(key, i)
-
-        def layer(state, layer_key, kind=kind, block=block, after=after, rate=rates[i]):
-            block, kind = _gathered(nnx.List([block, kind]), gather_params)
-            context = LayerContext(after or plain_attention, layer_key, rate, train and rate > 0)
-            return kind.apply(block, state, context)
-
-        state = _remat(config, layer, gather_params)(state, layer_key)
-        if i in config.intermediate_layers:
-            state = state._replace(
-                intermediate=state.intermediate | {i: kind.restore(state).tokens}
-            )
-    return state
+    return _run_stretch(
+        config, blocks, kinds, state, first=0, rates=rates, drops=[train and rate > 0 for rate in rates],
+        key=key, gather_params=gather_params, wrap=lambda layer: _remat(config, layer, gather_params),
+    )  # fmt: skip
 
 
 def run_scanned(
@@ -78,10 +72,12 @@ def run_scanned(
     train: bool,
     gather_params: GatherParams | None = None,
 ) -> TokenState:
-    """One compiled body for all repetitions of the plan's shortest part that repeats.
+    """Runs all layers by one compiled program for the shortest part of the plan that repeats (`jax.lax.scan`).
 
-    Raises ConfigError where the plan does not repeat, counts differ from one repetition to the next, or a head reads
-    tokens between them.
+    Arguments are those of `run_layers`.
+
+    Raises ConfigError if the plan does not repeat, if token counts differ between repetitions, or if the head reads
+    tokens between layers.
     """
     period = repeated_part(config)
     starts = range(0, config.depth, period)
@@ -89,17 +85,15 @@ def run_scanned(
     states = [nnx.state(_part(blocks, kinds, i, period)) for i in starts]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *states)
     rates = jnp.asarray(drop_path_rates(config), jnp.float32).reshape(-1, period)
-    drops = train and config.drop_path_rate > 0
+    drops = [train and config.drop_path_rate > 0] * period
 
     def body(tokens, part):
         state, part_rates, start = part
         part_blocks, part_kinds = _gathered(nnx.merge(graphdef, state), gather_params)
-        inner = TokenState(tokens)
-        for j, (kind, block) in enumerate(zip(part_kinds, part_blocks, strict=True)):
-            after = part_kinds[j + 1].needs() if j + 1 < period else None
-            layer_key = None if key is None else fold_key(key, start + j)
-            context = LayerContext(after or plain_attention, layer_key, part_rates[j], drops)
-            inner = kind.apply(block, inner, context)
+        inner = _run_stretch(
+            config, part_blocks, part_kinds, TokenState(tokens), first=start, rates=part_rates,
+            drops=drops, key=key,
+        )  # fmt: skip
         return inner.tokens, (inner.selected, inner.scores, inner.aux)
 
     xs = (stacked, rates, jnp.asarray(list(starts), jnp.uint32))
@@ -107,8 +101,47 @@ def run_scanned(
     return _gather_reports(state._replace(tokens=tokens), reported, starts)
 
 
+def _run_stretch(
+    config: ViTConfig,
+    blocks: Any,
+    kinds: Any,
+    state: TokenState,
+    *,
+    first: Any,
+    rates: Any,
+    drops: Sequence[bool],
+    key: jax.Array | None,
+    gather_params: GatherParams | None = None,
+    wrap: Callable[[Callable], Callable] = lambda layer: layer,
+) -> TokenState:
+    """Runs neighbouring layers in turn, and tells each one what the next one needs of its attention.
+
+    first          number of the first one in the plan: an int, or a traced integer in a scan.
+    rates, drops   for each layer the rate of drop path, and whether it is on.
+    gather_params  as in `run_layers`.
+    wrap           turns a layer, `(state, key) -> state`, into the function that is called.
+    """
+    for i, (kind, block) in enumerate(zip(kinds, blocks, strict=True)):
+        after = kinds[i + 1].needs() if i + 1 < len(kinds) else None
+        layer_key = None if key is None else fold_key(key, first + i)
+
+        def layer(state, layer_key, i=i, kind=kind, block=block, after=after):
+            block, kind = _gathered(nnx.List([block, kind]), gather_params)
+            context = LayerContext(after or plain_attention, layer_key, rates[i], drops[i])
+            return kind.apply(block, state, context)
+
+        state = wrap(layer)(state, layer_key)
+        if first + i in config.intermediate_layers:  # of scanned layers none is
+            grid = kind.restore(state).tokens
+            state = state._replace(intermediate=state.intermediate | {first + i: grid})
+    return state
+
+
 def repeated_part(config: ViTConfig) -> int:
-    """Layers in the shortest part of the plan that repeats to make all of it. Raises ConfigError if none does."""
+    """The number of layers in the shortest part of the plan whose repetition is the plan.
+
+    Raises ConfigError if there is no such part, or if the head reads tokens between layers.
+    """
     if config.intermediate_layers:
         raise ConfigError(
             "scan_layers: this network's head reads tokens between layers; leave it False"
@@ -138,7 +171,7 @@ def _remat(config: ViTConfig, function: Callable, gather_params: GatherParams | 
 
 
 def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Keeps everything but what was put together for a layer: only that is constrained to a sharding."""
+    """A policy that keeps everything but gathered parameters, which alone are constrained to a sharding."""
     return primitive.name != "sharding_constraint"
 
 
@@ -155,7 +188,7 @@ def _part(blocks: Any, kinds: Any, start: int, period: int) -> Any:
 
 
 def _gather_reports(state: TokenState, reported: Any, starts: Sequence[int]) -> TokenState:
-    """What each repetition reported, in the order of layers; names end in the layer's number."""
+    """The state with all reports of the repetitions, in the order of layers; names of `aux` end in a layer's number."""
     selected, scores, aux = [], [], {}
     for i, start in enumerate(starts):
         part_selected, part_scores, part_aux = jax.tree.map(lambda x, i=i: x[i], reported)

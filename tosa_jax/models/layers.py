@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from tosa_jax.models.vit_config import ViTConfig
-from tosa_jax.ops.array_types import Heads, Images, Tokens
+from tosa_jax.ops.array_types import Heads, Images, Keys, Queries, Tokens
 from tosa_jax.ops.attention import attention
 
 AttentionFn = Callable[[Heads, Heads, Heads], tuple[Heads, Any]]
@@ -27,7 +27,7 @@ token_init = nnx.initializers.normal(0.02)
 """How DeiT starts linear weights, tokens and positions."""
 
 
-def plain_attention(query: Heads, key: Heads, value: Heads) -> tuple[Heads, None]:
+def plain_attention(query: Queries, key: Keys, value: Keys) -> tuple[Queries, None]:
     """Attention that reports nothing: the fastest form."""
     return attention(query, key, value), None
 
@@ -126,7 +126,7 @@ class Attention(nnx.Module):
         out, summary = attention_fn(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
         return self.proj(out.reshape(b, n, d)), summary
 
-    def _project(self, x: Tokens, start: int, stop: int) -> Tokens:
+    def _project(self, x: Tokens, start: int, stop: int) -> Float[Array, "b n e"]:
         """Columns [start, stop) of the layer `qkv`."""
         dtype = self.qkv.dtype
         out = x.astype(dtype) @ self.qkv.kernel[...][:, start:stop].astype(dtype)

@@ -1,7 +1,7 @@
-"""What a method is: one row that plans, configurations, benchmarks, reports and charts read.
+"""The table of methods: one row a method, which plans, configurations, benchmarks, reports and charts read.
 
-`models/methods/` declares the rows of this package; `register` adds one of your own. Nothing outside a method's file
-knows it by name.
+The files in `models/methods/` declare the rows of this package, and `register` adds one of your own. Nothing outside a
+method's file knows the method by name.
 """
 
 import re
@@ -15,30 +15,33 @@ from tosa_jax.models.token_state import LayerKind
 from tosa_jax.models.vit_config import STANDARD, ViTConfig, alternate, check, check_choice
 
 DENSE = "dense"
-"""Name of the network without any method: every layer is a standard one."""
+"""The name of the network without any method, in which every layer is a standard one."""
 
 MAIN = "tosa"
-"""Name of the network that a run configures: the row that the controls stand beside."""
+"""The name of the network that a run configures, and that controls are compared with."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """One method of token reduction. Raises ConfigError for a name that is no lower-case identifier.
+    """One method of token reduction. Raises ConfigError if the name is no lower-case identifier.
 
-    name         in `eval.controls`, `bench --controls`, reports and stages.
+    name         what `eval.controls`, `bench --controls`, reports and stages call it.
     kind         how its layers run.
     plan         what plans call its layers; "": the name.
     label        for tables; "": the name.
     short_label  for charts and legends; "": the label.
     colours      "#rrggbb" on light and on dark paper; (): charts choose.
     control      it may stand beside the main network in `eval.controls`.
-    oracle       it knows what a method would have to predict: no benchmark times it.
-    needs_key    it draws random numbers: the network must be called with a key.
-    every_layer  the plan of this name has no standard layers; else every second layer is standard.
+    oracle       it uses what a method would have to predict, so that no benchmark times it.
+    needs_key    it draws random numbers, so that the network must be called with a key.
+    free_choice  its layers run as those of the main network do, but choosing tokens costs no time: the benchmark takes
+                 the difference between the two for the time of choosing (`selector_overhead`).
+    every_layer  its name as a plan means all layers; otherwise every second layer, between standard ones.
     has_budget   its cost depends on `keep_rate`.
-    equal_gmacs  as a control its keep_rate is solved for the GMACs of the main network.
-    fields       fields of `ViTConfig` and options that it sets as a control.
-    fit_kind     stands in for `kind` in the selector stage, under the plan's name and "_fit"; None: a standard layer.
+    equal_gmacs  as a control its `keep_rate` is solved for the GMACs of the main network.
+    fields       fields of `ViTConfig` and options that it sets as a control, by name.
+    fit_kind     the kind that runs in place of `kind` in the selector stage; plans call it by the plan's name and
+                 "_fit". None: a standard layer.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Method:
     control: bool = True
     oracle: bool = False
     needs_key: bool = False
+    free_choice: bool = False
     every_layer: bool = False
     has_budget: bool = True
     equal_gmacs: bool = False
@@ -66,7 +70,7 @@ class Method:
 
     @property
     def fit_plan(self) -> str:
-        """What plans call a layer of it in the selector stage."""
+        """What plans call its layers in the selector stage."""
         return STANDARD if self.fit_kind is None else f"{self.plan}_fit"
 
 
@@ -98,24 +102,24 @@ def _declare(options: type[Options]) -> None:
 
 
 def kinds_of(method: Method) -> dict[str, type[LayerKind]]:
-    """The layer kinds of one method, by their names in plans."""
+    """The layer kinds of one method, by what plans call them."""
     fit = {} if method.fit_kind is None else {method.fit_plan: method.fit_kind}
     return {method.plan: method.kind} | fit
 
 
 def layer_kinds() -> dict[str, type[LayerKind]]:
-    """Every layer kind, by its name in plans."""
+    """Every layer kind, by what plans call it."""
     return {name: kind for method in METHODS.values() for name, kind in kinds_of(method).items()}
 
 
 def method_of(kind: str) -> Method:
-    """The method that a plan calls `kind`. Raises ConfigError, naming what is known."""
+    """The method whose layers plans call `kind`. Raises ConfigError, which names the known ones, if there is none."""
     check_choice("a layer kind of the plan", kind, layer_kinds())
     return next(method for method in METHODS.values() if kind in kinds_of(method))
 
 
 def controls(*, timed: bool = False) -> tuple[str, ...]:
-    """Names of what may stand beside the main network; with `timed` what a benchmark times there."""
+    """Names of the methods that may stand beside the main network; with `timed`, of those that a benchmark times."""
     return tuple(
         name
         for name, method in METHODS.items()
@@ -124,12 +128,15 @@ def controls(*, timed: bool = False) -> tuple[str, ...]:
 
 
 def plan_named(kind: str, depth: int) -> tuple[str, ...]:
-    """The plan that is meant where only a layer kind is named. Raises ConfigError: there is no such kind."""
+    """The plan that the name of a layer kind alone means. Raises ConfigError if there is no such kind."""
     return alternate(kind, depth, 0 if method_of(kind).every_layer else 2)
 
 
 def control_plan(plan: tuple[str, ...], name: str) -> tuple[str, ...]:
-    """The plan of the control `name` beside a network of this plan: its layers stand where that one's methods do."""
+    """The plan of the control `name` beside a network with `plan`.
+
+    Layers of the control take the places of all layers that are not standard, or of all layers (`every_layer`).
+    """
     method = METHODS[name]
     if method.every_layer:
         return (method.plan,) * len(plan)
@@ -137,17 +144,27 @@ def control_plan(plan: tuple[str, ...], name: str) -> tuple[str, ...]:
 
 
 def fitting_plan(plan: tuple[str, ...]) -> tuple[str, ...]:
-    """The plan in the selector stage: each layer as its method is fitted."""
+    """The plan in the selector stage: each layer is of the kind in which its method is fitted."""
     return tuple(method_of(kind).fit_plan for kind in plan)
 
 
 def is_fitted(plan: tuple[str, ...]) -> bool:
-    """Whether any layer of the plan has something to fit in the selector stage."""
+    """Whether the selector stage has anything to train in a network of this plan."""
     return any(method_of(kind).fit_kind is not None for kind in plan)
 
 
+def fitted_paths(plan: tuple[str, ...]) -> str:
+    """A regular expression of the parameter paths that the selector stage trains in a network of this plan.
+
+    It matches none if no layer has any.
+    """
+    kinds = layer_kinds()
+    modules = dict.fromkeys(module for name in plan for module in kinds[name].fit_modules)
+    return rf"^kinds/\d+/({'|'.join(modules)})/" if modules else r"^(?!)"
+
+
 def table_order(name: str) -> tuple[int, int]:
-    """Where a row stands in a table: dense, methods and controls, oracles, what has no budget, unknown names."""
+    """The place of a row in a table: dense, then methods, oracles, methods without a budget, unknown names."""
     if name not in METHODS:
         return 4, 0
     method = METHODS[name]
@@ -156,7 +173,7 @@ def table_order(name: str) -> tuple[int, int]:
 
 
 def check_key(plan: tuple[str, ...], key: Any) -> None:
-    """Raise a ConfigError if a layer of the plan draws random numbers and there is no key."""
+    """Raise a ConfigError if a layer of the plan draws random numbers and `key` is None."""
     for kind in plan if key is None else ():
         if method_of(kind).needs_key:
             raise ConfigError(

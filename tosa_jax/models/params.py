@@ -1,7 +1,7 @@
-"""A model as a flat dict of parameters: `{"blocks/0/attn/qkv/kernel": array}`.
+"""A model's parameters as a flat dict by path: `{"blocks/0/attn/qkv/kernel": array}`.
 
-One path mapping for everything that goes by name: freezing, weight decay, sharding, checkpoints, released weights.
-Paths are timm's names with slashes; what a layer kind adds to the network lies under `kinds/`.
+Freezing, weight decay, sharding, checkpoints and released weights all use these paths. They are timm's names with
+slashes for dots; parameters that a layer kind adds to the network lie under `kinds/<layer>/`.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ def get_params(model: nnx.Module) -> Params:
 
 
 def nest(params: Mapping[str, Any]) -> dict[Any, Any]:
-    """The flat dict as NNX nests it: one level a step of the path, list positions as ints."""
+    """The flat dict nested as NNX nests it: one level for each part of the path, with ints for places in lists."""
     nested: dict[Any, Any] = {}
     for path, value in params.items():
         *parents, last = [int(key) if key.isdigit() else key for key in path.split("/")]
@@ -31,10 +31,10 @@ def nest(params: Mapping[str, Any]) -> dict[Any, Any]:
 
 
 def set_params(graphdef: nnx.GraphDef, params: Mapping[str, Any]) -> Any:
-    """The model of `graphdef` (from `split`) that holds `params`, which must be exactly its own."""
+    """The model of `graphdef` (from `split`) with these parameters: all of its own, and no others."""
     return nnx.merge(graphdef, nest(params))
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
-    """Structure and parameters of a model; abstract models will do."""
+    """Structure and parameters of a model; it may be abstract (shapes for arrays)."""
     return nnx.split(model)[0], get_params(model)

@@ -1,4 +1,4 @@
-"""What a plan means: which layers form groups, how many tokens each one runs on, and whether that can be."""
+"""What a plan means for each layer: its place in a group, and the number of tokens that it runs on."""
 
 from collections.abc import Sequence
 
@@ -8,10 +8,11 @@ from tosa_jax.models.vit_config import ViTConfig, check, check_choice
 
 
 def layer_specs(config: ViTConfig) -> tuple[LayerSpec, ...]:
-    """What the plan means for each layer.
+    """The place and the token counts of each layer of the plan.
 
-    Raises ConfigError for an unknown kind, a choice at the start, neighbours that choose differently, a `keep_rate`
-    of another length than there are selections, and counts that the kind cannot reach.
+    Raises ConfigError for an unknown kind; a first layer that would need one before it to choose tokens; two
+    neighbours of different kinds that both choose tokens; a `keep_rate` with another number of values than there are
+    selections; and counts that a kind cannot reach.
     """
     for kind in config.plan:
         check_choice("a layer kind of the plan", kind, layer_kinds())
@@ -63,7 +64,7 @@ def _rates(config: ViTConfig, selections: int) -> Sequence[float]:
         return given * selections
     falling = [1 - (1 - mean) * 2 * (i + 1) / (selections + 1) for i in range(selections)]
     if all(layer_kinds()[name].nests for name in config.plan if layer_kinds()[name].selects):
-        # Where less is asked for than the kind can leave, `layer_specs` takes that.
+        # Such a kind keeps more where it cannot leave as few tokens.
         return [max(rate, 1 / config.num_patches) for rate in falling]
     check(falling[-1] > 0,
           f"keep_rate={mean} with budget='linear' leaves the last of {selections} selections no patch; "

@@ -1,7 +1,7 @@
-"""The token selector: attention logits of one layer -> the predicted attention map of the next.
+"""The token selector of ToSA (arXiv 2406.08816): from attention logits of a layer it predicts the map of the next one.
 
-ToSA (arXiv 2406.08816): two 1-D convolutions with a ReLU between, then a log-softmax. Here heads are the channels, and
-the kernel slides along the keys of a row, by default with width 1: the selector fits every resolution.
+In the paper it is two 1-D convolutions with a ReLU between, then a log-softmax. Here heads are the channels, and
+kernels slide along the keys of a row. With kernels of width 1, the default, a selector fits every resolution.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from tosa_jax.models.vit_config import ViTConfig, check
 from tosa_jax.ops.array_types import AttnLogits
 
 _FEW_MACS = 200
-"""Multiply-adds of an entry up to which a CPU works entry by entry: above, matrix products were as fast."""
+"""Multiply-adds for an entry of the map. Up to this many, a CPU is faster entry by entry than by matrix products."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class SelectorOptions(Options):
 
 
 def _identity_kernels(size: int, heads: int, hidden: int) -> tuple[Array, Array]:
-    """Kernels of an exact identity through a ReLU: `x = relu(x) - relu(-x)`."""
+    """Kernels [size h hidden] and [size hidden h] of the identity through a ReLU: `x = relu(x) - relu(-x)`."""
     expand = (
         jnp.zeros((size, heads, hidden))
         .at[size // 2, :, : 2 * heads]
@@ -53,7 +53,7 @@ def _identity_kernels(size: int, heads: int, hidden: int) -> tuple[Array, Array]
 
 
 class HeadConv(nnx.Module):
-    """1-D convolution along the keys with heads as channels: [b h q k] -> [b f q k], zero padding."""
+    """A 1-D convolution along the keys with heads as channels and zero padding: [b h q k] -> [b f q k]."""
 
     def __init__(self, kernel: Float[Array, "size h f"], config: ViTConfig) -> None:
         self.kernel = nnx.Param(kernel.astype(config.param_dtype))
@@ -70,14 +70,15 @@ class HeadConv(nnx.Module):
 
 
 class TokenSelector(nnx.Module):
-    """Predicts the next layer's attention map; starts as the identity, so at the previous layer's own map."""
+    """Predicts the attention map of the next layer. It starts as the identity: it then predicts the given map."""
 
     def __init__(self, config: ViTConfig) -> None:
         options = config.options_of(SelectorOptions)
         size, hidden = options.kernel_size, options.selector_hidden or 2 * config.num_heads
         expand, contract = _identity_kernels(size, config.num_heads, hidden)
         if (extra := hidden - 2 * config.num_heads) > 0:
-            # Channels beyond the identity's start with a weight in and none out: still the identity, yet trainable.
+            # More channels than the identity needs start with random weights in and zeros out, so that the whole is
+            # still the identity, and they can be trained.
             key = jax.random.key(0)
             noise = jax.random.normal(key, (size, config.num_heads, extra))
             expand = expand.at[:, :, -extra:].set(noise * config.num_heads**-0.5)
@@ -86,9 +87,9 @@ class TokenSelector(nnx.Module):
         self.macs_per_entry = 2 * size * config.num_heads * hidden
 
     def __call__(self, logits: AttnLogits) -> Float[Array, "b h q k"]:
-        """Scaled attention logits (float32) -> log of the predicted map, rows normalised over keys.
+        """Scaled attention logits, float32 -> the logarithm of the predicted map; its rows sum to 1 over the keys.
 
-        The logits are read through `stop_gradient`: no loss on the prediction reaches the layer they come from.
+        No gradient goes back to the logits: a loss on the prediction does not train the layer that they come from.
         """
         logits = jax.lax.stop_gradient(logits)
         if self.macs_per_entry > _FEW_MACS or len(self.conv1.kernel[...]) > 1:
@@ -100,7 +101,7 @@ class TokenSelector(nnx.Module):
         return self.conv2(jax.nn.relu(self.conv1(logits)))
 
     def _mix_heads(self, logits: AttnLogits) -> AttnLogits:
-        """The same for kernels of width 1, entry by entry: on a CPU one loop over the map, and no transposed copies."""
+        """The same as `_convolve` for kernels of width 1, entry by entry: a CPU makes one loop of it without copies."""
 
         def mixed(heads, conv):
             kernel, bias = (x[...].astype(logits.dtype) for x in (conv.kernel, conv.bias))

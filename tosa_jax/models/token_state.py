@@ -1,13 +1,15 @@
-"""What flows from layer to layer, and what a layer kind is.
+"""The state that goes from layer to layer (`TokenState`), and the base class of all layer kinds (`LayerKind`).
 
-A method of token reduction is one file in `methods/`: the layer kinds it adds. The network knows none of them: it
-runs its blocks in the order of a plan, each through the kind that the plan names.
+A method of token reduction is one file in `methods/`, which declares layer kinds. The network knows none of them by
+name: it runs its blocks in the order of a plan, each through the kind that the plan names.
 """
 
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
@@ -22,17 +24,19 @@ from tosa_jax.ops.token_selection import Selection
 
 
 class TokenState(NamedTuple):
-    """The state between two layers; a field that a plan does not use stays empty.
+    """The state between two layers. A field that no layer of the plan uses stays empty.
 
-    tokens    [b n' d], what the next layer runs on; `n' < n` while a group is open.
-    summary   what the layer before reports of its attention, because this one needs it.
-    persisting  the reductions whose tokens stay fewer until `restored_grid`, the first one first.
-    open      the reductions that end with their group of layers, the outermost first: a later one chose among the
-              tokens that an earlier one left. They come after all that persist.
-    selected  int32 [b s] a selection made so far: indices into all n tokens.
-    scores    float [b n] a selection made so far: what it chose by; 0 for tokens that it did not see.
-    aux       per-example scalars that layers report, by name.
-    intermediate  by layer, all tokens [b n d] after the layers that the head reads.
+    tokens         float [b m d], what the next layer runs on; m < n while a reduction is in force.
+    summary        what the layer before reports of its attention, in the form that this layer asked for (`needs`).
+    persisting     the reductions whose tokens stay fewer in all later layers, the oldest first.
+    open           the reductions that end with their group of layers, the oldest first. Each one works on the tokens
+                   that the ones before it left, and those that persist come before all of these.
+    selected       for each selection so far int32 [b s], indices into all n tokens.
+    scores         for each selection so far float [b n], the scores that it chose by; 0 for tokens it did not see.
+    aux            scalars [b] that layers report, by name.
+    intermediate   for each layer that the head reads, by its number: all tokens [b n d] after that layer.
+    attention_map  float [b h m m], rows sum to 1: the map of an earlier layer, for later layers to use in place of one
+                   of their own (`shared_map`). A kind hands it on in `apply`; a change of the tokens ends it.
     """
 
     tokens: Tokens
@@ -43,15 +47,26 @@ class TokenState(NamedTuple):
     scores: tuple[Scores, ...] = ()
     aux: dict[str, PerExample] = {}
     intermediate: dict[int, Tokens] = {}
+    attention_map: Float[Array, "b h m m"] | None = None
+
+    @property
+    def shared_map(self) -> Float[Array, "b h m m"]:
+        """The attention map of an earlier layer on the same tokens. Raises ConfigError if no layer handed one on."""
+        if self.attention_map is None:
+            raise ConfigError(
+                "the plan has a layer that uses the attention map of an earlier one, but no earlier layer hands on a "
+                "map of the same tokens; put one that does before it, in the same repeated part under scan_layers"
+            )
+        return self.attention_map
 
     @property
     def sizes(self) -> Float[Array, "b s"] | None:
-        """How many tokens each of `tokens` stands for; None: one."""
+        """How many of the original tokens each of `tokens` stands for, [b s]; None: one each."""
         return self._last.sizes if self._last else None
 
     @property
     def mask(self) -> Bool[Array, "b s"] | None:
-        """False for those of `tokens` that no attention may read; None: all are read."""
+        """Booleans [b s], false for those of `tokens` that no attention may read; None: all are read."""
         return self._last.mask if self._last else None
 
     @property
@@ -61,24 +76,27 @@ class TokenState(NamedTuple):
     def opened(
         self, tokens: Tokens, reduction: Reduction, scores: Float[Array, "b m"] | None = None
     ) -> "TokenState":
-        """The state after a reduction that ends with its group of layers; the new tokens go on as `tokens`.
+        """The state after a reduction that ends with its group of layers.
 
-        With `scores`, what the choice was made by, it is reported as a selection: every reduction so far must then
-        have a `Selection` as its source.
+        tokens  float [b s d], the new tokens.
+        scores  float [b m], what the old tokens were chosen by, or None. If given, the reduction is reported as a
+                selection; it and every reduction before it must then have a `Selection` as its source.
         """
         state = self if scores is None else self._reporting(reduction, scores)
-        return state._replace(tokens=tokens, open=(*self.open, reduction))
+        return state._replace(tokens=tokens, open=(*self.open, reduction), attention_map=None)
 
     def reduced(
         self, tokens: Tokens, reduction: Reduction, scores: Float[Array, "b m"] | None = None
     ) -> "TokenState":
-        """The same for a reduction whose tokens stay fewer, also in the layers of other kinds that follow."""
+        """The state after a reduction whose tokens stay fewer in all later layers. Arguments are those of `opened`."""
         assert not self.open, "a reduction that persists cannot begin inside a group"
         state = self if scores is None else self._reporting(reduction, scores)
-        return state._replace(tokens=tokens, persisting=(*self.persisting, reduction))
+        return state._replace(
+            tokens=tokens, persisting=(*self.persisting, reduction), attention_map=None
+        )
 
     def _reporting(self, reduction: Reduction, scores: Float[Array, "b m"]) -> "TokenState":
-        """The state that reports a selection, as indices into all n tokens."""
+        """The state that reports one more selection, as indices into all n tokens."""
         sources = [around.source for around in (*self.persisting, *self.open)]
         assert isinstance(reduction.source, Selection)
         chosen = reduction.source.indices
@@ -90,30 +108,52 @@ class TokenState(NamedTuple):
         return self._replace(selected=(*self.selected, chosen), scores=(*self.scores, scores))
 
     def restored(self) -> "TokenState":
-        """The state with every open reduction ended: as many tokens as the group of layers began with."""
+        """The state with every open reduction ended. It has as many tokens as its group of layers began with."""
+        if not self.open:
+            return self
         tokens = self.tokens
         for reduction in reversed(self.open):
             tokens = reduction.restore(tokens)
-        return self._replace(tokens=tokens, open=())
+        return self._replace(tokens=tokens, open=(), attention_map=None)
 
     def restored_grid(self) -> "TokenState":
-        """The state with all n tokens back in their places, whatever persisted."""
+        """The state with all n tokens back in their places: every reduction has ended, persisting ones too."""
         state = self.restored()
+        if not self.persisting:
+            return state
         tokens = state.tokens
         for reduction in reversed(self.persisting):
             tokens = reduction.restore(tokens)
-        return state._replace(tokens=tokens, persisting=())
+        return state._replace(tokens=tokens, persisting=(), attention_map=None)
+
+
+class LinearFit(NamedTuple):
+    """A linear map in a layer kind that is fitted in closed form after the selector stage (`bypass_fit`).
+
+    It reads the normalised tokens at the start of a group of layers, float [b n d], and predicts a target.
+
+    rank    of the map, at least 1.
+    target  `(block, before, after) -> float [b n e]`: what the map has to predict. `block` is the first of the group,
+            `before` and `after` are the tokens [b n d] before and after the group when the network runs densely.
+    params  `(down [d rank], up [rank e], bias [e]) -> parameters`: the fitted map as parameters of the kind, by path
+            below `kinds/<layer>/`.
+    """
+
+    rank: int
+    target: Callable[[Block, Tokens, Tokens], Float[Array, "b n e"]]
+    params: Callable[[np.ndarray, np.ndarray, np.ndarray], Mapping[str, np.ndarray]]
 
 
 class LayerSpec(NamedTuple):
-    """Where a layer stands in its plan, and what that means for its token counts.
+    """Where a layer stands in its plan, and how many tokens, prefix included, it works on.
 
-    opens      it is the first of a group, and chooses tokens.
-    closes     it is the last of a group, after which all tokens rejoin.
-    count_group  tokens that reach the first layer of its group, and rejoin after the last.
-    count_in   tokens that reach it.
-    count      tokens that go on from its choice; `count_in` where nothing is chosen.
-    count_out  tokens that the next layer gets.
+    layer        its number, from 0.
+    opens        it is the first of a group and chooses tokens.
+    closes       it is the last of a group, after which all tokens rejoin.
+    count_group  tokens that reach the first layer of its group, and rejoin after the last one.
+    count_in     tokens that reach the layer.
+    count        tokens that are left by its choice; `count_in` if it chooses nothing.
+    count_out    tokens that the next layer gets.
     """
 
     layer: int
@@ -126,11 +166,12 @@ class LayerSpec(NamedTuple):
 
 
 class LayerContext(NamedTuple):
-    """How a layer is run this time.
+    """What one run of a layer gets beside its tokens.
 
-    attention_fn  how its attention runs, so that it reports what the next layer needs.
-    key        a key of its own, or None where nothing random was asked for.
-    drop_path  rate in [0, 1); used only with `train`.
+    attention_fn  the attention that the layer must run. It reports what the next layer needs.
+    key           the layer's own random key, or one an example; None: the network was called without a key.
+    drop_path     rate in [0, 1); used only with `train`.
+    train         whether drop path is on.
     """
 
     attention_fn: AttentionFn
@@ -140,15 +181,19 @@ class LayerContext(NamedTuple):
 
     @property
     def drop(self) -> DropPath | None:
-        """What branches go through, if anything."""
+        """The drop path that the block's branches go through; None: they go through none."""
         return DropPath(self.drop_path, self.key) if self.train and self.key is not None else None
 
     def weighing(
         self, sizes: Float[Array, "b s"] | None, mask: Bool[Array, "b s"] | None
     ) -> "LayerContext":
-        """The context in which attention counts a token as often as it stands for others, and leaves masked ones out.
+        """The context whose attention weighs tokens by their number and reads no masked ones.
 
-        Raises ConfigError: the next layer reads this one's attention map, which then is not to be had.
+        sizes  [b s], how many tokens each one stands for: it counts that often as a key (ToMe's proportional
+               attention). None: once.
+        mask   [b s], false for tokens that must not be read. None: all are read.
+
+        Raises ConfigError if the next layer reads this layer's attention map: there is none with weights or a mask.
         """
         if sizes is None and mask is None:
             return self
@@ -162,26 +207,31 @@ class LayerContext(NamedTuple):
         return self._replace(attention_fn=lambda q, k, v: (attention(q, k, v, bias), None))
 
     def run(self, block: Block, tokens: Tokens) -> tuple[Tokens, Any]:
-        """The block on `tokens` [b n d]: the tokens after it, and its summary."""
+        """Runs the block on `tokens` [b n d]: the tokens after it, and what `attention_fn` reports."""
         return block(tokens, self.attention_fn, self.drop)
 
 
 class LayerKind(nnx.Module):
-    """One way to run a transformer block. An NNX module: it may hold parameters, a selector for instance.
+    """One way to run a transformer block. Methods subclass it, most of them through `methods.standard.Standard`.
 
-    Built as `Kind(config, spec, rngs=rngs)` by the network for each layer of its plan; a `Method` gives it a name.
-    Class attributes speak of the plan:
+    The network builds `Kind(config, spec, rngs=rngs)` for each layer of its plan; a `Method` gives the kind its name in
+    plans. It is an NNX module and may hold parameters, which then lie under `kinds/<layer>/`.
 
-    selects   the kind chooses tokens: neighbours of the same kind form a group.
-    nests     each layer of a group chooses, among what the one before it left; else the group shares one choice.
-    proportional  attention counts a token as often as it stands for others.
-    options  the dataclasses whose fields the kind reads from the configuration (`ViTConfig.options_of`).
+    Class attributes:
+
+    selects       the kind chooses tokens. Neighbouring layers of one kind that selects form a group.
+    nests         each layer of a group chooses among the tokens that the one before it left; otherwise the first layer
+                  chooses for the whole group.
+    proportional  attention counts a token as often as it stands for others (ToMe).
+    options       the dataclasses that the kind reads from the configuration with `ViTConfig.options_of`.
+    fit_modules   names of its modules that the selector stage trains, and fine-tuning leaves as they are.
     """
 
     selects: bool
     nests: bool
     proportional: bool
     options: ClassVar[tuple[type[Options], ...]] = ()
+    fit_modules: ClassVar[tuple[str, ...]] = ()
     spec: LayerSpec
 
     def __init__(self, config: ViTConfig, spec: LayerSpec, *, rngs: nnx.Rngs) -> None:
@@ -189,15 +239,17 @@ class LayerKind(nnx.Module):
 
     @classmethod
     def counted(cls, config: ViTConfig, spec: LayerSpec, keep_rate: float | None) -> LayerSpec:
-        """`spec` with the token counts of a layer of this kind; all that it does not know are `count_in` there.
+        """`spec` with the token counts of a layer of this kind. On entry all counts but `count_group` are `count_in`.
 
-        keep_rate  share of the patches to keep; None where the layer chooses nothing.
+        keep_rate  the share of all patches to keep, in (0, 1]; None: the layer chooses nothing.
+
+        Raises ConfigError if the kind cannot reach that count.
         """
         raise NotImplementedError
 
     @staticmethod
     def build_block(config: ViTConfig, *, rngs: nnx.Rngs) -> Block:
-        """The block under `blocks/<layer>`: the transformer layer that released weights fill."""
+        """The block under `blocks/<layer>`: the transformer layer whose parameters released weights have."""
         return Block(config, rngs=rngs)
 
     def block_macs(self, block: Block) -> int:
@@ -205,21 +257,25 @@ class LayerKind(nnx.Module):
         raise NotImplementedError
 
     def own_macs(self, block: Block) -> int:
-        """Multiply-adds of what the kind does beside it: selector, representatives, estimates."""
+        """Multiply-adds of everything else that the kind does for one example: selectors, matching, estimates."""
         raise NotImplementedError
 
     def selector_macs(self) -> int:
-        """Those of them that the selector stage trains: what lies under `kinds/<layer>/selector`."""
+        """The part of `own_macs` that is spent in `fit_modules`."""
         return 0
 
     def needs(self) -> AttentionFn | None:
-        """What the layer before has to report: the attention it must run for that, or None."""
+        """The attention function that the layer before has to run, whose report this layer reads; None: any will do."""
         raise NotImplementedError
 
     def apply(self, block: Block, state: TokenState, context: LayerContext) -> TokenState:
-        """The state after `block` ran on the tokens that this kind chooses."""
+        """Runs the layer: the state after it."""
         raise NotImplementedError
 
     def restore(self, state: TokenState) -> TokenState:
-        """The state with all n tokens back in their places, for heads that need the grid."""
+        """The state with all n tokens back in their places, for heads that read the grid of patches."""
         raise NotImplementedError
+
+    def linear_fits(self) -> tuple[LinearFit, ...]:
+        """The linear maps that are fitted after the selector stage, in order: each target may use the maps before."""
+        return ()

@@ -8,16 +8,15 @@ import numpy as np
 
 from tosa_jax.distributed.timing import interleaved_seconds
 from tosa_jax.errors import DeviceError
-from tosa_jax.models import cost, method
+from tosa_jax.models import cost
+from tosa_jax.models.method import MAIN, METHODS
+from tosa_jax.models.method import controls as known_controls
 from tosa_jax.models.vit_config import check, check_choice
 from tosa_jax.performance import torch_baselines
 from tosa_jax.performance.candidates import Candidate, candidate, networks
 from tosa_jax.tasks import model_config
 
 Record = dict[str, Any]
-
-OVERHEAD_REFERENCE = "random"
-"""The control whose layers run as ToSA's do, without a selector."""
 
 
 def measure(
@@ -43,14 +42,15 @@ def measure(
 
     gmacs (the sum of gmacs_by_part) and xla_gmacs are for one image (the latter by XLA's count of the compiled
     program, which leaves out what it does not know); ms and ms_iqr for a batch; temp_bytes by XLA's memory analysis.
-    `realised` is the speed-up divided by the ratio of GMACs: at 1, time falls as much as multiply-adds. With control
-    `random`, records have `selector_overhead`: the time of ToSA minus that of `random`, divided by that of `dense`.
+    `realised` is the speed-up divided by the ratio of GMACs: at 1, time falls as much as multiply-adds. With a
+    control of `free_choice` (`random`), records have `selector_overhead`: the time of ToSA minus that of the control,
+    divided by that of `dense`.
 
     Raises ConfigError for bad arguments and missing packages, DeviceError if a candidate does not fit the device.
     """
     check(batch_size >= 1, f"--batch_size={batch_size} must be at least 1")
     check(rounds >= 1, f"--rounds={rounds} must be at least 1")
-    timed_controls = method.controls(timed=True)
+    timed_controls = known_controls(timed=True)
     for name in controls:
         check_choice("--controls", name, timed_controls)
     against = torch_baselines.check_arguments(against, task, torch_compile)
@@ -108,16 +108,20 @@ def make_records(
 
 
 def add_selector_overhead(records: list[Record]) -> list[Record]:
-    """Adds `selector_overhead` to all records if the control `random` is among them; None for all but ToSA."""
-    drawn = {r["keep_rate"]: r["ms"] for r in records if r["name"] == OVERHEAD_REFERENCE}
-    if not drawn:
+    """Adds `selector_overhead` to all records if a control of `free_choice` is among them; None for all but ToSA.
+
+    Of several such controls the first one in the records counts.
+    """
+    free = [r for r in records if r["name"] in METHODS and METHODS[r["name"]].free_choice]
+    if not free:
         return records
+    drawn = {r["keep_rate"]: r["ms"] for r in free if r["name"] == free[0]["name"]}
     dense_ms = records[0]["ms"]
     return [
         r
         | {
             "selector_overhead": (r["ms"] - drawn[r["keep_rate"]]) / dense_ms
-            if r["name"] == method.MAIN
+            if r["name"] == MAIN
             else None
         }
         for r in records

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from tosa_jax.config import RunConfig, StageConfig
 from tosa_jax.errors import ConfigError
 from tosa_jax.models.factory import control_config
-from tosa_jax.models.method import DENSE, MAIN, METHODS, fitting_plan, is_fitted
+from tosa_jax.models.method import DENSE, MAIN, METHODS, fitted_paths, fitting_plan, is_fitted
 from tosa_jax.models.vit_config import ViTConfig
 from tosa_jax.tasks import TASKS
 
@@ -79,7 +79,7 @@ def recipe_stages(run: RunConfig) -> tuple[list[Stage], list[Row]]:
     rows.append(Row(DENSE_PRETRAINED, dense, trunk))
     if run.has_stage("selector") and is_fitted(run.model.plan):
         model = dataclasses.replace(run.model, plan=fitting_plan(run.model.plan))
-        trainable = r"^kinds/\d+/selector/"
+        trainable = fitted_paths(model.plan)
         stages.append(Stage("selector", "selector", model, trunk, run.selector, trainable, MAIN))
         selectors = "selector"
     if not run.has_stage("finetune"):
@@ -105,7 +105,7 @@ def recipe_stages(run: RunConfig) -> tuple[list[Stage], list[Row]]:
             model = control_config(dataclasses.replace(run.model, keep_rate=rate), name)
             start = selectors if has_budget else trunk  # with what was fitted there
             if stage not in [s.name for s in stages]:
-                trainable = r"^(?!kinds/\d+/selector/)"
+                trainable = f"^(?!{fitted_paths(model.plan)})"
                 stages.append(
                     Stage(stage, "finetune", model, start, run.finetune, trainable, name, budget)
                 )

@@ -1,6 +1,6 @@
-"""The methods: one file each, with its layer kinds and its row in the table. Not here: what a row is (`models.method`).
+"""The methods of this package: one file each, with its layer kinds and its row in the table (`METHODS`).
 
-A method of your own is another such file and a call of `register`.
+What a row is, is not here but in `models.method`. A method of your own is another such file and a call of `register`.
 """
 
 from tosa_jax.models.method import METHODS, Method, register

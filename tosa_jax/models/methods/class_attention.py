@@ -10,9 +10,10 @@ from tosa_jax.ops.attention import attention, attention_logits, column_sums, poo
 
 
 class ClassAttention(SelectiveLayer):
-    """Selects what the class token attends to in the layer before, as EViT does (Liang et al. 2022).
+    """Selects the tokens that the class token attends to most in the layer before, as EViT does (Liang et al. 2022).
 
-    One row of the map, computed once more beside the layer's own attention, which thus stays in its fastest form.
+    Only the class token's row of the map is needed. It is computed separately, so that the attention of that layer can
+    run in its fastest form.
     """
 
     def needs(self) -> AttentionFn | None:

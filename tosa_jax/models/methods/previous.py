@@ -8,7 +8,7 @@ from tosa_jax.ops.attention import column_sums, pool_heads, walk_map
 
 
 class Previous(SelectiveLayer):
-    """Selects by the column sums of the previous layer's own map: ToSA without a selector."""
+    """Selects by the column sums of the map of the layer before: ToSA without a selector."""
 
     def needs(self) -> AttentionFn | None:
         return self._sum_columns if self.spec.opens else None

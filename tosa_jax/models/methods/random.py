@@ -10,7 +10,7 @@ from tosa_jax.ops.array_types import Scores
 
 
 class Random(SelectiveLayer):
-    """Selects patches at random, afresh at every call."""
+    """Selects patches at random, others at every call. Needs the network to be called with a key."""
 
     def scores(self, state: TokenState, context: LayerContext) -> Scores:
         """Uniform in [0, 1), float32 [b n]."""
@@ -26,5 +26,6 @@ METHODS = (
         label="random selection",
         colours=("#d9730d", "#f2a154"),
         needs_key=True,
+        free_choice=True,
     ),
 )

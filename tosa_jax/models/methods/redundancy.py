@@ -1,9 +1,9 @@
-"""Selection by redundancy: a patch is bypassed where another one resembles it, whatever attention it gets.
+"""Selection by redundancy: the patches that most resemble another patch are bypassed.
 
-Between a layer's two branches the keys of its own attention are compared, as in ToMe (Bolya et al. 2023, "Token
-Merging: Your ViT But Faster"), and the most redundant patches leave: their representatives go on as the mean of both.
-Layer by layer fewer tokens remain. Unlike merged tokens, bypassed ones keep what sets them apart from their
-representative, and rejoin with it. No map is read, and nothing is fitted.
+As in ToMe (Bolya et al. 2023, "Token Merging: Your ViT But Faster"), the keys of a layer's attention are compared
+between its two branches. The patches with the most similar partners are bypassed, and each partner goes on as the mean
+of both. Every layer leaves fewer tokens. Unlike ToMe's merged tokens, bypassed ones get the updates of their partner
+and rejoin different from it. No attention map is read, and nothing is fitted.
 """
 
 from flax import nnx
@@ -19,16 +19,19 @@ from tosa_jax.ops.token_selection import with_one_hot
 
 
 class Redundancy(SelectiveLayer):
-    """Attention on the tokens that come in, MLP on those that stay; neighbours of the kind go on from there."""
+    """Runs attention on all tokens that reach the layer, and the MLP on those that stay.
+
+    The next layer of the same kind chooses among those. Raises ConfigError for a bypass other than "shared".
+    """
 
     nests = True
     default_bypass = "shared"
 
     @classmethod
     def counted(cls, config: ViTConfig, spec: LayerSpec, keep_rate: float | None) -> LayerSpec:
-        """Each layer selects among what the one before it left, down to half of the patches.
+        """Each layer selects among the tokens that the one before it left, and keeps at least half of the patches.
 
-        Raises ConfigError: fewer are asked for, unless budgets fall linearly, which then stop there.
+        Raises ConfigError if fewer are asked for. With `budget="linear"` half of them are kept then.
         """
         wanted = super().counted(config, spec, keep_rate).count
         least = least_after_matching(spec.count_in, config.num_prefix_tokens)
@@ -92,7 +95,7 @@ METHODS = (
         colours=("#b03a9a", "#e58ad4"),
         every_layer=True,
         equal_gmacs=True,
-        # It has a bypass of its own, and counts that fall from layer to layer cannot be scanned.
+        # Its bypass is always "shared", and layers with different token counts cannot be scanned.
         fields={"budget": "linear", "bypass": "", "redundancy_weight": 0.0, "scan_layers": False},
     ),
 )

@@ -1,7 +1,7 @@
-"""Layers that run on a part of the tokens: the base of ToSA and of every method that chooses tokens by a score.
+"""Layers that run on selected tokens only: the base class of ToSA and of every method that chooses tokens by a score.
 
-The others bypass the layer, attention and MLP. Layers of one kind that follow each other share one choice: tokens are
-gathered once, go through all their blocks, and are scattered back once.
+All other tokens bypass the layer, its attention and its MLP. Neighbouring layers of one kind share one choice: tokens
+are gathered once, go through all their blocks, and are scattered back once.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from tosa_jax.models.bypass import BYPASSES, BypassOptions
 from tosa_jax.models.layers import Block
 from tosa_jax.models.methods.standard import Standard
 from tosa_jax.models.options import Options
-from tosa_jax.models.token_state import LayerContext, LayerSpec, TokenState
+from tosa_jax.models.token_state import LayerContext, LayerSpec, LinearFit, TokenState
 from tosa_jax.models.vit_config import ViTConfig, check, check_choice
 from tosa_jax.ops.array_types import Scores
 from tosa_jax.ops.token_matching import weigh_redundancy
@@ -37,7 +37,11 @@ class SelectiveOptions(Options):
 
 
 class SelectiveLayer(Standard):
-    """Runs the block on the tokens of highest score. A method says where scores come from: `needs`, `scores`."""
+    """Runs the block on the tokens with the highest scores.
+
+    A subclass says where scores come from: from the attention of the layer before (`needs`), or from the tokens
+    (`scores`). `default_bypass` is the bypass that it uses unless the configuration names one.
+    """
 
     selects = True
     options = (BypassOptions, SelectiveOptions)
@@ -57,7 +61,7 @@ class SelectiveLayer(Standard):
 
     @classmethod
     def counted(cls, config: ViTConfig, spec: LayerSpec, keep_rate: float | None) -> LayerSpec:
-        """All layers of a group run on the tokens that its first one selects; the others rejoin after the last."""
+        """All layers of a group run on the tokens that its first one selects; all tokens rejoin after its last one."""
         count = spec.count_in
         if keep_rate is not None:
             wanted = num_selected(
@@ -67,7 +71,7 @@ class SelectiveLayer(Standard):
         return spec._replace(count=count, count_out=spec.count_group if spec.closes else count)
 
     def scores(self, state: TokenState, context: LayerContext) -> Scores:
-        """Importance [b n] of each token, higher is better; read only where a group opens."""
+        """The scores [b n] of the tokens, higher is better; called only for the first layer of a group."""
         return state.summary
 
     def apply(self, block: Block, state: TokenState, context: LayerContext) -> TokenState:
@@ -82,6 +86,9 @@ class SelectiveLayer(Standard):
             state = state.opened(*self.bypass.open(block, state.tokens, chosen), scores)
         state = super().apply(block, state, context)
         return state.restored() if self.spec.closes else state
+
+    def linear_fits(self) -> tuple[LinearFit, ...]:
+        return () if self.bypass is None else self.bypass.linear_fits()
 
     def own_macs(self, block: Block) -> int:
         if self.bypass is None:

@@ -1,4 +1,4 @@
-"""Control: the selective layers removed, which is what is left when no token is selected."""
+"""Control: the network without its selective layers, as if they selected no token."""
 
 from tosa_jax.models.layers import Block
 from tosa_jax.models.method import Method
@@ -9,13 +9,13 @@ from tosa_jax.models.vit_config import ViTConfig
 
 
 class Skip(Standard):
-    """The layer removed: what is left when nothing is selected."""
+    """Leaves all tokens as they are and does not run the block."""
 
     selects = True
 
     @classmethod
     def counted(cls, config: ViTConfig, spec: LayerSpec, keep_rate: float | None) -> LayerSpec:
-        """As of a layer that selects, though none of its tokens goes through a block."""
+        """Counts as for a layer that selects, so that plans and reports are alike; the next layer gets all tokens."""
         counted = SelectiveLayer.counted(config, spec, keep_rate)
         return counted._replace(count_out=spec.count_in)
 

@@ -7,7 +7,7 @@ from tosa_jax.models.vit_config import STANDARD, ViTConfig
 
 
 class Standard(LayerKind):
-    """Runs the block on all tokens. Other kinds start from it and change what they must."""
+    """Runs the block on all tokens that reach it. Other kinds subclass it and override what differs."""
 
     selects = False
     nests = False
@@ -15,34 +15,29 @@ class Standard(LayerKind):
 
     @classmethod
     def counted(cls, config: ViTConfig, spec: LayerSpec, keep_rate: float | None) -> LayerSpec:
-        """`spec` with the token counts of a layer of this kind; all are `count_in` there.
-
-        keep_rate  share of the patches to keep; None where the layer chooses nothing.
-
-        Raises ConfigError: the kind cannot reach that count.
-        """
+        """`spec` as it is: every token goes on, whatever `keep_rate`."""
         return spec
 
     def block_macs(self, block: Block) -> int:
-        """Multiply-adds of the block for one example, on the tokens that this kind runs it on."""
+        """Multiply-adds of the block for one example, on the `count` tokens of the layer's `spec`."""
         return block.macs(self.spec.count)
 
     def own_macs(self, block: Block) -> int:
-        """Multiply-adds of what the kind does beside it."""
+        """None: the kind does nothing beside running the block."""
         return 0
 
     def needs(self) -> AttentionFn | None:
-        """The attention that the layer before must run, or None."""
+        """None: the layer before may run any attention."""
         return None
 
     def apply(self, block: Block, state: TokenState, context: LayerContext) -> TokenState:
-        """The token state after the layer."""
+        """The state after the block ran on all its tokens. Sizes weigh in attention, and masked tokens are not read."""
         context = context.weighing(state.sizes if self.proportional else None, state.mask)
         tokens, summary = context.run(block, state.tokens)
         return state._replace(tokens=tokens, summary=summary)
 
     def restore(self, state: TokenState) -> TokenState:
-        """The token state with all tokens back in their places."""
+        """The state with all n tokens back in their places."""
         return state.restored_grid()
 
 

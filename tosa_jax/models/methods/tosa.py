@@ -26,6 +26,7 @@ class Selective(SelectiveLayer):
     """The paper's token-selective layer: scores are the column sums of the predicted map."""
 
     options = (*SelectiveLayer.options, SelectorOptions)
+    fit_modules = ("selector",)
 
     def __init__(self, config: ViTConfig, spec: LayerSpec, *, rngs: nnx.Rngs) -> None:
         super().__init__(config, spec, rngs=rngs)
@@ -35,15 +36,12 @@ class Selective(SelectiveLayer):
         return self._predict if self.spec.opens else None
 
     def _predict(self, query: Heads, key: Heads, value: Heads) -> tuple[Heads, Scores]:
-        """Attention of the layer before, and the scores [b n] of the map it lets the selector predict."""
-
+        """The attention of the layer before; it reports the scores [b n] from the map that the selector predicts."""
         selector = self.selector
-        assert (
-            selector is not None
-        )  # the first layer of a group has one, and it alone asks for this
+        assert selector is not None  # only the first layer of a group asks for this, and it has one
 
         def summarise(logits, attn_map, rows):
-            # The exponential comes before the sum: a sum of log-probabilities is no importance.
+            # Probabilities are summed, not their logarithms, which would be ruled by the smallest ones.
             return column_sums(jnp.exp(selector(logits)))
 
         out, sums = walk_map(query, key, value, summarise, chunk=self.map_chunk)
@@ -57,12 +55,16 @@ class Selective(SelectiveLayer):
 
 
 class SelectiveFit(Selective):
-    """Stands in for `Selective` while selectors are trained: dense, and compares prediction and true map.
+    """Takes the place of `Selective` while selectors are trained: runs densely and compares predicted and true map.
 
-    The layer before hands over its queries and keys, which are linear in the number of tokens; its logits are computed
-    again a chunk at a time beside this layer's own. Reports, an example each, `selector/kl/<layer>`, the share of the
-    true top tokens that the selector finds (`selector/recall/<layer>`), and the share that the layer before
-    would have found by its own column sums (`previous/recall/<layer>`).
+    The layer before hands over its queries and keys, whose size is linear in the number of tokens. Its logits are then
+    computed again, a chunk of rows at a time, beside those of this layer.
+
+    Reports for each example:
+
+    selector/kl/<layer>       the Kullback-Leibler divergence of the predicted map from the true one, mean over rows.
+    selector/recall/<layer>   share of the tokens with the highest true scores that the selector finds.
+    previous/recall/<layer>   share of them that the column sums of the layer before would find.
     """
 
     def block_macs(self, block: Block) -> int:
@@ -102,7 +104,7 @@ class SelectiveFit(Selective):
     def _compare(self, query, key, value, before):
         before_query, before_key = before
         selector = self.selector
-        assert selector is not None  # as for the prediction
+        assert selector is not None  # only the first layer of a group compares, and it has one
 
         def summarise(logits, attn_map, before_rows):
             own_logits = attention_logits(before_rows, before_key)

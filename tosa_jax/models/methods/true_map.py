@@ -12,9 +12,9 @@ from tosa_jax.models.token_state import LayerContext, TokenState
 
 
 class TrueMap(Previous):
-    """Oracle: the column sums of the map that a selector predicts, the next layer's own over all tokens.
+    """Oracle: selects by the column sums of the layer's own map over all tokens, which a selector has to predict.
 
-    Of a group of layers it reads the first one's map.
+    In a group of layers it is the map of the first one.
     """
 
     def needs(self) -> AttentionFn | None:

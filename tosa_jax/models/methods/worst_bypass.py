@@ -1,4 +1,4 @@
-"""Oracle: tokens selected by how wrong their bypass would be; and a linear prediction of that error.
+"""Tokens selected by the error that their bypass would make: an oracle that knows it, and a method that predicts it.
 
 An oracle runs the layer on all tokens to learn what a method would have to predict. Its GMACs leave that run out: they
 are those of a method that predicts perfectly at no cost. It saves no time. It shows how much accuracy a better
@@ -12,17 +12,18 @@ from tosa_jax.models.bypass import BypassOptions
 from tosa_jax.models.layers import Block, linear
 from tosa_jax.models.method import Method
 from tosa_jax.models.methods.selective import SelectiveLayer
-from tosa_jax.models.token_state import LayerContext, LayerSpec, TokenState
+from tosa_jax.models.token_state import LayerContext, LayerSpec, LinearFit, TokenState
 from tosa_jax.models.vit_config import ViTConfig, check
 from tosa_jax.ops.array_types import Scores, Tokens
 from tosa_jax.ops.token_selection import select_tokens
 
 
 class WorstBypass(SelectiveLayer):
-    """Oracle: the tokens that the bypass leaves farthest from where the layer, run densely, would have moved them.
+    """Oracle: selects the tokens that a bypass would leave farthest from where the layer, run densely, moves them.
 
-    With `bypass="identity"` these are the tokens of the largest updates. Not for "shared", whose estimate depends on
-    the choice itself, nor for groups of several layers, whose later updates the first one does not know.
+    With `bypass="identity"` these are the tokens with the largest updates. Raises ConfigError with "shared", whose
+    estimate depends on the choice itself, and in groups of several layers: the first one does not know the later
+    updates.
     """
 
     def __init__(self, config: ViTConfig, spec: LayerSpec, *, rngs: nnx.Rngs) -> None:
@@ -36,7 +37,10 @@ class WorstBypass(SelectiveLayer):
         super().__init__(config, spec, rngs=rngs)
 
     def missed(self, block: Block, tokens: Tokens, moved: Tokens) -> Scores:
-        """How far [b n] the bypass alone leaves tokens [b n d] from `moved`, where the layer takes them."""
+        """The error of the bypass, float32 [b n]: the distance between bypassed tokens and `moved`.
+
+        tokens  [b n d] before the layer; `moved` [b n d] after it, run densely.
+        """
         # Every patch bypassed: only the prefix is selected.
         prefix = self.num_prefix_tokens
         nothing = select_tokens(jnp.zeros(tokens.shape[:2]), prefix, prefix)
@@ -46,7 +50,7 @@ class WorstBypass(SelectiveLayer):
         return jnp.linalg.norm((moved - reduction.before).astype(jnp.float32), axis=-1)
 
     def expected(self, block: Block, tokens: Tokens) -> Scores:
-        """What the choice is made by [b n]: here the truth, which takes the layer itself."""
+        """The scores [b n]: here the true error, for which the layer runs densely."""
         return self.missed(block, tokens, block(tokens)[0])
 
     def apply(self, block: Block, state: TokenState, context: LayerContext) -> TokenState:
@@ -55,9 +59,10 @@ class WorstBypass(SelectiveLayer):
 
 
 class PredictedBypass(WorstBypass):
-    """The same choice without the layer: a linear map of the normalised tokens expects the logarithm of the miss.
+    """The same choice by a prediction: a linear map of the normalised tokens gives the logarithm of the error.
 
-    Chooses by position until `fit_bypass` has fitted that map, in closed form on unlabelled images.
+    `fit_bypass` fits that map in closed form on unlabelled images. Before that it is zero, and the first patches are
+    selected.
     """
 
     def __init__(self, config: ViTConfig, spec: LayerSpec, *, rngs: nnx.Rngs) -> None:
@@ -66,8 +71,20 @@ class PredictedBypass(WorstBypass):
         self.miss = linear(config, config.embed_dim, 1, rngs, kernel_init=zeros)
 
     def expected(self, block: Block, tokens: Tokens) -> Scores:
-        """The expected logarithm of the miss [b n]."""
+        """The predicted logarithm of the error, float32 [b n]."""
         return self.miss(block.norm1(tokens))[:, :, 0].astype(jnp.float32)
+
+    def linear_fits(self) -> tuple[LinearFit, ...]:
+        """Those of the bypass, then the map to the logarithm of what that bypass leaves."""
+
+        def target(block, before, after):
+            missed = self.missed(block, before, after)
+            return jnp.log(jnp.maximum(missed, jnp.finfo(jnp.float32).tiny))[:, :, None]
+
+        def params(down, up, bias):
+            return {"miss/kernel": down @ up, "miss/bias": bias}
+
+        return (*super().linear_fits(), LinearFit(1, target, params))
 
     def own_macs(self, block: Block) -> int:
         return super().own_macs(block) + self.num_tokens * self.width
