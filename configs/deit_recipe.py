@@ -33,7 +33,6 @@ def deit(size: str, variant: str = ""):
         augment="deit",
         repeats=3,
         eval_resize="crop",
-        eval_crop_pct=1.0 if large else 0.875,
         workers="threads:16",
     )
     config.eval.batch_size = 1024

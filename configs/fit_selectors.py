@@ -18,8 +18,7 @@ def get_config(arguments: str):
         raise ValueError(
             f"write configs/fit_selectors.py:model=NAME,weights=FILE,images=DIR (unknown: {sorted(unknown)})"
         )
-    config = default_config(given["model"])
-    config.init_from = given.get("weights", "")
+    config = default_config(given["model"], weights=given.get("weights", ""))
     config.batch_size = 16
     config.log_steps = 20
     config.data.update(

@@ -19,6 +19,8 @@ from tosa_jax.errors import ConfigError
 from tosa_jax.models.method import MAIN, METHODS, controls
 from tosa_jax.models.optim import PERIODS, SCHEDULES, OptimConfig
 from tosa_jax.models.vit_config import ViTConfig, check, check_choice
+from tosa_jax.models.weights.preprocessing import IMAGENET_MEAN, IMAGENET_STD, preprocessing_of
+from tosa_jax.models.weights.readers import read_weights
 from tosa_jax.tasks import TASKS, model_config
 from tosa_jax.tasks.mixing import MixingConfig
 
@@ -131,8 +133,8 @@ class EvalConfig:
 class InputConfig:
     """Mean and standard deviation of a channel's pixels in [0, 1]; one value serves all channels."""
 
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,17 +204,20 @@ def _defaults(cls: type, skip: tuple[str, ...] = ()) -> dict[str, Any]:
     }
 
 
-def default_config(model: str = "vit", task: str = "classification") -> Any:
+def default_config(model: str = "vit", task: str = "classification", weights: str = "") -> Any:
     """Every field of a run with its default value, as a ConfigDict.
 
-    model  a key of `VARIANTS`; `task` one of `TASKS`.
+    model    a key of `VARIANTS`; `task` one of `TASKS`.
+    weights  the file to start from, whatever `load_pretrained` reads: the value of `init_from`.
+
+    `inputs` and the crop of evaluation are those that the weights were published with (`preprocessing_of`).
 
     The section `task` holds the task's own fields. Where a network takes images of any shape, as for depth,
     `model.image_size` is (height, width). `model.plan` is the name of a layer kind for every second layer, or a name
     for each layer with commas between.
     `model.keep_rate` is a tuple: one share, or one a selection.
 
-    Raises ConfigError: no such task, or no such model.
+    Raises ConfigError: no such task, or no such model; WeightsError: `weights` cannot be read.
     """
     check_choice("task", task, TASKS)
     config = ml_collections.ConfigDict(_defaults(RunConfig, skip=("task", "options")))
@@ -225,6 +230,12 @@ def default_config(model: str = "vit", task: str = "classification") -> Any:
     config.data = {"name": ""} | _defaults(DataConfig)
     for name, cls in SECTIONS.items():
         config[name] = _defaults(cls)
+    file = read_weights(weights) if weights else None
+    published = preprocessing_of(model, max(vit.image_shape), file)
+    config.init_from = weights
+    config.inputs.update(mean=published.mean, std=published.std)
+    config.data.eval_crop_pct = published.crop_pct
+    config.data.eval_interpolation = published.interpolation
     return config
 
 

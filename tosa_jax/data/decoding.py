@@ -18,6 +18,12 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 RESIZES = ("squeeze", "crop")  # see `Preprocess`
 
+INTERPOLATIONS = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+}
+"""How "crop" resizes; PIL widens its filter when it makes an image smaller."""
+
 _MODES = {1: "L", 3: "RGB"}  # channels -> PIL mode
 _16_BITS_AS_I = ("PNG", "PPM")  # formats whose 16-bit pixels PIL reads in its 32-bit mode "I"
 
@@ -53,6 +59,7 @@ class Preprocess:
     resize       "squeeze": resized to the square, bilinear and antialiased, whatever the aspect
                  ratio. "crop": DeiT's and torchvision's evaluation, see `resize_and_crop`.
     crop_pct     share of the resized short side that "crop" keeps, in (0, 1].
+    interpolation  of "crop": a key of `INTERPOLATIONS`.
     exif_rotate  whether an image is turned upright as its EXIF orientation says.
     """
 
@@ -60,6 +67,7 @@ class Preprocess:
     channels: int
     resize: str = "squeeze"
     crop_pct: float = 0.875
+    interpolation: str = "bicubic"
     exif_rotate: bool = False
 
     def open(self, image: bytes | UInt8[np.ndarray, "h w c"]) -> Image.Image:
@@ -78,7 +86,7 @@ class Preprocess:
         if size is None:
             return to_array(image)
         if self.resize == "crop":
-            image = resize_and_crop(image, size, self.crop_pct)
+            image = resize_and_crop(image, size, self.crop_pct, self.interpolation)
         elif image.size != (size, size):
             # Antialiased: PIL widens its filter when it makes an image smaller.
             image = image.resize((size, size), Image.Resampling.BILINEAR)
@@ -123,14 +131,16 @@ def _to_8_bits(image: Image.Image, file_format: str | None) -> Image.Image:
     return Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8))
 
 
-def resize_and_crop(image: Image.Image, size: int, crop_pct: float) -> Image.Image:
-    """Resizes the short side to int(size / crop_pct), bicubic, and keeps the central size x size pixels.
+def resize_and_crop(
+    image: Image.Image, size: int, crop_pct: float, interpolation: str = "bicubic"
+) -> Image.Image:
+    """Resizes the short side to int(size / crop_pct), and keeps the central size x size pixels.
 
     Equal, pixel for pixel, to torchvision's Resize and CenterCrop of PIL images. Only of images
     more than 16 times as long as wide, just the kept part is resized: the whole would be huge.
     """
     width, height = image.size
-    short = int(size / crop_pct)
+    short, resample = int(size / crop_pct), INTERPOLATIONS[interpolation]
     if width <= height:
         new = short, int(short * height / width)
     else:
@@ -140,7 +150,7 @@ def resize_and_crop(image: Image.Image, size: int, crop_pct: float) -> Image.Ima
         # 30,000 x 30 pixels would become 256,000 x 256 first.
         x, y = width / new[0], height / new[1]
         box = (left * x, top * y, (left + size) * x, (top + size) * y)
-        return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+        return image.resize((size, size), resample, box=box)
     if new != image.size:
-        image = image.resize(new, Image.Resampling.BICUBIC)
+        image = image.resize(new, resample)
     return image.crop((left, top, left + size, top + size))

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from tosa_jax.data.decoding import RESIZES, Preprocess
+from tosa_jax.data.decoding import INTERPOLATIONS, RESIZES, Preprocess
 from tosa_jax.errors import ConfigError, nearest
 
 
@@ -24,10 +24,11 @@ class DataConfig:
     depth_box: tuple[int, ...] = ()  # (top, bottom, left, right), see `DepthAugment`; (): all
     repeats: int = 1  # copies of each example in a row, each augmented anew; DeiT uses 3
     # How whole images get `image_size`: "squeeze" is a bilinear resize that ignores the aspect
-    # ratio. "crop" is DeiT's evaluation: bicubic to a short side of image_size / eval_crop_pct,
-    # then the centre. Augmentations that crop do not use it.
+    # ratio. "crop" is DeiT's evaluation: resized to a short side of image_size / eval_crop_pct, then
+    # the centre. Augmentations that crop do not use it.
     eval_resize: str = "squeeze"
     eval_crop_pct: float = 0.875
+    eval_interpolation: str = "bicubic"  # or "bilinear": of "crop"
     exif_rotate: bool = False  # turn images upright by EXIF; published ImageNet results did not
     max_bad_fraction: float = 0.0  # share of a split's images that training may skip as undecodable
     in_memory: bool = False  # decode the set once and keep it as uint8: for small sets
@@ -42,7 +43,11 @@ class DataConfig:
         from tosa_jax.data.kinds import EXAMPLE_KINDS
 
         augmentations = [name for kind in EXAMPLE_KINDS for name in kind.augmentations]
-        choices = {"augment": dict.fromkeys(augmentations), "eval_resize": RESIZES}
+        choices = {
+            "augment": dict.fromkeys(augmentations),
+            "eval_resize": RESIZES,
+            "eval_interpolation": INTERPOLATIONS,
+        }
         for field, known in choices.items():
             if (value := getattr(self, field)) not in known:
                 raise ConfigError(f"{field}={value!r} is unknown{nearest(value, known)}")
@@ -99,5 +104,6 @@ class DataConfig:
             channels=self.channels,
             resize=self.eval_resize,
             crop_pct=self.eval_crop_pct,
+            interpolation=self.eval_interpolation,
             exif_rotate=self.exif_rotate,
         )

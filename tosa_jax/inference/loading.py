@@ -23,18 +23,14 @@ from tosa_jax.models.params import Params, get_params, set_params, split
 from tosa_jax.models.vit import VisionTransformer
 from tosa_jax.models.vit_config import ViTConfig
 from tosa_jax.models.weights.load import pretrained_params, save_weights, selector_params
-from tosa_jax.models.weights.readers import read_weights
+from tosa_jax.models.weights.preprocessing import PREDICTOR, Preprocessing, preprocessing_of
+from tosa_jax.models.weights.readers import WeightFile, read_weights
 from tosa_jax.tasks import TASKS, model_config
 
 KeepRate = float | tuple[float, ...] | None
 """Share of patches in (0, 1] that selective layers process: one, or one a selection; None: as in training."""
 
 OnMessage = Callable[[str], None]
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Mean and standard deviation of ImageNet's red, green and blue in [0, 1], as DeiT (timm) and DINOv2 use them."""
-
-_METADATA = "predictor"  # key in a weights file's metadata
 
 
 class LoadedModel(TypedDict):
@@ -73,7 +69,7 @@ def from_workdir(workdir: Path, keep_rate: KeepRate, on_message: OnMessage) -> L
     names = workdir / names_of.FILE
     return LoadedModel(
         model=_model(config, params),
-        form=preprocess_of("", config) if config.resizes else run.data.preprocess,
+        form=form_of(config, Preprocessing()) if config.resizes else run.data.preprocess,
         mean=run.inputs.mean,
         std=run.inputs.std,
         options=run.options,
@@ -93,7 +89,7 @@ def from_pretrained(
     task: str = "classification",
     **fields: Any,
 ) -> LoadedModel:
-    """Loads released weights, with the preprocessing that they were published with.
+    """Loads released weights, with the preprocessing that they expect (`preprocessing_of`).
 
     The arguments are those of `Predictor.from_pretrained`.
 
@@ -106,12 +102,13 @@ def from_pretrained(
     config = with_keep_rate(model_config(task, name, **fields), keep_rate)
     if not selectors and is_fitted(config.plan):
         on_message("no selectors were given: tokens are chosen by the map of the layer before")
-    halves = _is_augreg(name)
+    file = read_weights(weights)
+    published = preprocessing_of(name, max(config.image_shape), file)
     return LoadedModel(
-        model=_model(config, _load(config, weights, selectors, on_message)),
-        form=preprocess_of(name, config),
-        mean=(0.5,) if halves else IMAGENET_MEAN,
-        std=(0.5,) if halves else IMAGENET_STD,
+        model=_model(config, _load(config, file, selectors, on_message)),
+        form=form_of(config, published),
+        mean=published.mean,
+        std=published.std,
         options=TASKS[task].options(),
         task=task,
         class_names=class_names,
@@ -120,7 +117,8 @@ def from_pretrained(
 
 def from_weights(path: str | Path, keep_rate: KeepRate, on_message: OnMessage) -> LoadedModel:
     """Loads a file of `save`. Raises WeightsError for any other file: it has no model configuration."""
-    text = read_weights(path).metadata.get(_METADATA)
+    file = read_weights(path)
+    text = file.metadata.get(PREDICTOR)
     if text is None:
         raise WeightsError(
             f"{path} has no model configuration: name the variant too (--model=NAME, or "
@@ -130,7 +128,7 @@ def from_weights(path: str | Path, keep_rate: KeepRate, on_message: OnMessage) -
     task = said.pop("task", "classification")  # older files have no task: they are all classifiers
     options = TASKS[task].options(**said.pop("options", {}))
     config = with_keep_rate(TASKS[task].model_class.config_class(**said.pop("model")), keep_rate)
-    params, form = _load(config, path, None, on_message), Preprocess(**said.pop("form"))
+    params, form = _load(config, file, None, on_message), Preprocess(**said.pop("form"))
     return LoadedModel(model=_model(config, params), form=form, options=options, task=task, **said)
 
 
@@ -138,16 +136,14 @@ def save(network: LoadedModel, path: str | Path) -> None:
     """Writes a model with its preprocessing, options and class names to one `.safetensors` file, for `from_weights`."""
     said = {**network, "model": network["model"].config.to_fields()}
     said |= {name: dataclasses.asdict(network[name]) for name in ("form", "options")}
-    save_weights(network["model"], path, metadata={_METADATA: json.dumps(said)})
+    save_weights(network["model"], path, metadata={PREDICTOR: json.dumps(said)})
 
 
-def preprocess_of(name: str, config: ViTConfig) -> Preprocess:
-    """The preprocessing of a variant's published evaluation: resize the short side (bicubic), then crop the centre.
+def form_of(config: ViTConfig, published: Preprocessing) -> Preprocess:
+    """How images become a model's arrays: the short side is resized, then the centre is cropped.
 
-    The crop's side is .875 of the short side as in DeiT (facebookresearch/deit), .9 for AugReg's `vit_*` (timm), and
-    the whole short side from 384 pixels on (both). A model that accepts images of any size gets them in their own.
-
-    Raises ConfigError if the model takes images of one size that is not square.
+    A model that accepts images of any size gets them in their own. Raises ConfigError if the model takes images of one
+    size that is not square.
     """
     if config.resizes:
         return Preprocess(image_size=None, channels=config.in_chans)
@@ -156,13 +152,13 @@ def preprocess_of(name: str, config: ViTConfig) -> Preprocess:
         raise ConfigError(
             f"image_size={size} is not square: give `form`, which makes such arrays of images"
         )
-    crop_pct = 1.0 if size >= 384 else 0.9 if _is_augreg(name) else 0.875
-    return Preprocess(image_size=size, channels=config.in_chans, resize="crop", crop_pct=crop_pct)
-
-
-def _is_augreg(name: str) -> bool:
-    """Whether a variant is of AugReg (Steiner et al. 2021), timm's vit_<size>_patch16, with inputs in [-1, 1]."""
-    return name.startswith("vit_") and "dinov2" not in name
+    return Preprocess(
+        image_size=size,
+        channels=config.in_chans,
+        resize="crop",
+        crop_pct=published.crop_pct,
+        interpolation=published.interpolation,
+    )
 
 
 def with_keep_rate(config: ViTConfig, keep_rate: KeepRate) -> ViTConfig:
@@ -190,11 +186,14 @@ def read_run(workdir: Path) -> RunConfig:
 
 
 def _load(
-    config: ViTConfig, path: str | Path, selectors: str | Path | None, on_message: OnMessage
+    config: ViTConfig,
+    weights: str | Path | WeightFile,
+    selectors: str | Path | None,
+    on_message: OnMessage,
 ) -> Params:
     """Parameters from files; those that no file has are initialised at random, as for training."""
     abstract = cost.abstract_model(config)
-    params = pretrained_params(abstract, path, on_message=on_message)
+    params = pretrained_params(abstract, weights, on_message=on_message)
     if selectors:
         params |= selector_params(abstract, selectors)
     if get_params(abstract).keys() - params.keys():

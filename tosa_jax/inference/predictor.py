@@ -14,11 +14,12 @@ from tosa_jax.data.class_names import default_names
 from tosa_jax.data.decoding import Preprocess
 from tosa_jax.distributed.memory import check_fits
 from tosa_jax.inference import loading
-from tosa_jax.inference.loading import IMAGENET_MEAN, IMAGENET_STD, KeepRate, OnMessage
+from tosa_jax.inference.loading import KeepRate, OnMessage
 from tosa_jax.models.factory import with_image_size
 from tosa_jax.models.params import Params, set_params, split
 from tosa_jax.models.vit import VisionTransformer
 from tosa_jax.models.vit_config import ViTConfig, check
+from tosa_jax.models.weights.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from tosa_jax.tasks import TASKS
 from tosa_jax.tasks.predictions import Guess, Prediction
 
@@ -79,7 +80,7 @@ class Predictor:
         )
         mean, std = (_a_channel(values, config.in_chans) for values in (mean, std))
         self.config: ViTConfig = config
-        self.form = form or loading.preprocess_of("", config)
+        self.form = form or loading.form_of(config, Preprocessing())
         self.class_names = names
         sizes = {1, *batch_sizes} if config.resizes else set(batch_sizes)
         self.batch_sizes: tuple[int, ...] = tuple(sorted(sizes))
@@ -127,7 +128,7 @@ class Predictor:
         """A model with released weights.
 
         Without `selectors` and `keep_rate` the model is dense; with selectors alone its keep rate is .5. Images are
-        preprocessed as in the evaluation that the weights were published with (`loading.preprocess_of`).
+        preprocessed as the weights expect it (`models.weights.preprocessing.preprocessing_of`).
 
         name         the variant, by timm's name.
         weights      a file that `load_pretrained` reads.

@@ -28,7 +28,7 @@ from tosa_jax.models.weights.checks import (
     check_fit,
     silent_fields,
 )
-from tosa_jax.models.weights.readers import read_weights, write_safetensors
+from tosa_jax.models.weights.readers import WeightFile, read_weights, write_safetensors
 
 Say = Callable[[str], None]
 
@@ -84,14 +84,15 @@ def load_pretrained(
 
 
 def pretrained_params(
-    model: VisionTransformer, path: str | Path, *, on_message: Say = print
+    model: VisionTransformer, path: str | Path | WeightFile, *, on_message: Say = print
 ) -> dict[str, np.ndarray]:
     """The parameters that `load_pretrained(model, path)` sets, by their path in the model.
 
     Parameters that stay as they are, such as selectors, are not among them. The model may be
-    abstract (`nnx.eval_shape`). Raises WeightsError as `load_pretrained`.
+    abstract (`nnx.eval_shape`), and the file may have been read already. Raises WeightsError as `load_pretrained`.
     """
-    file, messages = read_weights(path), []
+    file = path if isinstance(path, WeightFile) else read_weights(path)
+    messages = []
     if file.metadata.get("format") == _SELECTORS:
         raise WeightsError(
             f"{file.path} holds selectors alone: pass it as selectors, beside weights"

@@ -39,7 +39,7 @@ class WeightFile:
     under     key of the state dict within a `.pth`, or the stage and step of a checkpoint; "" if
               neither.
     metadata  of a `.safetensors`.
-    config    the config.json beside it, {} if there is none.
+    config    the config.json beside it, or of the work directory; {} if there is none.
     """
 
     path: str
@@ -246,9 +246,9 @@ def _read_checkpoint(folder: Path) -> WeightFile:
                 "checkpoints of a run"
             )
         folder = folder / str(max(_steps(folder)))
-    return WeightFile(
-        str(folder), _restore(folder / "state"), f"{folder.parent.name}/{folder.name}"
-    )
+    run = folder.absolute().parents[2] / "config.json"
+    stage = f"{folder.parent.name}/{folder.name}"
+    return WeightFile(str(folder), _restore(folder / "state"), stage, {}, _read_json(run))
 
 
 def _steps(stage: Path) -> list[int]:

@@ -1,0 +1,110 @@
+"""How images were prepared for released weights: one table by family, and what a file states of itself."""
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from tosa_jax.models.weights.names import is_google
+from tosa_jax.models.weights.readers import WeightFile
+
+PREDICTOR = "predictor"
+"""Key in a weights file's metadata under which `inference.loading.save` states all that a `Predictor` needs."""
+
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Mean and standard deviation of ImageNet's red, green and blue in [0, 1]."""
+
+
+class Preprocessing(NamedTuple):
+    """What weights expect of an image.
+
+    mean, std      of each channel's pixels in [0, 1]; one value serves all channels.
+    crop_pct       share in (0, 1] of the resized short side that the central crop keeps.
+    interpolation  of the resize: "bicubic" or "bilinear".
+    """
+
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    crop_pct: float = 0.875
+    interpolation: str = "bicubic"
+
+
+@dataclass(frozen=True)
+class Family:
+    """Released weights that were evaluated alike.
+
+    names      regular expression of the variants.
+    crop_pct   by the smallest image side from which it holds, pixels.
+    mean, std  as in `Preprocessing`; the defaults are ImageNet's.
+    """
+
+    names: str
+    crop_pct: dict[int, float]
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+
+FAMILIES = {
+    # facebookresearch/deit, `datasets.py`: int(size / .875) at every size, 438 at 384 pixels. Its published accuracies
+    # are meant, 82.9 % at 384 included. timm 1.0 crops .9, and 1 at 384.
+    "deit": Family(r"deit_", {0: 0.875}),
+    # facebookresearch/deit, `README_revenge.md`: --eval-crop-ratio 1.0. Its accuracies are meant. timm 1.0 crops .9 at
+    # 224 for the weights of ImageNet-1k.
+    "deit3": Family(r"deit3_", {0: 1.0}),
+    # facebookresearch/dinov2, `data/transforms.py`: 256 -> 224. timm 1.0, whose weights are for 518 pixels, takes the
+    # whole there.
+    "dinov2": Family(r"vit_.*dinov2", {0: 0.875, 384: 1.0}),
+    # timm 1.0, `vision_transformer.py`: pixels in [-1, 1]. Google's own code squeezes the whole image into the square;
+    # timm's accuracies are meant.
+    "augreg": Family(r"vit_", {0: 0.9, 384: 1.0}, (0.5,), (0.5,)),
+    # facebookresearch/mae, `util/datasets.py`: 256 -> 224, and the whole above. Its files have AugReg's names.
+    "mae": Family(r"(?!)", {0: 0.875, 225: 1.0}),
+    # Any other network, as DeiT's.
+    "": Family(r"", {0: 0.875}),
+}
+"""By name; the first whose expression matches the start of a variant's name. The sources differ: see each one."""
+
+
+def preprocessing_of(name: str, image_size: int, file: WeightFile | None = None) -> Preprocessing:
+    """The preprocessing of a variant's weights at an image size in pixels.
+
+    name  a key of `VARIANTS`, or any other: DeiT's.
+    file  the weights: what they state themselves comes first, then the table.
+    """
+    family = next(x for x in FAMILIES.values() if re.match(x.names, name))
+    if file is not None and family is FAMILIES["augreg"] and _is_mae(file):
+        family = FAMILIES["mae"]
+    crop_pct = family.crop_pct[max(side for side in family.crop_pct if side <= image_size)]
+    found = Preprocessing(family.mean, family.std, crop_pct)
+    return found._replace(**(stated(file) if file is not None else {}))
+
+
+def _is_mae(file: WeightFile) -> bool:
+    """Whether a file under an AugReg name is MAE's: fine-tuned (it has fc_norm), or pretrained (no head)."""
+    if is_google(file.arrays):
+        return False
+    if file.config.get("model_type") == "vit_mae":
+        return True
+    parts = {re.split("[./]", name)[0] for name in file.arrays}
+    released = "blocks/0/norm1/scale" not in file.arrays  # else a file of this project, of any task
+    return "fc_norm" in parts or (released and "cls_token" in parts and "head" not in parts)
+
+
+def stated(file: WeightFile) -> dict[str, Any]:
+    """The fields of `Preprocessing` that a file states, in its metadata or the config.json of timm or of a run.
+
+    A run's, and that of a `Predictor`, state no crop where images are not cropped.
+    """
+    if text := file.metadata.get(PREDICTOR):
+        said = json.loads(text)
+        form = said["form"]
+        said |= form if form["resize"] == "crop" else {}
+    elif "inputs" in file.config:
+        data = file.config["data"]
+        cropped = {name: data.get(f"eval_{name}") for name in ("crop_pct", "interpolation")}
+        said = file.config["inputs"] | (cropped if data["eval_resize"] == "crop" else {})
+    else:
+        said = file.config | file.config.get("pretrained_cfg", {})
+    found = {name: said[name] for name in Preprocessing._fields if said.get(name)}
+    return {name: tuple(x) if isinstance(x, list) else x for name, x in found.items()}
