@@ -227,15 +227,14 @@ def default_config(model: str = "vit", task: str = "classification", weights: st
     variant |= {"name": model, "plan": METHODS[MAIN].plan, "keep_rate": (0.5,)}
     variant |= {"image_size": vit.image_shape} if vit.resizes else {}
     config.model = variant
-    config.data = {"name": ""} | _defaults(DataConfig)
-    for name, cls in SECTIONS.items():
-        config[name] = _defaults(cls)
     file = read_weights(weights) if weights else None
     published = preprocessing_of(model, max(vit.image_shape), file)
+    crop = {"eval_crop_pct": published.crop_pct, "eval_interpolation": published.interpolation}
+    config.data = {"name": ""} | _defaults(DataConfig) | crop
+    for name, cls in SECTIONS.items():
+        config[name] = _defaults(cls)
+    config.inputs = {"mean": published.mean, "std": published.std}
     config.init_from = weights
-    config.inputs.update(mean=published.mean, std=published.std)
-    config.data.eval_crop_pct = published.crop_pct
-    config.data.eval_interpolation = published.interpolation
     return config
 
 
