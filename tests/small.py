@@ -1,5 +1,7 @@
 """A network and a run small enough for tests."""
 
+import functools
+
 import jax
 from flax import nnx
 
@@ -26,9 +28,13 @@ def small_model(seed: int = 0, **fields) -> VisionTransformer:
 
 
 def forward(model: VisionTransformer, images: jax.Array, key: jax.Array | None = None) -> Output:
-    """The model's output, compiled: eager calls take seconds."""
-    graphdef, params = split(model)
-    return jax.jit(lambda p, x, k: set_params(graphdef, p)(x, key=k))(params, images, key)
+    """The model's output, compiled once for every model of the same configuration: eager calls take seconds."""
+    return _forward(*split(model), images, key)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(graphdef, params, images, key):
+    return set_params(graphdef, params)(images, key=key)
 
 
 def random_images(batch: int = 4, seed: int = 0) -> jax.Array:
@@ -36,10 +42,10 @@ def random_images(batch: int = 4, seed: int = 0) -> jax.Array:
 
 
 def small_run(data_dir: str, **sections) -> RunConfig:
-    """A run of a few steps on the digits; `sections` are updates, by section."""
+    """A run of a few steps of two layers on the digits; `sections` are updates, by section."""
     config = default_config()
     config.update(batch_size=16, log_steps=3)
-    config.model.update(SIZES)
+    config.model.update(SIZES, depth=2)
     config.data.update(name="digits", data_dir=data_dir, augment="shift", in_memory=True)
     config.inputs.update(mean=(0.3,), std=(0.4,))
     config.eval.update(batch_size=120, figure_images=2)

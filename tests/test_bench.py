@@ -168,6 +168,7 @@ def test_the_batch_that_fits_counts_the_state_once(monkeypatch):
             check_fits(program, state, "it", 10)
 
 
+@pytest.mark.subprocess
 def test_it_runs_without_data_libraries_and_other_frameworks():
     code = "import sys, tosa_jax.bench; print([m for m in sys.modules if m in sys.argv])"
     absent = ["grain", "tensorflow_datasets", "torch", "timm", "transformers", "matplotlib"]

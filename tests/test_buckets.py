@@ -68,9 +68,7 @@ def bucket(tmp_path, monkeypatch):
 def test_a_run_in_a_bucket_stops_and_goes_on(bucket, digits_dir, monkeypatch):
     address, folder = bucket
     steps = {"steps": 12, "checkpoint_steps": 4}
-    run = small_run(
-        digits_dir, pretrain=steps, selector={"steps": 3}, model={"depth": 2}, log_steps=1
-    )
+    run = small_run(digits_dir, pretrain=steps, selector={"steps": 3}, log_steps=1)
     write, count = MetricWriter.write, []
 
     def write_and_signal(self, *args, **kwargs):

@@ -70,7 +70,7 @@ def written(digits_dir, tmp_path_factory):
         "mixup": 0.8,
         "erase_prob": 0.2,
     }
-    run = small_run(digits_dir, pretrain=fields, model={"depth": 2}, log_steps=1)
+    run = small_run(digits_dir, pretrain=fields, log_steps=1)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, model=2))
     with pytest.MonkeyPatch.context() as patch:
         whole = train_on(mesh, run, folder / "whole", patch)

@@ -18,6 +18,7 @@ from tosa_jax.performance.aot import following, largest_batch, preceding
 from tosa_jax.tasks import TASKS
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.compiler
 DIGITS = f"--config={ROOT}/configs/digits.py"
 TINY = [
     "--config.model.depth=2", "--config.model.embed_dim=256", "--config.model.num_classes=128",

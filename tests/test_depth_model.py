@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from small import forward
 
 import tosa_jax
 from tosa_jax.errors import ConfigError
@@ -27,11 +28,6 @@ SIZES = {
 
 def depth_model(seed=0, **fields):
     return tosa_jax.create_model("vit", task="depth", rngs=nnx.Rngs(seed), **(SIZES | fields))
-
-
-def forward(model, images, **options):
-    graphdef, params = split(model)
-    return jax.jit(lambda p, x: set_params(graphdef, p)(x, **options))(params, images)
 
 
 def images(height, width, batch=2, seed=0):
@@ -162,6 +158,7 @@ def test_rectangular_classifiers():
     assert square == model_config("classification", "vit", image_size=32)
 
 
+@pytest.mark.compiler
 def test_the_cost_in_parts_is_the_whole_and_the_decoder_what_xla_counts():
     config = model_config("depth", "vit", keep_rate=0.5, plan="selective", **SIZES)
     model = cost.abstract_model(config)

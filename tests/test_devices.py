@@ -51,6 +51,7 @@ def test_one_unknown_device_makes_the_peak_unknown():
     assert math.isnan(peak_flops([cpu]))
 
 
+@pytest.mark.subprocess
 def test_commands_print_nothing_of_a_tpu_that_is_not_there():
     code = """
 import jax

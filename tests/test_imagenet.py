@@ -148,6 +148,7 @@ imagenet.prepare_imagenet(root, source, expected_counts={"train": 30, "validatio
 """
 
 
+@pytest.mark.subprocess
 def test_killed_then_resumed_is_the_same(tmp_path, source, monkeypatch):
     monkeypatch.setattr(shard_utils.ShardConfig, "calculate_number_shards", lambda *args: 5)
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}

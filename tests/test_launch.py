@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.subprocess
 
 # Stands for the machine's Python and, once copied by its "venv", for the environment's.
 FAKE_PYTHON = """#!/usr/bin/env bash

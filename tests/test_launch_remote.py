@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.subprocess
 sys.path.insert(0, str(ROOT / "tests/golden"))
 
 import make_launch  # noqa: E402

@@ -216,18 +216,17 @@ def test_no_map_leaves_a_layer(kind, monkeypatch):
     assert not [x.shape for x in flowing if x.shape.count(n) > 1]
 
 
-def test_compiled_training_step_has_no_float_scatter():
+def test_the_training_step_has_no_float_scatter():
     graphdef, params = split(small_model(keep_rate=0.5))
 
     def loss(params):
         return set_params(graphdef, params)(random_images()).logits.sum()
 
-    text = jax.jit(jax.value_and_grad(loss)).lower(params).compile().as_text()
-    assert "gather" in text
-    scatters = [
-        line for line in text.splitlines() if re.search(r"= \(?\w*f\d+\[.* scatter\(", line)
-    ]
-    assert scatters == []
+    # Before compiling: XLA's CPU compiler may write a scatter as a loop.
+    text = jax.jit(jax.value_and_grad(loss)).lower(params).as_text()
+    assert "stablehlo.gather" in text
+    scatters = re.findall(r'"stablehlo\.scatter".*?\}\) : \((.*?)\) ->', text, re.DOTALL)
+    assert not [types for types in scatters if re.search(r"x?b?f\d+>", types)]
 
 
 def test_random_needs_a_key():

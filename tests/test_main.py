@@ -16,7 +16,7 @@ from tosa_jax.config import default_config
 def get_config():
     config = default_config()
     config.batch_size = 16
-    config.model.update({SIZES})
+    config.model.update({SIZES | {"depth": 2}})
     config.data.update(name="digits", in_memory=True)
     config.inputs.update(mean=(.3,), std=(.4,))
     config.pretrain.steps = 6
@@ -57,7 +57,7 @@ def test_a_run_from_the_command_line_and_its_repetition(argv, capsys, tmp_path):
         ("--config.model.keep_rate=2.0", "keep_rate=2.0 is not in (0, 1]"),
         ("--config.model.num_heads=3", "num_heads=3 does not divide"),
         ("--config.model.image_size=9", "not a multiple of patch_size=2"),
-        ("--config.model.plan=selective,standard", "plan has 2 layers, but depth=4"),
+        ("--config.model.plan=standard,selective,standard", "plan has 3 layers, but depth=2"),
         ("--config.data.name=cifar10", "tosa_jax.prepare"),
         ("--config.mesh.data=3", "needs 3 devices"),
         ("--config.batch_size=12", "batch_size=12 is not divided"),
@@ -119,6 +119,7 @@ def test_the_recipes_of_the_repository_are_valid():
         assert run.has_stage("pretrain") and run.model.keep_rate == 0.5
 
 
+@pytest.mark.subprocess
 def test_python_dash_m_says_what_it_wants():
     done = subprocess.run(
         [sys.executable, "-m", "tosa_jax.main"],

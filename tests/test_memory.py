@@ -79,6 +79,7 @@ print(faults() - before)
 """
 
 
+@pytest.mark.subprocess
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 def test_steps_use_again_what_earlier_ones_freed():
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_TUNABLES"))}

@@ -114,6 +114,7 @@ def test_stopped_by_control_c(tmp_path, capsys, monkeypatch):
     assert "start the same command again" in capsys.readouterr().err
 
 
+@pytest.mark.subprocess
 def test_help_needs_nothing_else():
     done = subprocess.run(
         [sys.executable, "-m", "tosa_jax.prepare", "--help"], capture_output=True, text=True,

@@ -115,6 +115,7 @@ def steps_of(folder: Path) -> list[int]:
     )
 
 
+@pytest.mark.subprocess
 def test_signals_stop_all_at_one_step_and_a_death_ends_all(digits_dir, tmp_path):
     args = (f"--config.data.data_dir={digits_dir}", "--config.pretrain.steps=100000")
     run = Run(tmp_path, *args)
@@ -145,6 +146,7 @@ def test_signals_stop_all_at_one_step_and_a_death_ends_all(digits_dir, tmp_path)
     assert line.startswith("error: another process of this run has stopped")
 
 
+@pytest.mark.subprocess
 def test_what_differs_is_told_before_anything_is_trained(digits_dir, tmp_path):
     args = (f"--config.data.data_dir={digits_dir}", "--config.pretrain.steps=5")
     run = Run(tmp_path, *args, each=((), ("--config.seed=5", "--config.data.workers=threads:1")))
@@ -165,6 +167,7 @@ def test_what_differs_is_told_before_anything_is_trained(digits_dir, tmp_path):
     assert "process 1 differs from process 0 (code);" in run.said(0)
 
 
+@pytest.mark.subprocess
 def test_who_cannot_join_stops_with_one_line(tmp_path):
     (tmp_path / "tiny.py").write_text(RECIPE)
     command = [sys.executable, "-m", "tosa_jax.main", f"--config={tmp_path}/tiny.py"]
@@ -191,6 +194,7 @@ def losses_of(workdir: Path) -> dict[tuple[str, int], float]:
     return {(stage, step): loss for stage, step, loss in losses}
 
 
+@pytest.mark.subprocess
 def test_a_run_of_one_process_goes_on_in_two_and_ends_in_one(digits_dir, tmp_path, monkeypatch):
     args = [
         f"--config.data.data_dir={digits_dir}", "--config.pretrain.steps=8",

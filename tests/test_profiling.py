@@ -45,7 +45,6 @@ def test_a_run_traces_the_steps_asked_for_and_tells_its_utilisation(
     run = small_run(
         digits_dir,
         pretrain={"steps": 9},
-        model={"depth": 2},
         batch_size=32,
         accumulate=2,
         log_steps=1,

@@ -34,6 +34,7 @@ def python(code: str, **env: str) -> str:
     return done.stdout
 
 
+@pytest.mark.subprocess
 def test_importing_brings_nothing_that_is_not_used_yet():
     code = f"""
 import sys, tosa_jax
@@ -75,6 +76,7 @@ def test_there_are_examples():
     assert len(found) >= 8
 
 
+@pytest.mark.subprocess
 def test_pydoc_opens_as_a_guide():
     text = python("import pydoc, tosa_jax; print(pydoc.plain(pydoc.render_doc(tosa_jax)))")
     guide = text.partition("PACKAGE CONTENTS")[0]
@@ -112,6 +114,7 @@ def test_the_wheel_holds_the_package_and_its_data_alone(wheel):
     ]
 
 
+@pytest.mark.subprocess
 def test_a_run_from_the_wheel_with_a_recipe_of_ones_own(wheel, digits_dir, tmp_path):
     (tmp_path / "mine.py").write_text(
         "from tosa_jax.config import default_config\n"
@@ -148,6 +151,7 @@ def test_a_run_from_the_wheel_with_a_recipe_of_ones_own(wheel, digits_dir, tmp_p
     assert (tmp_path / "run/classes.txt").read_text().split() == list("0123456789")
 
 
+@pytest.mark.subprocess
 def test_a_device_that_is_not_there_is_one_line():
     code = (
         "import sys; from tosa_jax import main\n"

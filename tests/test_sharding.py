@@ -168,6 +168,7 @@ def test_batches_that_do_not_fit():
         check_batch("batch_size", 24, mesh, accumulate=2)
 
 
+@pytest.mark.compiler
 def test_a_batch_in_parts_gives_the_same_update_and_moves_no_more_examples():
     mesh, results, found = mesh_of("data"), [], []
     for parts in (1, 2):
@@ -204,6 +205,7 @@ def parameter_bytes(name, sharded, **fields):
     return sum(x.nbytes for x in state.params.values() if sharded != x.sharding.is_fully_replicated)
 
 
+@pytest.mark.compiler
 def test_data_parallel_training_reduces_gradients_and_nothing_else():
     assert sent("one") == ()
     found = totals(sent("data"))
@@ -212,6 +214,7 @@ def test_data_parallel_training_reduces_gradients_and_nothing_else():
     assert gradients <= found["all-reduce"]["bytes"] < 1.01 * gradients
 
 
+@pytest.mark.compiler
 def test_fsdp_gathers_parameters_and_reduces_gradients():
     # So wide that moving a device's few activations would cost less than gathering parameters.
     found = totals(sent("fsdp", width=128))
@@ -225,6 +228,7 @@ def test_fsdp_gathers_parameters_and_reduces_gradients():
     assert gradients <= found["all-reduce"]["bytes"] < 1.01 * gradients
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_a_layer_is_gathered_when_it_runs(scan_layers):
     fields = {"width": 128, "depth": 6, "scan_layers": scan_layers}
@@ -238,6 +242,7 @@ def test_a_layer_is_gathered_when_it_runs(scan_layers):
         assert {one.runs for one in gathers} == {1, 3}
 
 
+@pytest.mark.compiler
 def test_memory_of_scanned_layers_does_not_hold_whole_layers():
     def temporaries_and_parameters(depth):
         fields = {"width": 64, "depth": depth, "scan_layers": True, "remat": "full"}
@@ -252,6 +257,7 @@ def test_memory_of_scanned_layers_does_not_hold_whole_layers():
     assert temporaries < parameters / 2
 
 
+@pytest.mark.compiler
 def test_between_slices_nothing_is_gathered():
     within = {frozenset({0, 1}), frozenset({2, 3}), frozenset({4, 5}), frozenset({6, 7})}
     gathers = [one for one in sent("slices") if one.kind == "all-gather"]
@@ -260,6 +266,7 @@ def test_between_slices_nothing_is_gathered():
     assert across and all(one.kind == "all-reduce" for one in across)
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize("name", ["data", "fsdp", "slices"])
 def test_selective_layers_send_nothing(name):
     assert totals(sent(name)) == totals(sent(name, keep_rate=None))

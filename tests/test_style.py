@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.subprocess
 CODE = ["tosa_jax", "tests", "results", "configs"]
 
 

@@ -137,6 +137,7 @@ def test_walk_equals_the_whole_map_in_any_chunks_forward_and_backward(chunk):
     )
 
 
+@pytest.mark.compiler
 def test_a_chunked_walk_never_holds_the_map():
     query = jax.ShapeDtypeStruct((1, 256, 4, 8), jnp.float32)
 

@@ -120,7 +120,6 @@ def test_a_whole_run_with_controls_reports_and_then_only_prints(digits_dir, tmp_
         selector=short,
         finetune=short | {"distill_weight": 0.5},
         eval={"controls": ("dense", "random", "skip"), "keep_rates": (0.5, 0.25)},
-        model={"depth": 2},
     )
     pictures = []
     monkeypatch.setattr(MetricWriter, "image", lambda self, *shown: pictures.append(shown[:3]))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from PIL import Image
-from small import small_run
+from small import SIZES, small_run
 
 from tosa_jax.config import RunConfig, default_config, make_run_config, to_json
 from tosa_jax.data.class_names import write_names
@@ -34,7 +34,7 @@ DEPTH_SIZES = {
 
 def make_workdir(path: Path, seed: int = 3, **fields) -> VisionTransformer:
     """Configuration, class names and a checkpoint of an untrained small network, which is returned."""
-    run = small_run("unused", model={"keep_rate": (0.5,)} | fields)
+    run = small_run("unused", model=SIZES | {"keep_rate": (0.5,)} | fields)
     return leave_run(path, run, CLASSES, build(run.model, rngs=nnx.Rngs(seed)))
 
 
