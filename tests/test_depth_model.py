@@ -171,7 +171,7 @@ def test_the_cost_in_parts_is_the_whole_and_the_decoder_what_xla_counts():
     # Of 64 channels on a large grid, where what is left out (interpolation, biases) is small.
     grid = (32, 32)
     config = model_config("depth", "vit", **(SIZES | {"decoder_dim": 64, "embed_dim": 64}))
-    decoder = tosa_jax.tasks.depth.dpt.DepthDecoder(config, rngs=nnx.Rngs(0))
+    decoder = tosa_jax.tasks.depth.light.LightDecoder(config, rngs=nnx.Rngs(0))
     taps = [jnp.zeros((1, 1025, 64))] * 4
     compiled = jax.jit(lambda d, x: d(x, grid, (256, 256))).lower(decoder, taps).compile()
     counted = compiled.cost_analysis()["flops"] / 2

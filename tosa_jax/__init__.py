@@ -57,7 +57,7 @@ with epy.lazy_api_imports(globals()):
     from tosa_jax.models.vit import Output, VisionTransformer
     from tosa_jax.models.vit_config import ViTConfig, alternate
     from tosa_jax.models.weights.load import load_pretrained, save_selectors, save_weights
-    from tosa_jax.tasks.depth.dpt import DepthConfig
+    from tosa_jax.tasks.depth.config import DepthConfig
     from tosa_jax.tasks.predictions import Guess, Prediction
     from tosa_jax.tasks.registry import create_model
 

@@ -56,7 +56,7 @@ class VisionTransformer(nnx.Module):
     """A ViT (Dosovitskiy et al. 2021) whose attribute names are timm's, and whose layers come in kinds.
 
     `blocks` are the pretrained layers; `kinds` says how each is run and holds what methods add to the network.
-    Networks of other tasks are subclasses with a head of their own (`tasks/depth/dpt.py`).
+    Networks of other tasks are subclasses with a head of their own (`tasks/depth/network.py`).
     """
 
     config_class: ClassVar[type[ViTConfig]] = ViTConfig

@@ -194,6 +194,12 @@ class ViTConfig(metaclass=_TakesOptions):
         return ()
 
     @property
+    def silent_fields(self) -> dict[str, Any]:
+        """Fields that say what is computed where the shapes of parameters do not; files of weights state them."""
+        names = ("num_heads", "mlp", "norm_eps", "patch_size")
+        return {name: getattr(self, name) for name in names}
+
+    @property
     def keep_rates_given(self) -> tuple[float, ...]:
         """`keep_rate` as a tuple, however it was given."""
         rate = self.keep_rate

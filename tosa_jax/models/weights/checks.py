@@ -9,12 +9,11 @@ import numpy as np
 from tosa_jax.errors import WeightsError
 from tosa_jax.models.variants import VARIANTS
 from tosa_jax.models.vit_config import ViTConfig
+from tosa_jax.models.weights.dpt import decoder_fields, depth_fields
 from tosa_jax.models.weights.names import google_fields, is_google
 from tosa_jax.models.weights.readers import WeightFile
 
 WEIGHTS_FORMAT = "tosa_jax weights"  # under "format" in the header of what `save_weights` writes
-# Fields that change what a model computes but do not show in the shapes of its parameters.
-SILENT_FIELDS = ("num_heads", "mlp", "norm_eps", "patch_size", "max_depth")
 # transformers' `hidden_act` -> `ViTConfig.mlp`.
 _ACTIVATIONS = {
     **dict.fromkeys(("gelu", "gelu_python"), "gelu"),
@@ -24,7 +23,7 @@ _ACTIVATIONS = {
     ),
 }
 # LayerNorm's epsilon where a config.json leaves it out, by `model_type`.
-_DEFAULT_EPS = {"vit": 1e-12, "deit": 1e-12, "vit_mae": 1e-12}
+_DEFAULT_EPS = {"vit": 1e-12, "deit": 1e-12, "vit_mae": 1e-12, "dpt": 1e-12}
 _DEFAULT_EPS |= {"dinov2": 1e-6, "dinov2_with_registers": 1e-6}
 
 
@@ -54,30 +53,37 @@ def _listed(names: Iterable[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + rest
 
 
-def silent_fields(config: ViTConfig) -> dict[str, Any]:
-    """The `SILENT_FIELDS` that a configuration has; `max_depth` is of depth networks alone."""
-    return {name: getattr(config, name) for name in SILENT_FIELDS if hasattr(config, name)}
-
-
 def stated_fields(file: WeightFile) -> dict[str, Any]:
-    """The `SILENT_FIELDS` that the file, its metadata or the config.json beside it state.
+    """The `ViTConfig.silent_fields` that the file, its metadata or the config.json beside it state.
 
-    Raises WeightsError for an activation that no model here has.
+    Raises WeightsError for an activation or a decoder that no model here has.
     """
     if is_google(file.arrays):
         return google_fields(file.arrays)
+    decoder = decoder_fields(file.arrays)
     if file.metadata.get("format") == WEIGHTS_FORMAT:
-        return json.loads(file.metadata.get("fields", "{}"))
+        fields = json.loads(file.metadata.get("fields", "{}"))
+        return decoder | {k: tuple(x) if isinstance(x, list) else x for k, x in fields.items()}
     config = file.config
     if config.get("architecture") in VARIANTS:  # timm's folders
-        return silent_fields(ViTConfig(**VARIANTS[config["architecture"]]))
+        return ViTConfig(**VARIANTS[config["architecture"]]).silent_fields
+    if config.get("model_type") == "depth_anything":
+        backbone = {"model_type": "dinov2", **(config.get("backbone_config") or {})}
+        return decoder | _transformers_fields(file.path, backbone) | depth_fields(file.path, config)
+    if config.get("model_type") == "dpt":
+        return decoder | depth_fields(file.path, config) | _transformers_fields(file.path, config)
+    return decoder | _transformers_fields(file.path, config)
+
+
+def _transformers_fields(path: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the config.json of a ViT of transformers states; {} for that of another model."""
     if config.get("model_type") not in _DEFAULT_EPS:
         return {}
     # transformers writes every field; the defaults are those of its versions that did not.
     activation = config.get("hidden_act", "gelu")
     if activation not in _ACTIVATIONS and not config.get("use_swiglu_ffn"):
         raise WeightsError(
-            f"{file.path}: the config.json beside it says hidden_act={activation!r}, which no model "
+            f"{path}: the config.json beside it says hidden_act={activation!r}, which no model "
             f"here computes; known: {', '.join(_ACTIVATIONS)}"
         )
     return {
@@ -94,7 +100,7 @@ def check_config(file: WeightFile, config: ViTConfig, say: Callable[[str], None]
     Two LayerNorm epsilons of at most 1e-5 are a message only: activations have a variance near 1. So are two ranges of
     depth: a decoder may start another's training.
     """
-    own = silent_fields(config)
+    own = config.silent_fields
     stated = {name: value for name, value in stated_fields(file).items() if name in own}
     differing = {name: value for name, value in stated.items() if value != own[name]}
     if (most := differing.pop("max_depth", None)) is not None:

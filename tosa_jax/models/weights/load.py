@@ -26,8 +26,8 @@ from tosa_jax.models.weights.checks import (
     WEIGHTS_FORMAT,
     check_config,
     check_fit,
-    silent_fields,
 )
+from tosa_jax.models.weights.dpt import split_decoder
 from tosa_jax.models.weights.readers import WeightFile, read_weights, write_safetensors
 
 Say = Callable[[str], None]
@@ -105,10 +105,11 @@ def pretrained_params(
         messages.append(f"weights of the stage {file.under.split('/')[0]}")
     arrays = _to_ours(file.arrays, config, messages.append)
     arrays, moved = names.fit_positions(arrays, config)
-    if moved:
-        theirs, whose = names.resampling_of(file.arrays, config) or (config.pos_resample, "")
-        same = f"; pass pos_resample={theirs!r} to create_model for what {whose} computes"
-        messages.append(moved + (same if theirs != config.pos_resample else ""))
+    theirs, whose = names.resampling_of(file.arrays, config) or (config.pos_resample, "")
+    if theirs != config.pos_resample and (moved or config.resizes):
+        moved = moved or f"for other images positions are resampled ({config.pos_resample})"
+        moved += f"; pass pos_resample={theirs!r} to create_model for what {whose} computes"
+    messages += [moved] if moved else []
     kept = _kept_head(arrays, own, messages.append) | _kept_kinds(arrays, own, messages.append)
     kept |= _kept_norm(file.path, arrays, own, "head/kernel" in kept, messages.append)
     kept |= _other_heads(arrays, own, messages.append)
@@ -130,10 +131,11 @@ def _to_ours(arrays: names.Arrays, config: ViTConfig, say: Say) -> names.Arrays:
         return names.google_to_ours(arrays)
     if any("/" in name for name in arrays):
         return arrays
+    decoder, arrays = split_decoder(arrays)
     arrays, unused = names.to_timm(arrays)
     if unused:
         say(f"left out, as only pretraining uses them: {', '.join(unused)}")
-    return names.to_ours(arrays)
+    return names.to_ours(arrays) | decoder
 
 
 def _kept_head(arrays: Mapping[str, np.ndarray], own: Params, say: Say) -> set[str]:
@@ -217,7 +219,7 @@ def save_weights(
 
     metadata  further texts to write into its header.
     """
-    facts = {"format": WEIGHTS_FORMAT, "fields": json.dumps(silent_fields(model.config))}
+    facts = {"format": WEIGHTS_FORMAT, "fields": json.dumps(model.config.silent_fields)}
     write_safetensors(path, _to_host(get_params(model)), {**(metadata or {}), **facts})
 
 

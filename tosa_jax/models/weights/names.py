@@ -28,7 +28,7 @@ _UNUSED = re.compile(
 
 _WRAPPER_PREFIX = re.compile(r"^(module\.|_orig_mod\.|backbone\.)+")
 _HF_PREFIX = re.compile(
-    r"^(vit|deit|dinov2_with_registers|dinov2)\."
+    r"^(vit|deit|dinov2_with_registers|dinov2|dpt)\."
     r"(?=embeddings\.|encoder\.|layers\.|layernorm\.|pooler\.)"
 )
 
@@ -98,6 +98,8 @@ def resampling_of(arrays: Arrays, config: ViTConfig) -> tuple[str, str] | None:
 
     None for names that say nothing of it, such as timm's and DeiT's.
     """
+    if "dpt.embeddings.position_embeddings" in arrays:
+        return "bilinear", "transformers"
     if is_hugging_face(arrays):
         return "bicubic_antialias" if config.reg_tokens else "bicubic", "transformers"
     if config.layer_scale and "mask_token" in arrays:  # timm's files of DINOv2 have none

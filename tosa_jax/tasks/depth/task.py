@@ -20,8 +20,8 @@ from tosa_jax.models.vit import Output, VisionTransformer
 from tosa_jax.models.vit_config import ViTConfig, check, check_choice
 from tosa_jax.ops.array_types import PerExample
 from tosa_jax.reporting.token_pictures import draw_depth
-from tosa_jax.tasks.depth.dpt import DepthTransformer
 from tosa_jax.tasks.depth.errors import depth_errors, log_difference, silog
+from tosa_jax.tasks.depth.network import DepthTransformer
 from tosa_jax.tasks.depth.writer import DepthWriter
 from tosa_jax.tasks.losses import batch_weights
 from tosa_jax.tasks.prediction_writer import PredictionWriter
