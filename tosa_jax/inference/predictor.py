@@ -235,7 +235,7 @@ class Predictor:
         return self.top(self(np.stack([self.prepare(image) for image in images])), k)
 
     def depth(self, images: Iterable[Picture]) -> list[np.ndarray]:
-        """The depth of each image at its own size, float32 [height, width] in metres: `prepare` and `each`.
+        """The depth of each image at its own size, float32 [height, width] as `Output.depth`: `prepare` and `each`.
 
         Raises ConfigError if the model does not predict depth, and the errors of `prepare` and of a call.
         """

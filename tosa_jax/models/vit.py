@@ -26,7 +26,7 @@ class Output(NamedTuple):
     """What a model returns.
 
     predictions  what the model is for, arrays by name whose first axis is the example: `logits` [b c], or `depth`
-              [b height width] in metres at the images' size.
+              [b height width] at the images' size.
     tokens    [b n d] after the final norm, prefix included, as timm's `forward_features`; that norm comes after the
               mean with `global_pool="avg"`, and they are as the last layer left them.
     selected  a tuple with one int32 [b s] a selection: indices into the n tokens, ascending, prefix included.
@@ -48,7 +48,9 @@ class Output(NamedTuple):
 
     @property
     def depth(self) -> Any:
-        """Floats [b height width] in metres; None for a model that predicts no depth."""
+        """Floats [b height width] in metres, or relative inverse depth where the configuration says so; None for a
+        model that predicts no depth.
+        """
         return self.predictions.get("depth")
 
 

@@ -90,6 +90,7 @@ def depth_panel(
     num_prefix_tokens: int,
     titles: Sequence[str] = (),
     labels: Sequence[str] | None = None,
+    unit: str = " m",
 ) -> UInt8[np.ndarray, "rows columns 3"]:
     """One row an image: the image, the depth (with truth also the true depth and the error), each selection.
 
@@ -103,6 +104,7 @@ def depth_panel(
         num_prefix_tokens: number of prefix tokens, which come first and have no place in the image.
         titles: one text a selection; empty: "selection 1", ...
         labels: one text a row, written below it; None: the range of depth and the mean relative error.
+        unit: of that range, "" for relative depth.
 
     Returns:
         The figure, uint8 RGB.
@@ -121,7 +123,7 @@ def depth_panel(
         seen = depth[row] if truth is None else truth[row][truth[row] > 0]
         near, far = (float(seen.min()), float(seen.max())) if seen.size else (0.0, 1.0)
         shown = [colour_map(depth[row], near, far)]
-        note = f"{near:.2f} to {far:.2f} m"
+        note = f"{near:.2f} to {far:.2f}{unit}"
         if truth is not None:
             measured = truth[row] > 0
             error = np.abs(depth[row] - truth[row]) / np.where(measured, truth[row], 1)
@@ -146,15 +148,17 @@ def colour_map(
     return matplotlib.colormaps["turbo"](share.clip(0, 1), bytes=True)[..., :3]
 
 
-def save_depth_png(path: str | os.PathLike, metres: Float[np.ndarray, "height width"]) -> None:
-    """Writes depth as a 16-bit PNG in millimetres.
+def save_depth_png(
+    path: str | os.PathLike, depth: Float[np.ndarray, "height width"], scale: float = 1000
+) -> None:
+    """Writes depth as a 16-bit PNG: by default metres in millimetres, or with `scale` values for 1.
 
-    Values that are not finite or not above 0 become 0; those above 65.535 m become 65.535 m.
+    Values that are not finite or not above 0 become 0; those above the largest, 65.535 m, become that.
     """
-    known = np.where(np.isfinite(metres) & (metres > 0), metres, 0)
-    millimetres = (known * 1000).round().clip(0, 2**16 - 1).astype(np.uint16)
+    known = np.where(np.isfinite(depth) & (depth > 0), depth, 0)
+    values = (known * scale).round().clip(0, 2**16 - 1).astype(np.uint16)
     data = io.BytesIO()
-    Image.fromarray(millimetres).save(data, format="png")
+    Image.fromarray(values).save(data, format="png")
     write_atomically(path, data.getvalue())
 
 

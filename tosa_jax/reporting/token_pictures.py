@@ -44,6 +44,7 @@ def draw_depth(
     selected: Sequence[np.ndarray],
     *,
     truth: np.ndarray | None = None,
+    unit: str = " m",
 ) -> np.ndarray:
     """One row an image: the image, the depth (with truth also the true depth and the error), each selection.
 
@@ -51,6 +52,7 @@ def draw_depth(
     depth     float [b, height, width] in metres.
     selected  one int [b, s] a selection.
     truth     float [b, height, width] in metres, 0 where nothing was measured; None: no truth.
+    unit      of the range written below; "" for relative depth.
 
     Returns uint8 [rows, columns, 3].
     """
@@ -62,6 +64,7 @@ def draw_depth(
         grid=config.grid_of(images.shape[1:3]),
         num_prefix_tokens=config.num_prefix_tokens,
         titles=selection_titles(config, selected),
+        unit=unit,
     )
 
 

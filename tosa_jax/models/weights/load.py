@@ -46,7 +46,8 @@ def load_pretrained(
 
     path        a `.pth` of DeiT, timm, DINOv2 or MAE (plain, or under `model`, `state_dict`,
                 `model_ema`); a `.safetensors`; either with the names of Hugging Face transformers
-                (ViT, DeiT, Dinov2 with registers or not, ViTMAE), or a folder that
+                (ViT, DeiT, Dinov2 with registers or not, ViTMAE; DPT and Depth Anything, whose
+                decoder goes into a depth network with `decoder="dpt"`), or a folder that
                 `save_pretrained` wrote; an `.npz` of Google's ViT (AugReg); a file of
                 `save_weights`; a work directory of a run, or one of its checkpoints;
                 `hf:owner/name[/file]`.

@@ -140,8 +140,9 @@ class DPTDecoder(nnx.Module):
         parts = zip(self.reassemble, self.convs, taps, strict=True)
         maps = [conv(part(x, grid)) for part, conv, x in parts]
         sizes = [map_shape(grid, 2 * SCALES[0]), *(x.shape[1:3] for x in maps[:-1])]
-        fused = None
-        for fusion, fine, into in reversed(list(zip(self.fusion, maps, sizes, strict=True))):
+        *finer, (fusion, coarsest, into) = zip(self.fusion, maps, sizes, strict=True)
+        fused = fusion(None, coarsest, into)
+        for fusion, fine, into in reversed(finer):
             fused = fusion(fused, fine, into)
         x = resize_corners(self.conv1(fused), map_shape(grid, self.patch_size))
         x = self.conv3(jax.nn.relu(self.conv2(x))).astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""The light decoder: DPT's idea in few channels.
+"""The light decoder: DPT's idea with few channels.
 
 DPT (Ranftl et al. 2021, "Vision Transformers for Dense Prediction"; `dpt.py`): tokens of four depths are put back on
 their grid (reassemble), brought to four resolutions, and fused from coarse to fine by residual convolutions. What is

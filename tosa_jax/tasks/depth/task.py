@@ -110,6 +110,9 @@ class Depth(Task):
 
     @classmethod
     def check_run(cls, run: Any) -> None:
+        check(run.model.depth_estimation_type == "metric",
+              "config.model.depth_estimation_type='relative' has no metres to train or score: give 'metric', or use "
+              "the network through Predictor.from_pretrained")  # fmt: skip
         for stage in ("pretrain", "selector", "finetune"):
             for name in ("label_smoothing", "mixup", "cutmix", "erase_prob"):
                 check(getattr(getattr(run, stage), name) == 0,
