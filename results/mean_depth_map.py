@@ -15,7 +15,7 @@ import numpy as np
 
 from tosa_jax.cli.flags import parse
 from tosa_jax.config import StageConfig, make_run_config
-from tosa_jax.data.pipeline import eval_batches
+from tosa_jax.data.pipeline import open_dataset
 from tosa_jax.models.vit import Output
 from tosa_jax.tasks import TASKS, metrics
 
@@ -27,7 +27,8 @@ def score_mean_map(argv: list[str]) -> dict:
     task = TASKS[run.task].from_run(run, StageConfig())
     size = run.eval.batch_size
     total = count = 0
-    for batch in eval_batches(run.data, batch_size=size, split=run.data.train_split):
+    dataset = open_dataset(run.data)
+    for batch in dataset.eval_batches(batch_size=size, split=run.data.train_split):
         measured = batch["depth"] > 0
         total = total + np.where(measured, batch["depth"], 0).sum(axis=0, dtype=np.float64)
         count = count + measured.sum(axis=0)
@@ -40,7 +41,7 @@ def score_mean_map(argv: list[str]) -> dict:
         return metrics.totals(task.metrics(out, batch), batch["mask"])
 
     sums, seen = None, 0
-    for batch in eval_batches(run.data, batch_size=size):
+    for batch in dataset.eval_batches(batch_size=size):
         task.check_batch(batch, seen)
         seen += int(batch["mask"].sum())
         sums = metrics.add(sums, score(batch))

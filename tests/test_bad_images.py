@@ -15,12 +15,12 @@ from PIL import Image
 
 from tosa_jax.data import sources, streams
 from tosa_jax.data.labelled import LabelledImages
-from tosa_jax.data.pipeline import DataConfig, eval_batches, train_batches
+from tosa_jax.data.pipeline import DataConfig, open_dataset
 from tosa_jax.errors import DataError
 
 
 def take(config, count, start_step=0, **kwargs):
-    stream = train_batches(config, seed=3, start_step=start_step, **kwargs)
+    stream = open_dataset(config).train_batches(seed=3, start_step=start_step, **kwargs)
     batches = list(itertools.islice(stream, count))
     stream.close()
     return batches
@@ -85,7 +85,7 @@ def pictures(tmp_path_factory):
 def test_bad_images_are_named_and_the_next_takes_their_place(pictures, augment, in_memory, caplog):
     config = dataclasses.replace(pictures, augment=augment, in_memory=in_memory)
     with caplog.at_level(logging.WARNING):
-        stream = train_batches(config, batch_size=20, seed=3)
+        stream = open_dataset(config).train_batches(batch_size=20, seed=3)
         batches = list(itertools.islice(stream, 3))
         assert len(stream.bad_images) == 2
         stream.close()
@@ -114,7 +114,7 @@ def test_too_many_bad_images_and_any_in_evaluation_are_errors(pictures, in_memor
     with pytest.raises(DataError, match=r"1 of 20 images are bad"):
         take(dataclasses.replace(strict, max_bad_fraction=0.0), 2, batch_size=20)
     with pytest.raises(DataError, match=r"image 7 \(file_7.jpg\) cannot be decoded .*evaluation"):
-        list(eval_batches(strict, batch_size=10))
+        list(open_dataset(strict).eval_batches(batch_size=10))
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_a_failure_to_read_reaches_every_copy():
 
 def test_evaluation_crops_as_it_is_told(pictures):
     config = dataclasses.replace(pictures, eval_resize="crop", eval_split="test[:7]")
-    (batch,) = eval_batches(config, batch_size=7)
+    (batch,) = open_dataset(config).eval_batches(batch_size=7)
     image = Image.open(io.BytesIO(Pictures.encoded[3]))  # 43 x 30
     short = image.resize((int(18 * 43 / 30), 18), Image.Resampling.BICUBIC)  # 16 / .875 = 18.3
     cut = short.crop((4, 1, 20, 17))  # round(4.5) = 4

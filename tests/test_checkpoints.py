@@ -9,15 +9,16 @@ import jax
 import pytest
 from small import small_run
 
-from tosa_jax.data.pipeline import train_batches
+from tosa_jax.data.pipeline import Dataset
 from tosa_jax.distributed.mesh import MeshConfig, make_mesh
 from tosa_jax.distributed.preemption import Stopped, StopRequest
-from tosa_jax.train import loop
 from tosa_jax.train.checkpoints import Checkpoints
 from tosa_jax.train.loop import train_stage
 from tosa_jax.train.metric_writer import MetricWriter
 from tosa_jax.train.runner import Runner
 from tosa_jax.train.stages import plan_stages
+
+TRAIN_BATCHES = Dataset.train_batches
 
 STEPS, MIDDLE = 10, 5
 
@@ -42,11 +43,11 @@ def train_on(mesh, run, folder, monkeypatch, stop=None):
     seen = []
 
     def recorded(*args, **kwargs):
-        for batch in train_batches(*args, **kwargs):
+        for batch in TRAIN_BATCHES(*args, **kwargs):
             seen.append(int(batch["image"].sum(dtype=int)))
             yield batch
 
-    monkeypatch.setattr(loop, "train_batches", recorded)
+    monkeypatch.setattr(Dataset, "train_batches", recorded)
     with (
         Checkpoints(folder / "stage", stage_run.setup.task.best_metric) as checkpoints,
         MetricWriter(folder) as writer,

@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 
 from tosa_jax.data.builders import idx, prepare_own, prepared_dir
 from tosa_jax.data.builders.digits import load_digits_split
-from tosa_jax.data.builders.generated import png_bytes
+from tosa_jax.data.builders.generated import small_png
 from tosa_jax.data.pipeline import DataConfig, open_dataset
 from tosa_jax.errors import ConfigError, DataError
 
@@ -160,9 +160,9 @@ def test_an_error_half_way_leaves_nothing(tmp_path, monkeypatch):
         calls.append(image)
         if len(calls) == 4:
             raise OSError("disk full")
-        return png_bytes(image)
+        return small_png(image)
 
-    monkeypatch.setattr(idx, "png_bytes", failing)
+    monkeypatch.setattr(idx, "small_png", failing)
     with pytest.raises(DataError, match="cannot prepare letters there.*disk full"):
         prepare_own("letters", tmp_path / "tfds", tmp_path / "raw")
     assert len(calls) == 4

@@ -14,9 +14,7 @@ from tosa_jax.data.builders.digits import load_digits_split
 from tosa_jax.data.pipeline import (
     DataConfig,
     DatasetFacts,
-    eval_batches,
     open_dataset,
-    train_batches,
 )
 from tosa_jax.errors import ConfigError, DataError
 
@@ -36,7 +34,7 @@ def config(tmp_path_factory):
 
 
 def take(config, count, **kwargs):
-    stream = train_batches(config, **({"batch_size": 32, "seed": 3} | kwargs))
+    stream = open_dataset(config).train_batches(**({"batch_size": 32, "seed": 3} | kwargs))
     batches = list(itertools.islice(stream, count))
     stream.close()
     return batches
@@ -128,7 +126,7 @@ def test_each_eval_example_comes_once(config, batch_size, count, in_memory):
     found, padding, numbers = [], 0, set()
     sizes = {"batch_size": batch_size, "process_count": count}
     for i in range(count):
-        batches = list(eval_batches(config, process_index=i, **sizes))
+        batches = list(open_dataset(config).eval_batches(process_index=i, **sizes))
         numbers.add(len(batches))
         for batch in batches:
             assert batch["image"].shape == (batch_size // count, 8, 8, 1)
@@ -146,13 +144,13 @@ def test_each_eval_example_comes_once(config, batch_size, count, in_memory):
 
 
 def test_eval_reads_the_split_it_is_told(config):
-    batches = list(eval_batches(config, batch_size=50, split="train[:70]"))
+    batches = list(open_dataset(config).eval_batches(batch_size=50, split="train[:70]"))
     assert sum(b["mask"].sum() for b in batches) == 70
 
 
 def test_closing_ends_the_threads(config):
     before = set(threading.enumerate())
-    next(stream := train_batches(config, batch_size=8, seed=0))
+    next(stream := open_dataset(config).train_batches(batch_size=8, seed=0))
     started = set(threading.enumerate()) - before
     assert started
     stream.close()
@@ -204,15 +202,15 @@ def test_bad_configs(config, change, message):
 
 def test_bad_arguments(config):
     with pytest.raises(ConfigError, match="batch_size=30 .* 4 processes, for example 28"):
-        train_batches(config, batch_size=30, seed=0, process_count=4)
+        open_dataset(config).train_batches(batch_size=30, seed=0, process_count=4)
     with pytest.raises(ConfigError, match="batch_size=0"):
-        eval_batches(config, batch_size=0)
+        open_dataset(config).eval_batches(batch_size=0)
     with pytest.raises(ConfigError, match="process_index=2"):
-        eval_batches(config, batch_size=4, process_index=2, process_count=2)
+        open_dataset(config).eval_batches(batch_size=4, process_index=2, process_count=2)
     with pytest.raises(ConfigError, match="start_step=-1"):
-        train_batches(config, batch_size=4, seed=0, start_step=-1)
+        open_dataset(config).train_batches(batch_size=4, seed=0, start_step=-1)
     with pytest.raises(ConfigError, match="split='tset'.*did you mean 'test'"):
-        eval_batches(config, batch_size=4, split="tset")
+        open_dataset(config).eval_batches(batch_size=4, split="tset")
 
 
 def test_a_set_that_is_not_prepared(tmp_path):
@@ -264,5 +262,5 @@ def test_prefetch_is_bounded_in_bytes(config, monkeypatch, change, batch_size, t
         streams.grain, "ReadOptions", lambda **kwargs: seen.append(kwargs) or options(**kwargs)
     )
     small = dataclasses.replace(config, image_size=224, channels=3, in_memory=False, **change)
-    train_batches(small, batch_size=batch_size, seed=0).close()
+    open_dataset(small).train_batches(batch_size=batch_size, seed=0).close()
     assert seen == [{"num_threads": threads, "prefetch_buffer_size": buffer}]

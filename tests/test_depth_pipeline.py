@@ -14,9 +14,7 @@ from tosa_jax.data.builders import prepare
 from tosa_jax.data.pipeline import (
     DataConfig,
     DatasetFacts,
-    eval_batches,
     open_dataset,
-    train_batches,
 )
 from tosa_jax.data.synthetic.rooms import render_room
 from tosa_jax.errors import ConfigError, DataError
@@ -52,7 +50,7 @@ def nyu(tmp_path_factory) -> DataConfig:
 
 
 def take(config: DataConfig, count: int, **kwargs) -> list[dict]:
-    stream = train_batches(config, **({"batch_size": 4, "seed": 3} | kwargs))
+    stream = open_dataset(config).train_batches(**({"batch_size": 4, "seed": 3} | kwargs))
     batches = list(itertools.islice(stream, count))
     stream.close()
     return batches
@@ -105,13 +103,14 @@ def test_batches_do_not_depend_on_how_they_are_read(config, change):
 
 def test_evaluation_from_memory_is_the_same(config):
     cached = dataclasses.replace(config, in_memory=True, workers="threads:0")
-    assert_same(list(eval_batches(cached, batch_size=3)), list(eval_batches(config, batch_size=3)))
+    both = [list(open_dataset(x).eval_batches(batch_size=3)) for x in (cached, config)]
+    assert_same(*both)
 
 
 @pytest.mark.parametrize("size", [(16, 24), (24, 32)])
 def test_evaluation_is_whole_and_untouched(config, size):
     boxed = dataclasses.replace(config, image_size=size, depth_box=(4, 22, 4, 30))
-    batches = list(eval_batches(boxed, batch_size=3))
+    batches = list(open_dataset(boxed).eval_batches(batch_size=3))
     assert [b["mask"].tolist() for b in batches] == [[1, 1, 1], [1, 1, 0]]
     rooms = {}
     for i in range(5):
@@ -145,7 +144,7 @@ def test_nyu_goes_the_same_way(nyu):
     assert (batch["depth"][:, 100:400, 100:500] > 0.3).all()
     (crop,) = take(dataclasses.replace(nyu, image_size=(416, 544)), 1, batch_size=2)
     assert crop["image"].shape == (2, 416, 544, 3) and (crop["depth"] > 0).mean() > 0.95
-    (scored,) = eval_batches(nyu, batch_size=2)
+    (scored,) = open_dataset(nyu).eval_batches(batch_size=2)
     assert (scored["depth"] > 0).all() and scored["mask"].tolist() == [1, 1]
 
 
@@ -165,7 +164,7 @@ def test_png_depth_is_divided_by_its_scale(tmp_path):
         _ = open_dataset(DataConfig(**settings)).facts
     config = DataConfig(**settings, depth_scale=1000.0)
     rooms = dict(image_and_depth(i) for i in range(4))
-    (batch,) = eval_batches(config, batch_size=4)
+    (batch,) = open_dataset(config).eval_batches(batch_size=4)
     for image, depth in zip(batch["image"], batch["depth"], strict=True):
         np.testing.assert_allclose(depth, rooms[image.tobytes()], atol=0.0006)
     assert_same(take(dataclasses.replace(config, in_memory=True), 2), take(config, 2))
@@ -243,7 +242,7 @@ def test_depth_that_is_no_distance(tmp_path, monkeypatch, value, message, in_mem
     with pytest.raises(
         DataError, match=rf"split test: image 1 cannot be decoded \({message}.*evaluation"
     ):
-        list(eval_batches(config, batch_size=3))
+        list(open_dataset(config).eval_batches(batch_size=3))
     with pytest.raises(DataError, match=rf"{message}.*max_bad_fraction=0.0 allows no more"):
         take(config, 2)
     some = dataclasses.replace(config, max_bad_fraction=0.4)
@@ -257,12 +256,12 @@ def test_a_map_without_a_measurement_is_an_error_only_in_evaluation(tmp_path, mo
     with pytest.raises(
         DataError, match=r"image 1 cannot be decoded \(no pixel of its depth map has a measurement"
     ):
-        list(eval_batches(config, batch_size=2))
+        list(open_dataset(config).eval_batches(batch_size=2))
     one = spoilt(0)
     one[:] = 0
     one[7, 7] = 3
     config = prepared(tmp_path / "one", monkeypatch, [GOOD, ((8, 8), one)])
-    assert [b["depth"].max() for b in eval_batches(config, batch_size=1)] == [2, 3]
+    assert [b["depth"].max() for b in open_dataset(config).eval_batches(batch_size=1)] == [2, 3]
 
 
 def test_files_of_unequal_sizes(tmp_path, monkeypatch):
@@ -272,19 +271,19 @@ def test_files_of_unequal_sizes(tmp_path, monkeypatch):
     with pytest.raises(
         DataError, match=r"image 1 cannot.*its depth map has 8x9 pixels, the image 8x8"
     ):
-        list(eval_batches(config, batch_size=2))
+        list(open_dataset(config).eval_batches(batch_size=2))
     with pytest.raises(DataError, match="its depth map has 8x9 pixels, the image 8x8"):
         take(config, 2)
     config = prepared(tmp_path / "b", monkeypatch, [((8, 8), same), ((9, 8), high)], files=True)
     assert (take(config, 2)[1]["depth"] == 3).all()  # crops of either
     with pytest.raises(DataError, match=r"it has 9x8 pixels, others of the split 8x8; cut them"):
-        list(eval_batches(config, batch_size=2))
+        list(open_dataset(config).eval_batches(batch_size=2))
     config = prepared(tmp_path / "c", monkeypatch, [((8, 8), same), ((6, 8), small)], files=True)
     with pytest.raises(DataError, match="6x8 pixels are smaller than image_size=8x8"):
         take(config, 2)
     config = prepared(tmp_path / "d", monkeypatch, [((8, 8), same.astype(np.uint8))], files=True)
     with pytest.raises(DataError, match="its depth map is PNG in mode L, not a 16-bit grey PNG"):
-        list(eval_batches(config, batch_size=1))
+        list(open_dataset(config).eval_batches(batch_size=1))
 
 
 def test_settings_that_do_not_go_with_a_set(config, digits_dir):

@@ -10,17 +10,19 @@ import numpy as np
 import pytest
 from small import small_run
 
-from tosa_jax.data.pipeline import train_batches
+from tosa_jax.data.pipeline import Dataset
 from tosa_jax.distributed import memory
 from tosa_jax.distributed.preemption import Stopped, StopRequest
 from tosa_jax.errors import ConfigError, DataError, DeviceError, NonFiniteLossError
-from tosa_jax.train import loop, runner
+from tosa_jax.train import runner
 from tosa_jax.train.checkpoints import Checkpoints
 from tosa_jax.train.loop import train_stage
 from tosa_jax.train.metric_writer import MetricWriter
 from tosa_jax.train.runner import Runner, run_stages
 from tosa_jax.train.stages import plan_stages
 from tosa_jax.train.step import saved_tree
+
+TRAIN_BATCHES = Dataset.train_batches
 
 STEPS = {"steps": 20, "ema_decay": 0.9, "warmup_steps": 2, "checkpoint_steps": 10}
 
@@ -59,11 +61,11 @@ def train_one(runner, stage, workdir, stop_at=None, monkeypatch=None):
     seen = []
 
     def recorded(*args, **kwargs):
-        for batch in train_batches(*args, **kwargs):
+        for batch in TRAIN_BATCHES(*args, **kwargs):
             seen.append(batch["image"].sum())
             yield batch
 
-    monkeypatch.setattr(loop, "train_batches", recorded)
+    monkeypatch.setattr(Dataset, "train_batches", recorded)
     with MetricWriter(workdir) as writer:
         try:
             state, _ = train_stage(
@@ -174,19 +176,19 @@ def test_a_signal_saves_and_stops_and_the_next_start_goes_on(digits_dir, tmp_pat
     run = run_of(digits_dir, selector={"steps": 0}, finetune={"steps": 0})
 
     def send_at_step_5(*args, **kwargs):
-        for i, batch in enumerate(train_batches(*args, **kwargs)):
+        for i, batch in enumerate(TRAIN_BATCHES(*args, **kwargs)):
             if i == 4:
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch
 
-    monkeypatch.setattr(loop, "train_batches", send_at_step_5)
+    monkeypatch.setattr(Dataset, "train_batches", send_at_step_5)
     with pytest.raises(Stopped) as stopped:
         run_stages(run, tmp_path)
     assert stopped.value.signum == signal.SIGTERM
     assert [p.name for p in (tmp_path / "checkpoints/pretrain").iterdir() if p.name.isdigit()] == [
         "5"
     ]
-    monkeypatch.setattr(loop, "train_batches", train_batches)
+    monkeypatch.setattr(Dataset, "train_batches", TRAIN_BATCHES)
     assert run_stages(run, tmp_path)["stages"]["pretrain"]["steps"] == 20
 
 

@@ -1,12 +1,15 @@
 """Paths and files, local or in a bucket (`gs://`)."""
 
+import io
 import os
 import tempfile
 import time
 from pathlib import Path
 
 import fsspec
+import numpy as np
 from etils import epath
+from PIL import Image
 
 from tosa_jax.errors import ConfigError
 
@@ -60,6 +63,17 @@ def write_atomically(path: str | os.PathLike, data: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def png_bytes(image: np.ndarray, compress_level: int = 6) -> bytes:
+    """Encodes an image as a PNG file.
+
+    image           uint8 [height, width] or [height, width, 3], or uint16 [height, width].
+    compress_level  from 0, the fastest, to 9, the smallest file.
+    """
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, format="png", compress_level=compress_level)
+    return file.getvalue()
 
 
 class Mirror:

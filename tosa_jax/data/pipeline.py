@@ -235,16 +235,6 @@ def open_dataset(config: DataConfig) -> Dataset:
     return Dataset(config)
 
 
-def train_batches(config: DataConfig, **kwargs: Any) -> BatchStream:
-    """`Dataset.train_batches` of the set that `open_dataset` opens; raises what both raise."""
-    return open_dataset(config).train_batches(**kwargs)
-
-
-def eval_batches(config: DataConfig, **kwargs: Any) -> BatchStream:
-    """`Dataset.eval_batches` of the set that `open_dataset` opens; raises what both raise."""
-    return open_dataset(config).eval_batches(**kwargs)
-
-
 def _local_size(batch_size: int, process_index: int, process_count: int) -> int:
     if batch_size < 1 or batch_size % process_count:
         lower = max(batch_size // process_count, 1) * process_count

@@ -1,6 +1,5 @@
 """Figures of selected tokens and of depth, drawn with Pillow. They need no display and no plotting backend."""
 
-import io
 import os
 from collections.abc import Sequence
 
@@ -8,7 +7,7 @@ import numpy as np
 from jaxtyping import Float, Integer, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from tosa_jax.paths import write_atomically
+from tosa_jax.paths import png_bytes, write_atomically
 
 _SMALL_SIDE = 112  # pixels; smaller images are enlarged to about this
 _LARGE_SIDE = 336  # pixels; larger images are reduced to about this
@@ -157,16 +156,12 @@ def save_depth_png(
     """
     known = np.where(np.isfinite(depth) & (depth > 0), depth, 0)
     values = (known * scale).round().clip(0, 2**16 - 1).astype(np.uint16)
-    data = io.BytesIO()
-    Image.fromarray(values).save(data, format="png")
-    write_atomically(path, data.getvalue())
+    write_atomically(path, png_bytes(values))
 
 
 def write_png(path: str | os.PathLike, array: UInt8[np.ndarray, "rows columns 3"]) -> None:
     """Writes a uint8 RGB image as a PNG, atomically."""
-    data = io.BytesIO()
-    Image.fromarray(array).save(data, format="png")
-    write_atomically(path, data.getvalue())
+    write_atomically(path, png_bytes(array))
 
 
 def _check(

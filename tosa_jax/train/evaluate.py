@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from tosa_jax.data.pipeline import DataConfig, eval_batches
+from tosa_jax.data.pipeline import DataConfig, open_dataset
 from tosa_jax.distributed.memory import check_fits
 from tosa_jax.distributed.mesh import process_rows, replicated, to_global, tree_shardings
 from tosa_jax.distributed.timing import interleaved_seconds
@@ -59,8 +59,7 @@ class Evaluator:
     def batches(self, split: str = "eval"):
         """Global batches of the split "eval" or "train". Raises DataError at an example that cannot be scored."""
         index, count = process_rows(self.mesh)
-        host = eval_batches(
-            self.data,
+        host = open_dataset(self.data).eval_batches(
             batch_size=self.batch_size,
             process_index=index,
             process_count=count,

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tosa_jax.config import RunConfig, profile_range
-from tosa_jax.data.pipeline import train_batches
+from tosa_jax.data.pipeline import open_dataset
 from tosa_jax.distributed.coordination import is_main
 from tosa_jax.distributed.devices import peak_flops
 from tosa_jax.distributed.memory import check_fits
@@ -215,8 +215,7 @@ class Batches(Protocol):
 def stage_batches(run: RunConfig, setup: StepSetup, mesh: Mesh, first: int = 0) -> Batches:
     """This process's rows of a stage's batches, from the update `first` on."""
     index, count = process_rows(mesh)
-    return train_batches(
-        run.data,
+    return open_dataset(run.data).train_batches(
         batch_size=run.batch_size,
         seed=run.seed + setup.stage_id,
         start_step=first,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from tosa_jax.data.builders.generated import GeneratedSet, png_bytes
+from tosa_jax.data.builders.generated import GeneratedSet, small_png
 from tosa_jax.data.builders.idx import fingerprint, idx_config, read_split
 from tosa_jax.data.synthetic.clutter import draw_canvas
 from tosa_jax.errors import ConfigError, DataError
@@ -102,7 +102,7 @@ class ClutteredFashionMnist(GeneratedSet):
             index = i % len(items)
             canvas = draw_canvas((_SEEDS[split], i), items, index, config.side)
             yield {
-                "image": png_bytes(canvas.image),
+                "image": small_png(canvas.image),
                 "label": int(labels[index]),
                 "box": canvas.box.astype(np.int32),
             }

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from tosa_jax.data.builders.generated import GeneratedSet, png_bytes
+from tosa_jax.data.builders.generated import GeneratedSet, small_png
 
 _MAX_GREY = 16  # the set's grey levels are 0..16
 _TEST_SHARE = 0.2
@@ -47,4 +47,4 @@ class Digits(GeneratedSet):
 
     def examples(self, split: str) -> Iterator[dict[str, Any]]:
         for image, label in zip(*load_digits_split(split), strict=True):
-            yield {"image": png_bytes(image), "label": int(label)}
+            yield {"image": small_png(image), "label": int(label)}

@@ -1,25 +1,21 @@
 """The base of builders that make example after example: small sets, which TFDS's own writer stores in seconds."""
 
-import io
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
-from PIL import Image
+
+from tosa_jax.paths import png_bytes
 
 
-def png_bytes(image: np.ndarray) -> io.BytesIO:
-    """One uint8 image, [height, width] or [height, width, 3], as a PNG file in memory.
+def small_png(image: np.ndarray) -> bytes:
+    """A small uint8 image as a PNG file: TFDS would need TensorFlow to encode an array.
 
-    TFDS takes a finished PNG as it is; to encode an array it would need TensorFlow.
+    Compressed little, so that preparing a set takes seconds.
     """
-    buffer = io.BytesIO()
-    # Level 1: the images are small, and preparing a set should take seconds.
-    Image.fromarray(image).save(buffer, format="PNG", compress_level=1)
-    buffer.seek(0)
-    return buffer
+    return png_bytes(image, compress_level=1)
 
 
 class GeneratedSet(tfds.core.GeneratorBasedBuilder):

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from tosa_jax.data.builders.generated import GeneratedSet, png_bytes
+from tosa_jax.data.builders.generated import GeneratedSet, small_png
 from tosa_jax.errors import DataError
 
 _FILES = {  # split -> (images, labels), each with or without .gz
@@ -197,4 +197,4 @@ class Idx(GeneratedSet):
 
     def examples(self, split: str) -> Iterator[dict[str, Any]]:
         for image, label in zip(*read_split(self.settings.source_dir, split), strict=True):
-            yield {"image": png_bytes(image), "label": int(label)}
+            yield {"image": small_png(image), "label": int(label)}

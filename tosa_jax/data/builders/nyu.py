@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from tosa_jax.data.builders.folders import file_item
-from tosa_jax.data.builders.generated import png_bytes
+from tosa_jax.data.builders.generated import small_png
 from tosa_jax.data.builders.shards import Item, Progress, Say
 from tosa_jax.data.builders.stock import prepare_stock, stock_info
 from tosa_jax.errors import DataError
@@ -91,4 +91,4 @@ def _example(item: Item, files: list[bytes]) -> dict:
         if array.shape != _SHAPES[key]:
             raise DataError(f"{item.path}: {key!r} is {array.shape}, not {_SHAPES[key]}")
     image = np.ascontiguousarray(rgb.astype(np.uint8).transpose(1, 2, 0))
-    return {"image": png_bytes(image), "depth": depth.astype(np.float16)}
+    return {"image": small_png(image), "depth": depth.astype(np.float16)}

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from tosa_jax.data.builders.generated import GeneratedSet, png_bytes
+from tosa_jax.data.builders.generated import GeneratedSet, small_png
 from tosa_jax.data.synthetic.rooms import render_room
 from tosa_jax.errors import ConfigError
 
@@ -70,4 +70,4 @@ class Rooms(GeneratedSet):
         config: RoomsConfig = self.settings
         for i in range(getattr(config, split)):
             image, depth = render_room((_SEEDS[split], i), config.height, config.width)
-            yield {"image": png_bytes(image), "depth": depth.astype(np.float16)}
+            yield {"image": small_png(image), "depth": depth.astype(np.float16)}
