@@ -31,6 +31,7 @@ from tosa_jax.distributed.devices import describe_device, versions
 from tosa_jax.errors import ConfigError
 from tosa_jax.models import cost
 from tosa_jax.models.bypass_fit import fit_bypass
+from tosa_jax.models.factory import abstract_model
 from tosa_jax.models.params import set_params, split
 from tosa_jax.ops.attention import attention
 from tosa_jax.ops.token_matching import (
@@ -100,7 +101,7 @@ def tome(config, reduce: int, proportional: bool):
             tokens = spread_groups(tokens, chosen)
         return model.norm(tokens)
 
-    model = cost.abstract_model(config)
+    model = abstract_model(config)
     block = model.blocks[0]
     work = cost.macs(model)
     for into, left in zip(counts, counts[1:], strict=False):

@@ -19,6 +19,7 @@ from tosa_jax.config import default_config, make_run_config  # noqa: E402
 from tosa_jax.distributed.devices import accelerator  # noqa: E402
 from tosa_jax.distributed.mesh import MeshConfig, make_mesh  # noqa: E402
 from tosa_jax.models import cost  # noqa: E402
+from tosa_jax.models.factory import abstract_model  # noqa: E402
 from tosa_jax.models.variants import variant_config  # noqa: E402
 from tosa_jax.performance import aot  # noqa: E402
 
@@ -74,7 +75,7 @@ def measured() -> list[dict]:
 def computed(name: str, keep: float | None, device: str, chips: int) -> dict:
     """What training this network costs on so many chips, by arithmetic."""
     plan = {"plan": "selective", "keep_rate": keep} if keep else {}
-    model = cost.abstract_model(variant_config(name, **plan))
+    model = abstract_model(variant_config(name, **plan))
     chip, parameters = accelerator(device), cost.num_params(model)
     flops = 2 * cost.training_macs(model)
     rate = ASSUMED["utilisation"] * chip.peak_flops / flops  # images/s of a chip

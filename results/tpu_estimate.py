@@ -17,8 +17,8 @@ from jax.sharding import SingleDeviceSharding
 
 from tosa_jax.distributed.devices import versions
 from tosa_jax.models import cost
-from tosa_jax.models.factory import control_config
-from tosa_jax.models.params import set_params, split
+from tosa_jax.models.factory import control_config, structure
+from tosa_jax.models.params import set_params
 from tosa_jax.models.vit_config import ViTConfig
 from tosa_jax.performance.aot import tpu_devices
 from tosa_jax.tasks import model_config
@@ -28,7 +28,7 @@ MODEL, TOPOLOGY, BATCH_SIZE, KEEP_RATE = "deit_small_patch16_224", "v5e:2x2", 12
 
 def estimated_cycles(config: ViTConfig, device: jax.Device) -> int:
     """Sum of the cycles that the compiler expects of a forward pass over a batch on one device."""
-    graphdef, params = split(cost.abstract_model(config))
+    graphdef, params = structure(config)
     images = jax.ShapeDtypeStruct((BATCH_SIZE, *config.image_shape, config.in_chans), config.dtype)
     params, images = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device)),

@@ -16,6 +16,7 @@ from small import SIZES
 from tosa_jax import bench
 from tosa_jax.errors import ConfigError, DeviceError
 from tosa_jax.models import cost
+from tosa_jax.models.factory import abstract_model
 from tosa_jax.models.variants import VARIANTS, variant_config
 from tosa_jax.performance import benchmark, torch_baselines
 from tosa_jax.performance.candidates import Candidate
@@ -182,7 +183,7 @@ def test_parameters_of_transformers_are_as_many(name):
     with torch.device("meta"):
         network = torch_baselines._transformers_network(name, config)
     theirs = sum(p.numel() for p in network.parameters())
-    assert theirs == pytest.approx(cost.num_params(cost.abstract_model(config)), rel=2e-3)
+    assert theirs == pytest.approx(cost.num_params(abstract_model(config)), rel=2e-3)
 
 
 @pytorch

@@ -10,7 +10,7 @@ from tosa_jax.errors import ConfigError
 from tosa_jax.models.cost import gmacs
 from tosa_jax.tasks import model_config
 from tosa_jax.train import loop
-from tosa_jax.train.loop import compile_fitting, draw_budget
+from tosa_jax.train.loop import compile_fitting, draw_keep_rate
 from tosa_jax.train.runner import run_stages
 from tosa_jax.train.stages import plan_stages
 
@@ -74,7 +74,7 @@ def test_redundancy_is_fine_tuned_and_reported_at_the_budgets_of_tosa(digits_dir
 
 
 def test_redundancy_cannot_draw_its_budgets(digits_dir):
-    with pytest.raises(ConfigError, match="'redundancy' solves for a cost at each budget"):
+    with pytest.raises(ConfigError, match="'redundancy' gets the GMACs of ToSA at one keep rate"):
         plan_stages(elastic_run(digits_dir, controls=("redundancy",)))
 
 
@@ -95,28 +95,28 @@ def test_one_stage_serves_every_budget(digits_dir):
     assert [s.name for s in stages] == [
         "pretrain", "selector", "finetune", "finetune_dense", "finetune_random"
     ]  # fmt: skip
-    assert [(r.name, r.network, r.model.keep_rate) for r in rows if r.name == "tosa"] == [
+    assert [(r.name, r.stage, r.model.keep_rate) for r in rows if r.name == "tosa"] == [
         ("tosa", "finetune", 1.0), ("tosa", "finetune", 0.5), ("tosa", "finetune", 0.25)
     ]  # fmt: skip
-    assert sum(r.network == "finetune_random" for r in rows) == 3
+    assert sum(r.stage == "finetune_random" for r in rows) == 3
 
 
 def test_updates_draw_each_budget_once_in_turn_and_alike_after_a_restart():
     def draws(seed=0, stage_id=7, first=0):
-        return [draw_budget(seed, stage_id, step, 3) for step in range(first, 30)]
+        return [draw_keep_rate(seed, stage_id, step, 3) for step in range(first, 30)]
 
     assert draws(first=10) == draws()[10:]
     rounds = [tuple(draws()[i : i + 3]) for i in range(0, 30, 3)]
-    assert all(sorted(budgets) == [0, 1, 2] for budgets in rounds) and len(set(rounds)) > 3
+    assert all(sorted(drawn) == [0, 1, 2] for drawn in rounds) and len(set(rounds)) > 3
     assert draws() != draws(seed=1) and draws() != draws(stage_id=8)
 
 
 def test_an_elastic_run_trains_and_scores_every_budget(digits_dir, tmp_path, monkeypatch):
     compiled = []
 
-    def spy(step_fn, state, batch, batch_size):
-        compiled.append(step_fn)
-        return compile_fitting(step_fn, state, batch, batch_size)
+    def spy(step, state, batch, batch_size):
+        compiled.append(step)
+        return compile_fitting(step, state, batch, batch_size)
 
     monkeypatch.setattr(loop, "compile_fitting", spy)
     result = run_stages(elastic_run(digits_dir, steps=4, controls=()), tmp_path)

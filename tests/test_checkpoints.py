@@ -12,6 +12,7 @@ from small import small_run
 from tosa_jax.data.pipeline import Dataset
 from tosa_jax.distributed.mesh import MeshConfig, make_mesh
 from tosa_jax.distributed.preemption import Stopped, StopRequest
+from tosa_jax.models.weights.run_checkpoints import find_checkpoint, has_checkpoint, saved_steps
 from tosa_jax.train.checkpoints import Checkpoints
 from tosa_jax.train.loop import train_stage
 from tosa_jax.train.metric_writer import MetricWriter
@@ -38,8 +39,8 @@ class StopAt(StopRequest):
 def train_on(mesh, run, folder, monkeypatch, stop=None):
     """Losses by step, and a sum of the pixels of each batch, of the steps that were done now."""
     runner = Runner(run, folder, StopRequest())
-    runner.mesh = mesh
-    stage_run = runner.stage_run(plan_stages(run)[0][0])
+    builder = dataclasses.replace(runner.builder, mesh=mesh)
+    stage_run = builder.stage_run(plan_stages(run)[0][0], runner.params)
     seen = []
 
     def recorded(*args, **kwargs):
@@ -98,3 +99,20 @@ def test_eight_devices_checkpoint_goes_on_on_fewer(
     assert rest == seen[MIDDLE:], "other examples or other draws"
     assert again.keys() == losses.keys()
     assert max(abs(again[step] - losses[step]) for step in losses) <= 1e-5
+
+
+def test_only_finished_checkpoints_count(tmp_path):
+    assert not has_checkpoint(tmp_path)
+    for name in (
+        "pretrain/40/state",
+        "selector/30.orbax-checkpoint-tmp/state",
+        "selector/50/facts",
+    ):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert find_checkpoint(tmp_path) == tmp_path / "checkpoints/pretrain/40"
+    for step in (9, 10):
+        (tmp_path / f"checkpoints/selector/{step}/state").mkdir(parents=True)
+    assert saved_steps(tmp_path / "checkpoints/selector") == [9, 10]
+    for folder in (tmp_path, tmp_path / "checkpoints/selector"):
+        assert find_checkpoint(folder) == tmp_path / "checkpoints/selector/10"
+    assert has_checkpoint(tmp_path) and find_checkpoint(tmp_path / "checkpoints") is None

@@ -10,6 +10,7 @@ from small import forward
 import tosa_jax
 from tosa_jax.errors import ConfigError
 from tosa_jax.models import cost
+from tosa_jax.models.factory import abstract_model
 from tosa_jax.models.params import get_params, set_params, split
 from tosa_jax.models.positions import resample_positions
 from tosa_jax.models.weights.load import load_pretrained, save_weights
@@ -161,11 +162,11 @@ def test_rectangular_classifiers():
 @pytest.mark.compiler
 def test_the_cost_in_parts_is_the_whole_and_the_decoder_what_xla_counts():
     config = model_config("depth", "vit", keep_rate=0.5, plan="selective", **SIZES)
-    model = cost.abstract_model(config)
+    model = abstract_model(config)
     parts = cost.macs_by_part(model)
     assert sum(parts.values()) == cost.macs(model)
     assert parts["selection"] == 2 * 2 * 2 * 4 * 16**2  # two selectors: 2 h hidden n^2
-    dense = cost.macs_by_part(cost.abstract_model(model_config("depth", "vit", **SIZES)))
+    dense = cost.macs_by_part(abstract_model(model_config("depth", "vit", **SIZES)))
     assert dense["selection"] == 0 and dense["head"] == parts["head"]
     assert dense["backbone"] > parts["backbone"]
     # Of 64 channels on a large grid, where what is left out (interpolation, biases) is small.
@@ -180,7 +181,7 @@ def test_the_cost_in_parts_is_the_whole_and_the_decoder_what_xla_counts():
 
 def test_the_decoder_is_light_at_nyu_size():
     config = model_config("depth", "deit_small_patch16_224", image_size=(480, 640))
-    parts = cost.macs_by_part(cost.abstract_model(config))
+    parts = cost.macs_by_part(abstract_model(config))
     assert parts["backbone"] / 1e9 == pytest.approx(39.15, abs=0.05)  # methods: 39.1
     assert parts["head"] < 0.07 * parts["backbone"]
 

@@ -12,7 +12,7 @@ from flax import nnx
 from small import forward, random_images, small_model
 
 from tosa_jax.errors import ConfigError
-from tosa_jax.models.cost import abstract_model
+from tosa_jax.models.factory import abstract_model
 from tosa_jax.models.method import METHODS, Method, layer_kinds
 from tosa_jax.models.methods.standard import Standard
 from tosa_jax.models.params import get_params, set_params, split

@@ -10,7 +10,7 @@ import pytest
 from tosa_jax.cli.flags import parse
 from tosa_jax.config import StageConfig, make_run_config
 from tosa_jax.errors import ConfigError
-from tosa_jax.models.cost import abstract_model
+from tosa_jax.models.factory import abstract_model
 from tosa_jax.models.optim import (
     OptimConfig,
     decay_mask,

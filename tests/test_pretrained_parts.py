@@ -10,7 +10,7 @@ import safetensors
 from weight_samples import TINY, assert_refused, tiny, tiny_weights, write
 
 from tosa_jax.errors import WeightsError
-from tosa_jax.models.cost import abstract_model
+from tosa_jax.models.factory import abstract_model
 from tosa_jax.models.params import get_params, split
 from tosa_jax.models.variants import variant_config
 from tosa_jax.models.weights.load import load_pretrained, pretrained_params, save_selectors

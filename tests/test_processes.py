@@ -20,6 +20,7 @@ from tosa_jax.config import make_run_config
 from tosa_jax.distributed.initialisation import join
 from tosa_jax.distributed.preemption import Stopped, StopRequest
 from tosa_jax.errors import ConfigError
+from tosa_jax.models.weights.run_checkpoints import saved_steps
 from tosa_jax.train.runner import run_stages
 from tosa_jax.train.workdir import open_workdir
 
@@ -108,11 +109,7 @@ def own_lines(text: str) -> list[str]:
 
 
 def steps_of(folder: Path) -> list[int]:
-    return sorted(
-        int(path.name)
-        for path in (folder / "run/checkpoints/pretrain").iterdir()
-        if path.name.isdigit()
-    )
+    return saved_steps(folder / "run/checkpoints/pretrain")
 
 
 @pytest.mark.subprocess

@@ -10,6 +10,7 @@ from tosa_jax.config import profile_range
 from tosa_jax.distributed.preemption import StopRequest
 from tosa_jax.errors import ConfigError
 from tosa_jax.models import cost
+from tosa_jax.models.factory import abstract_model
 from tosa_jax.models.variants import variant_config
 from tosa_jax.train import loop
 from tosa_jax.train.metric_writer import MetricWriter
@@ -57,14 +58,14 @@ def test_a_run_traces_the_steps_asked_for_and_tells_its_utilisation(
     assert traced_steps(tmp_path / "profile/pretrain") == {3, 4}
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     rates = [(r["perf/mfu"], r["perf/img_per_sec"]) for r in records if r.get("perf/mfu")]
-    flops = 6 * cost.macs(cost.abstract_model(stage.model))
+    flops = 6 * cost.macs(abstract_model(stage.model))
     assert rates and all(mfu == pytest.approx(rate * flops / 8e9) for mfu, rate in rates)
 
 
 def test_training_counts_the_backward_pass_only_where_gradients_go():
-    dense = cost.abstract_model(variant_config("vit", **SIZES))
+    dense = abstract_model(variant_config("vit", **SIZES))
     assert cost.training_macs(dense) == 3 * cost.macs(dense)
-    tosa = cost.abstract_model(variant_config("vit", plan="selective", **SIZES))
+    tosa = abstract_model(variant_config("vit", plan="selective", **SIZES))
     selectors = 2 * (2 * 2 * 4 * 17**2)  # two of them: 2 * heads * hidden * tokens**2
     assert cost.training_macs(tosa) == 3 * cost.macs(tosa) - 2 * selectors
     assert cost.training_macs(tosa, only_selectors=True) == cost.macs(tosa) + 2 * selectors

@@ -23,7 +23,7 @@ from tosa_jax.models.params import split
 from tosa_jax.performance.collectives import collectives, totals
 from tosa_jax.tasks.classification import Classification
 from tosa_jax.tasks.mixing import MixingConfig
-from tosa_jax.train.loop import compile_step
+from tosa_jax.train.loop import jit_step
 from tosa_jax.train.step import StepSetup, init_state
 
 MESHES = {
@@ -78,7 +78,7 @@ def start(mesh, **fields):
 def losses(name):
     mesh = mesh_of(name)
     state, shardings = start(mesh)
-    step = compile_step(setup()[0], shardings, mesh)
+    step = jit_step(setup()[0], shardings, mesh)
     values = []
     for batch in batches():
         state, metrics = step(state, to_global(batch, mesh))
@@ -175,7 +175,7 @@ def test_a_batch_in_parts_gives_the_same_update_and_moves_no_more_examples():
         fields = {"mixing": MixingConfig(mixup=0.8), "accumulate": parts}
         state, shardings = start(mesh, **fields)
         batch = to_global(next(batches(size=32)), mesh)
-        step = compile_step(setup(**fields)[0], shardings, mesh).lower(state, batch).compile()
+        step = jit_step(setup(**fields)[0], shardings, mesh).lower(state, batch).compile()
         for _ in range(3):
             state, metrics = step(state, batch)
         results.append(jax.device_get((metrics, state.params, state.ema)))
@@ -195,7 +195,7 @@ def test_a_batch_in_parts_gives_the_same_update_and_moves_no_more_examples():
 def sent(name, **fields):
     mesh = mesh_of(name)
     state, shardings = start(mesh, **fields)
-    step = compile_step(setup(**fields)[0], shardings, mesh)
+    step = jit_step(setup(**fields)[0], shardings, mesh)
     batch = to_global(next(batches()), mesh)
     return tuple(collectives(step.lower(state, batch).compile().as_text()))
 
@@ -248,7 +248,7 @@ def test_memory_of_scanned_layers_does_not_hold_whole_layers():
         fields = {"width": 64, "depth": depth, "scan_layers": True, "remat": "full"}
         mesh = mesh_of("fsdp")
         state, shardings = start(mesh, **fields)
-        step = compile_step(setup(**fields)[0], shardings, mesh)
+        step = jit_step(setup(**fields)[0], shardings, mesh)
         compiled = step.lower(state, to_global(next(batches(size=8)), mesh)).compile()
         parameters = sum(x.nbytes for x in state.params.values())
         return np.array([compiled.memory_analysis().temp_size_in_bytes, parameters])

@@ -23,7 +23,7 @@ from tosa_jax.tasks import TASKS, register
 from tosa_jax.tasks.losses import soft_cross_entropy
 from tosa_jax.tasks.task import AverageTeacher, Loss, Task, input_fields
 from tosa_jax.train.checkpoints import Checkpoints
-from tosa_jax.train.loop import compile_step, restore_or_init, train_stage
+from tosa_jax.train.loop import jit_step, restore_or_init, train_stage
 from tosa_jax.train.metric_writer import MetricWriter
 from tosa_jax.train.runner import Runner, run_stages
 from tosa_jax.train.stages import Stage, plan_stages
@@ -222,7 +222,7 @@ def states_after(runner, stage_run, batches):
     abstract = jax.eval_shape(stage_run.init, *stage_run.init_args)
     shardings = tree_shardings(abstract, runner.mesh)
     state = jax.jit(stage_run.init, out_shardings=shardings)(*stage_run.init_args)
-    step = compile_step(stage_run.setup, shardings, runner.mesh)
+    step = jit_step(stage_run.setup, shardings, runner.mesh)
     states, losses = [jax.device_get(state)], []
     for batch in batches:
         state, metrics = step(state, to_global(batch, runner.mesh))

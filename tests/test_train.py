@@ -14,6 +14,7 @@ from tosa_jax.data.pipeline import Dataset
 from tosa_jax.distributed import memory
 from tosa_jax.distributed.preemption import Stopped, StopRequest
 from tosa_jax.errors import ConfigError, DataError, DeviceError, NonFiniteLossError
+from tosa_jax.models.weights.run_checkpoints import saved_steps
 from tosa_jax.train import runner
 from tosa_jax.train.checkpoints import Checkpoints
 from tosa_jax.train.loop import train_stage
@@ -33,15 +34,15 @@ def run_of(data_dir, **sections):
     return small_run(data_dir, **({"mesh": mesh} | stage | sections))
 
 
-def networks_for(runner, stage):
-    """Networks to start from, without training them: the random ones of a dense and of a ToSA model."""
-    if stage.start not in runner.networks:
+def make_start(runner, stage):
+    """Parameters to start from, without training: the random ones of a dense and of a ToSA model."""
+    if stage.start not in runner.params:
         before = next(s for s in plan_stages(runner.run)[0] if s.name == stage.start)
-        networks_for(runner, before)
+        make_start(runner, before)
         before_run = runner.stage_run(before)
         state = before_run.init(*before_run.init_args)
-        start = runner.networks[before.start]
-        runner.networks[stage.start] = start | jax.tree.map(np.asarray, state.frozen | state.params)
+        start = runner.params[before.start]
+        runner.params[stage.start] = start | jax.tree.map(np.asarray, state.frozen | state.params)
 
 
 def train_one(runner, stage, workdir, stop_at=None, monkeypatch=None):
@@ -81,7 +82,7 @@ def train_one(runner, stage, workdir, stop_at=None, monkeypatch=None):
 def test_killed_and_resumed_is_bit_identical_to_straight(kind, digits_dir, tmp_path, monkeypatch):
     runner = Runner(run_of(digits_dir), tmp_path, StopRequest())
     stage = next(s for s in plan_stages(runner.run)[0] if s.kind == kind)
-    networks_for(runner, stage)
+    make_start(runner, stage)
     straight, all_seen = train_one(runner, stage, tmp_path / "a", monkeypatch=monkeypatch)
     _, first = train_one(runner, stage, tmp_path / "b", stop_at=10, monkeypatch=monkeypatch)
     resumed, rest = train_one(runner, stage, tmp_path / "b", monkeypatch=monkeypatch)
@@ -103,7 +104,7 @@ def test_stages_freeze_what_they_must(digits_dir, tmp_path):
     runner = Runner(run_of(digits_dir), tmp_path, StopRequest())
     trained = {}
     for stage in plan_stages(runner.run)[0]:
-        networks_for(runner, stage)
+        make_start(runner, stage)
         stage_run = runner.stage_run(stage)
         state = stage_run.init(*stage_run.init_args)
         trained[stage.name] = set(state.params)
@@ -185,9 +186,7 @@ def test_a_signal_saves_and_stops_and_the_next_start_goes_on(digits_dir, tmp_pat
     with pytest.raises(Stopped) as stopped:
         run_stages(run, tmp_path)
     assert stopped.value.signum == signal.SIGTERM
-    assert [p.name for p in (tmp_path / "checkpoints/pretrain").iterdir() if p.name.isdigit()] == [
-        "5"
-    ]
+    assert saved_steps(tmp_path / "checkpoints/pretrain") == [5]
     monkeypatch.setattr(Dataset, "train_batches", TRAIN_BATCHES)
     assert run_stages(run, tmp_path)["stages"]["pretrain"]["steps"] == 20
 

@@ -10,8 +10,9 @@ from small import SIZES, forward, random_images, small_model
 
 from tosa_jax.errors import ConfigError
 from tosa_jax.models import selector
-from tosa_jax.models.cost import abstract_model, gmacs, num_params
+from tosa_jax.models.cost import gmacs, num_params
 from tosa_jax.models.encoder import drop_path_rates
+from tosa_jax.models.factory import abstract_model
 from tosa_jax.models.layers import DropPath
 from tosa_jax.models.params import get_params, set_params, split
 from tosa_jax.models.variants import variant_config

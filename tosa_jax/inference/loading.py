@@ -16,15 +16,15 @@ from tosa_jax.config import RunConfig, as_tuples, from_json
 from tosa_jax.data import class_names as names_of
 from tosa_jax.data.decoding import Preprocess
 from tosa_jax.errors import ConfigError, UserError, WeightsError, WorkdirError
-from tosa_jax.models import cost
-from tosa_jax.models.factory import build
+from tosa_jax.models.factory import abstract_model, build, structure
 from tosa_jax.models.method import MAIN, METHODS, is_fitted, method_of
-from tosa_jax.models.params import Params, get_params, set_params, split
+from tosa_jax.models.params import Params, get_params, set_params
 from tosa_jax.models.vit import VisionTransformer
 from tosa_jax.models.vit_config import ViTConfig
 from tosa_jax.models.weights.load import pretrained_params, save_weights, selector_params
 from tosa_jax.models.weights.preprocessing import PREDICTOR, Preprocessing, preprocessing_of
 from tosa_jax.models.weights.readers import WeightFile, read_weights
+from tosa_jax.models.weights.run_checkpoints import has_checkpoint
 from tosa_jax.tasks import TASKS, model_config
 
 KeepRate = float | tuple[float, ...] | None
@@ -60,7 +60,7 @@ def from_workdir(workdir: Path, keep_rate: KeepRate, on_message: OnMessage) -> L
     """
     run = read_run(workdir)
     config = with_keep_rate(run.model, keep_rate)
-    if any((workdir / "checkpoints").glob("*/*/state")):
+    if has_checkpoint(workdir):
         params = _load(config, workdir, None, on_message)
     elif run.init_from:
         params = _load(config, run.init_from, run.init_selectors, on_message)
@@ -192,7 +192,7 @@ def _load(
     on_message: OnMessage,
 ) -> Params:
     """Parameters from files; those that no file has are initialised at random, as for training."""
-    abstract = cost.abstract_model(config)
+    abstract = abstract_model(config)
     params = pretrained_params(abstract, weights, on_message=on_message)
     if selectors:
         params |= selector_params(abstract, selectors)
@@ -202,4 +202,4 @@ def _load(
 
 
 def _model(config: ViTConfig, params: Params) -> VisionTransformer:
-    return set_params(split(cost.abstract_model(config))[0], jax.device_put(dict(params)))
+    return set_params(structure(config).graphdef, jax.device_put(dict(params)))

@@ -1,12 +1,11 @@
 """What a model costs, by arithmetic: multiply-adds and parameters. Each layer kind counts its own."""
 
-import functools
 import math
 
 import jax
 from flax import nnx
 
-from tosa_jax.models.factory import build
+from tosa_jax.models.factory import abstract_model
 from tosa_jax.models.vit import VisionTransformer
 from tosa_jax.models.vit_config import ViTConfig
 
@@ -36,16 +35,6 @@ def gmacs(config: ViTConfig) -> float:
 def num_params(model: VisionTransformer) -> int:
     """Number of parameters, selectors included."""
     return sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
-
-
-@functools.lru_cache(maxsize=64)
-def abstract_model(config: ViTConfig) -> VisionTransformer:
-    """The model with shapes for arrays: nothing is allocated.
-
-    All callers get the same object and must not change it. A run asks for each of its networks many times, and building
-    one takes half a second.
-    """
-    return nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0)))
 
 
 def training_macs(model: VisionTransformer, *, only_selectors: bool = False) -> int:

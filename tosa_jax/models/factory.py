@@ -1,13 +1,16 @@
-"""Builds the model that a configuration describes, also for another image size or cost."""
+"""Builds the model that a configuration describes: with random weights, as shapes alone, for another size or cost."""
 
 import bisect
 import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from flax import nnx
 
 from tosa_jax.errors import ConfigError
 from tosa_jax.models.method import MAIN, METHODS, control_plan
-from tosa_jax.models.params import get_params, set_params, split
+from tosa_jax.models.params import Params, get_params, set_params, split
 from tosa_jax.models.vit import VisionTransformer
 from tosa_jax.models.vit_config import ViTConfig
 
@@ -18,6 +21,36 @@ MODEL_CLASSES: dict[type[ViTConfig], type[VisionTransformer]] = {ViTConfig: Visi
 def build(config: ViTConfig, *, rngs: nnx.Rngs) -> VisionTransformer:
     """The model of a configuration, with random weights. Raises ConfigError: its plan is not possible."""
     return MODEL_CLASSES[type(config)](config, rngs=rngs)
+
+
+@functools.lru_cache(maxsize=64)
+def abstract_model(config: ViTConfig) -> VisionTransformer:
+    """The model with shapes for arrays: nothing is allocated. Raises ConfigError as `build`.
+
+    All callers share it, because making one takes about half a second. Do not change it.
+    """
+    return nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0)))
+
+
+class Structure(NamedTuple):
+    """A model without its numbers.
+
+    graphdef  what `set_params` makes a model of.
+    shapes    shape and dtype of each parameter, by path.
+    """
+
+    graphdef: nnx.GraphDef[VisionTransformer]
+    shapes: Params
+
+    def select(self, params: Mapping[str, Any]) -> Params:
+        """The model's own of more parameters. Raises KeyError if one is missing."""
+        return {path: params[path] for path in self.shapes}
+
+
+@functools.lru_cache(maxsize=64)
+def structure(config: ViTConfig) -> Structure:
+    """The structure of the model of a configuration, made once. Raises ConfigError as `build`."""
+    return Structure(*split(abstract_model(config)))
 
 
 def with_image_size(model: VisionTransformer, size: tuple[int, int]) -> VisionTransformer:
@@ -83,4 +116,4 @@ def control_config(config: ViTConfig, name: str) -> ViTConfig:
 
 
 def _gmacs(config: ViTConfig) -> float:
-    return nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0))).macs() / 1e9
+    return abstract_model(config).macs() / 1e9

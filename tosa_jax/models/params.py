@@ -5,11 +5,12 @@ slashes for dots; parameters that a layer kind adds to the network lie under `ki
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from flax import nnx
 
 Params = dict[str, Any]
+Model = TypeVar("Model", bound=nnx.Module)
 
 
 def get_params(model: nnx.Module) -> Params:
@@ -30,11 +31,11 @@ def nest(params: Mapping[str, Any]) -> dict[Any, Any]:
     return nested
 
 
-def set_params(graphdef: nnx.GraphDef, params: Mapping[str, Any]) -> Any:
+def set_params(graphdef: nnx.GraphDef[Model], params: Mapping[str, Any]) -> Model:
     """The model of `graphdef` (from `split`) with these parameters: all of its own, and no others."""
     return nnx.merge(graphdef, nest(params))
 
 
-def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
+def split(model: Model) -> tuple[nnx.GraphDef[Model], Params]:
     """Structure and parameters of a model; it may be abstract (shapes for arrays)."""
     return nnx.split(model)[0], get_params(model)

@@ -24,17 +24,17 @@ from tosa_jax.config import RunConfig
 from tosa_jax.data.pipeline import DatasetFacts
 from tosa_jax.distributed.devices import Device, accelerator
 from tosa_jax.distributed.mesh import batch_sharding, batch_ways, tree_shardings
-from tosa_jax.distributed.preemption import StopRequest
 from tosa_jax.errors import ConfigError
 from tosa_jax.models import cost
-from tosa_jax.models.params import Params, get_params, split
+from tosa_jax.models.factory import abstract_model, structure
+from tosa_jax.models.params import Params
 from tosa_jax.models.vit_config import ViTConfig
 from tosa_jax.performance.collectives import collectives, totals
 from tosa_jax.tasks import TASKS, Task
 from tosa_jax.train.checkpoints import with_shardings
-from tosa_jax.train.loop import compile_step
-from tosa_jax.train.runner import Runner
-from tosa_jax.train.stages import plan_stages, uses_labels
+from tosa_jax.train.loop import jit_step
+from tosa_jax.train.stage_run import StageBuilder
+from tosa_jax.train.stages import INIT, SELECTOR, plan_stages, uses_labels
 from tosa_jax.train.step import trained_params
 
 MISSING = 'the TPU compiler is not installed: pip install "tosa-jax[tpu]"'
@@ -92,7 +92,7 @@ def abstract_init(run: RunConfig) -> Params:
     """Shapes of the parameters that a run would read from `init_from` and `init_selectors`; {} if it pretrains."""
     if run.has_stage("pretrain") and not run.init_from:
         return {}
-    params = get_params(cost.abstract_model(run.model))
+    params = structure(run.model).shapes
     return {k: x for k, x in params.items() if run.init_selectors or not k.startswith("kinds/")}
 
 
@@ -110,14 +110,15 @@ def programs(run: RunConfig, mesh: Mesh) -> Iterator[Program]:
         (),
         TASKS[run.task].data_kind,
     )
-    runner = Runner(run, Path(), StopRequest(), mesh=mesh, dataset=facts, init=abstract_init(run))
+    builder = StageBuilder(run, mesh, facts, Path())
+    params = {INIT: abstract_init(run)}
     stages, rows = plan_stages(run)
     for stage in stages:
-        stage_run = runner.stage_run(stage)
+        stage_run = builder.stage_run(stage, params)
         state = jax.eval_shape(stage_run.init, *stage_run.init_args)
         shardings = tree_shardings(state, mesh)
         state = with_shardings(state, shardings)
-        step = compile_step(stage_run.setup, shardings, mesh)
+        step = jit_step(stage_run.setup, shardings, mesh)
         batch = abstract_batch(TASKS[run.task], run.model, run.batch_size, mesh)
         yield Program(
             f"train {stage.name}",
@@ -126,35 +127,33 @@ def programs(run: RunConfig, mesh: Mesh) -> Iterator[Program]:
             run.batch_size,
             stage_run.flops_per_image * run.batch_size / mesh.size,
         )
-        network = jax.eval_shape(trained_params, state)
-        runner.networks[stage.name] = runner.networks[stage.start] | network
-        if stage.kind == "selector":
-            yield _evaluation(runner, stage.name, stage.model, stage_run.setup.task, network)
+        params[stage.name] = params[stage.start] | jax.eval_shape(trained_params, state)
+        if stage.kind == SELECTOR:
+            task = stage_run.setup.task
+            yield _evaluation(builder, stage.name, stage.model, task, params[stage.name])
     seen = []
     for row in rows if uses_labels(run) else ():
         if row.model not in seen:
             seen.append(row.model)
-            network = runner.networks[row.network]
-            yield _evaluation(runner, row.name, row.model, runner.task(), network)
+            yield _evaluation(builder, row.name, row.model, builder.task, params[row.stage])
 
 
 def _evaluation(
-    runner: Runner, name: str, model: ViTConfig, task: Task, network: Params
+    builder: StageBuilder, name: str, model: ViTConfig, task: Task, params: Params
 ) -> Program:
-    run, mesh = runner.run, runner.mesh
-    abstract = cost.abstract_model(model)
-    params = {name: network[name] for name in split(abstract)[1]}
+    run, mesh = builder.run, builder.mesh
+    params = structure(model).select(params)
     params = with_shardings(params, tree_shardings(params, mesh))
     batch = abstract_batch(TASKS[run.task], model, run.eval.batch_size, mesh)
     mask = jax.ShapeDtypeStruct((run.eval.batch_size,), jnp.float32, sharding=batch_sharding(mesh))
     first = jax.ShapeDtypeStruct((), jnp.int32)
-    step = runner.evaluator(model, task).step
+    step = builder.evaluator(model, task).step
     return Program(
         f"evaluate {name}",
         functools.partial(step.lower, params, batch | {"mask": mask}, first),
         _device_bytes(params),
         run.eval.batch_size,
-        2.0 * cost.macs(abstract) * run.eval.batch_size / mesh.size,
+        2.0 * cost.macs(abstract_model(model)) * run.eval.batch_size / mesh.size,
     )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from tosa_jax.distributed.timing import interleaved_seconds
 from tosa_jax.errors import DeviceError
 from tosa_jax.models import cost
+from tosa_jax.models.factory import abstract_model
 from tosa_jax.models.method import MAIN, METHODS
 from tosa_jax.models.method import controls as known_controls
 from tosa_jax.models.vit_config import check, check_choice
@@ -81,7 +82,7 @@ def make_records(
     low, median, high = np.percentile(seconds, [25, 50, 75], axis=0)
     dense_gmacs, records = cost.gmacs(candidates[0].config), []
     for i, one in enumerate(candidates):
-        parts = cost.macs_by_part(cost.abstract_model(one.config))
+        parts = cost.macs_by_part(abstract_model(one.config))
         gmacs = sum(parts.values()) / 1e9
         speedup, ratio = float(median[0] / median[i]), dense_gmacs / gmacs
         records.append(

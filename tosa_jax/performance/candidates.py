@@ -12,8 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tosa_jax.distributed import memory
-from tosa_jax.models import cost
-from tosa_jax.models.factory import build, control_config
+from tosa_jax.models.factory import build, control_config, structure
 from tosa_jax.models.method import DENSE, MAIN, METHODS
 from tosa_jax.models.optim import OptimConfig, make_optimizer
 from tosa_jax.models.params import set_params, split
@@ -69,7 +68,7 @@ def candidate(
 
     Raises DeviceError if the program does not fit the device, before it allocates anything.
     """
-    graphdef, params = split(cost.abstract_model(config))
+    graphdef, params = structure(config)
     optimizer = make_optimizer(OptimConfig(steps=100, learning_rate=1e-3))
     key, shape = jax.random.key(0), (batch_size, *config.image_shape, config.in_chans)
     state = (params, jax.eval_shape(optimizer.init, params)) if train else params

@@ -14,6 +14,7 @@ import jax
 
 from tosa_jax.errors import ConfigError, DeviceError
 from tosa_jax.models import cost
+from tosa_jax.models.factory import abstract_model
 from tosa_jax.models.vit_config import ViTConfig, check, check_choice
 from tosa_jax.performance.candidates import Candidate
 
@@ -194,7 +195,7 @@ def _telling_full_memory(torch: Any, run: Callable, library: str, batch_size: in
 def _check_same(library: str, network: Any, config: ViTConfig) -> None:
     """Raises ConfigError unless both models have the same number of parameters within 2 %."""
     theirs = sum(p.numel() for p in network.parameters())
-    ours = cost.num_params(cost.abstract_model(config))
+    ours = cost.num_params(abstract_model(config))
     check(
         abs(theirs - ours) <= 0.02 * ours,
         f"--against={library}: its network has {theirs / 1e6:.2f} M parameters and ours {ours / 1e6:.2f} M: "

@@ -16,6 +16,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 from tosa_jax.distributed.coordination import are_several
 from tosa_jax.distributed.preemption import Stopped
 from tosa_jax.errors import WorkdirError
+from tosa_jax.models.weights.run_checkpoints import FACTS, STATE
 from tosa_jax.paths import AnyPath, is_remote
 
 log = logging.getLogger(__name__)
@@ -73,9 +74,8 @@ class Checkpoints(contextlib.AbstractContextManager):
         """
         if step in self.manager.all_steps():
             return
-        args = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(state), facts=ocp.args.JsonSave(dict(facts))
-        )
+        items = {STATE: ocp.args.PyTreeSave(state), FACTS: ocp.args.JsonSave(dict(facts))}
+        args = ocp.args.Composite(**items)
         if not self.manager.save(step, args=args, metrics=dict(metrics) if metrics else None):
             raise RuntimeError(f"orbax refused to save step {step} under {self.manager.directory}")
 
@@ -89,10 +89,8 @@ class Checkpoints(contextlib.AbstractContextManager):
         Raises WorkdirError: there are checkpoints, and none of them can be read.
         """
         restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
-        args = ocp.args.Composite(
-            state=ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args),
-            facts=ocp.args.JsonRestore(),
-        )
+        state = ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args)
+        args = ocp.args.Composite(**{STATE: state, FACTS: ocp.args.JsonRestore()})
         failures = []
         for step in sorted(self.manager.all_steps(), reverse=True):
             try:
@@ -104,7 +102,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             if failures:
                 for bad in [s for s in self.manager.all_steps() if s > step]:
                     self.manager.delete(bad)
-            return restored["state"], restored["facts"]
+            return restored[STATE], restored[FACTS]
         if failures:
             raise WorkdirError(
                 f"no checkpoint under {self.manager.directory} can be read ({failures[0]}); delete that "

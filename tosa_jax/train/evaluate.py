@@ -16,6 +16,7 @@ from tosa_jax.distributed.mesh import process_rows, replicated, to_global, tree_
 from tosa_jax.distributed.timing import interleaved_seconds
 from tosa_jax.models.factory import with_image_size
 from tosa_jax.models.params import Params, set_params
+from tosa_jax.models.vit import VisionTransformer
 from tosa_jax.tasks.metrics import add, means
 from tosa_jax.tasks.task import Batch, HostBatch, Task
 from tosa_jax.train.step import eval_step, example_keys
@@ -23,15 +24,15 @@ from tosa_jax.train.step import eval_step, example_keys
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Scores parameters of one network on a split.
+    """Scores parameters of one model on a split.
 
-    graphdef    structure of the network, as `models.params.split` gives it.
+    graphdef    of the model (`models.factory.structure`).
     task        says what is predicted and how it is scored.
     batch_size  global; the last batch is filled up, and what fills it does not count.
     seed        of random selections.
     """
 
-    graphdef: nnx.GraphDef
+    graphdef: nnx.GraphDef[VisionTransformer]
     task: Task
     data: DataConfig
     mesh: Mesh
@@ -39,7 +40,7 @@ class Evaluator:
     seed: int = 0
 
     @functools.cached_property
-    def step(self):
+    def step(self) -> jax.stages.Wrapped:
         """The jitted `eval_step`: (params, batch, number of its first example) -> totals."""
         step = functools.partial(
             eval_step, graphdef=self.graphdef, task=self.task, seed=self.seed, mesh=self.mesh
@@ -56,7 +57,7 @@ class Evaluator:
             "set --config.eval.batch_size lower, or --config.model.map_chunk=64",
         )
 
-    def batches(self, split: str = "eval"):
+    def batches(self, split: str = "eval") -> Iterator[Batch]:
         """Global batches of the split "eval" or "train". Raises DataError at an example that cannot be scored."""
         index, count = process_rows(self.mesh)
         host = open_dataset(self.data).eval_batches(
@@ -80,11 +81,11 @@ class Evaluator:
             yield jax.tree.map(lambda x, real=real: x[real], found)
 
     @functools.cached_property
-    def _first_batch(self):
+    def _first_batch(self) -> Batch:
         return next(self.batches())
 
     @functools.cached_property
-    def _look(self):
+    def _look(self) -> jax.stages.Wrapped:
         def look(params, batch, first, count):
             model = with_image_size(set_params(self.graphdef, params), batch["image"].shape[1:3])
             keys = example_keys(self.seed, first, len(batch["image"]))
@@ -95,7 +96,7 @@ class Evaluator:
         return jax.jit(look, static_argnums=3, out_shardings=replicated(self.mesh))
 
     def look(self, params: Params, count: int) -> tuple[HostBatch, Any]:
-        """The first `count` examples of the split, at most a batch, and what the network makes of them."""
+        """The first `count` examples of the split, at most a batch, and what the model predicts for them."""
         return jax.device_get(self._look(params, self._first_batch, np.int32(0), count))
 
     def __call__(self, params: Params) -> tuple[dict[str, float], int]:

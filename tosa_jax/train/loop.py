@@ -3,9 +3,7 @@
 import contextlib
 import functools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -26,55 +24,23 @@ from tosa_jax.distributed.mesh import (
 from tosa_jax.distributed.preemption import Stopped, StopRequest
 from tosa_jax.errors import NonFiniteLossError
 from tosa_jax.models.params import Params
+from tosa_jax.tasks.task import Batch, HostBatch
 from tosa_jax.train.checkpoints import Checkpoints, with_shardings
-from tosa_jax.train.evaluate import Evaluator
 from tosa_jax.train.metric_writer import MetricWriter
 from tosa_jax.train.profiling import StepTrace
 from tosa_jax.train.progress import Chrono, Progress
+from tosa_jax.train.stage_run import StageRun
 from tosa_jax.train.step import StepSetup, TrainState, saved_tree, train_step, trained_params
 
 STEPS_AHEAD = 3
 """Steps the host may be ahead of the devices: enough to keep them busy, few enough to stop soon after a signal."""
 
 
-@dataclass(frozen=True)
-class StageRun:
-    """Everything the loop needs to know of a stage; it does not know which layer kinds exist.
+def jit_step(setup: StepSetup, shardings: TrainState, mesh: Mesh) -> jax.stages.Wrapped:
+    """The jitted training step, (state, batch) -> (state, metrics). The state's memory is used again (donated).
 
-    init             makes the state at step 0 of `init_args`, already sharded when jitted so. Arrays are
-                     arguments, not closed over: a program would hold them as constants.
-    evaluate_first   also score the network before the first step.
-    budgets          the step at each of several budgets, of which every update draws one; empty: `setup` alone.
-    flops_per_image  operations that training needs for an image, by arithmetic.
-    profile_dir      where traces of steps go.
-    draw             the pictures for TensorBoard, by name, of parameters; None where there are none.
+    shardings  of the state, going in and coming out.
     """
-
-    name: str
-    total_steps: int
-    eval_steps: int
-    checkpoint_steps: int
-    setup: StepSetup
-    init: Callable[..., TrainState]
-    init_args: tuple[Any, ...]
-    evaluator: Evaluator
-    evaluate_first: bool
-    flops_per_image: float
-    profile_dir: str
-    budgets: tuple[StepSetup, ...] = ()
-    draw: Callable[[Params], dict[str, np.ndarray]] | None = None
-
-    def is_due(self, step: int, every: int) -> bool:
-        """Whether something done every so many steps, and at the end, is due before the next step."""
-        return step == self.total_steps or (every > 0 and step > 0 and step % every == 0)
-
-    def evaluates_at(self, step: int) -> bool:
-        """Whether the network is scored before the next step."""
-        return self.is_due(step, self.eval_steps) or (step == 0 and self.evaluate_first)
-
-
-def compile_step(setup: StepSetup, shardings: Any, mesh: Mesh) -> jax.stages.Wrapped:
-    """The jitted training step: state donated, and sharded going in and coming out."""
     return jax.jit(
         functools.partial(train_step, setup=setup, mesh=mesh),
         donate_argnums=0,
@@ -84,7 +50,10 @@ def compile_step(setup: StepSetup, shardings: Any, mesh: Mesh) -> jax.stages.Wra
 
 
 class Log:
-    """Metrics of steps are fetched one interval late, so that the device never waits for the log."""
+    """Fetches the metrics of steps one interval late, so that the device never waits for the log.
+
+    peak_share  the operations that training on one image takes, as a share of what all devices do in a second.
+    """
 
     def __init__(
         self,
@@ -95,18 +64,21 @@ class Log:
         peak_share: float,
     ) -> None:
         self.stage, self.writer, self.progress, self.chrono = stage, writer, progress, chrono
-        self.peak_share = peak_share  # of all devices' operations in a second, that an image needs
+        self.peak_share = peak_share
         self.fresh: list[tuple[int, dict]] = []
         self.ready: list[tuple[int, dict]] = []
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Metrics of the update that led to `step`; waits for the update `STEPS_AHEAD` before it."""
+        """Takes the metrics of the update that led to `step`; waits for the update `STEPS_AHEAD` before it."""
         self.fresh.append((step, metrics))
         if len(self.fresh) > STEPS_AHEAD:
             jax.block_until_ready(self.fresh[-1 - STEPS_AHEAD][1])
 
     def flush(self, *, everything: bool = False) -> None:
-        """Write the interval before this one; with `everything`, this one too. Raises NonFiniteLossError."""
+        """Writes the interval before this one; with `everything`, this one too.
+
+        Raises NonFiniteLossError: a loss of these steps is not finite.
+        """
         due = self.ready + self.fresh if everything else self.ready
         self.ready, self.fresh = [] if everything else self.fresh, []
         if not due:
@@ -136,10 +108,22 @@ class Log:
         self.progress.update(last, record["loss"], self.chrono, mfu)
 
 
-def restore_or_init(
-    stage: StageRun, mesh: Mesh, checkpoints: Checkpoints
-) -> tuple[Any, TrainState, dict[str, Any], bool]:
-    """Shardings, state and facts to go on from, and whether they come from a checkpoint.
+class Start(NamedTuple):
+    """What a stage starts or goes on from.
+
+    shardings  one for each array of `state`, in its structure.
+    facts      what the report says of the stage so far: JSON values.
+    restored   whether state and facts come from a checkpoint.
+    """
+
+    shardings: TrainState
+    state: TrainState
+    facts: dict[str, Any]
+    restored: bool
+
+
+def restore_or_init(stage: StageRun, mesh: Mesh, checkpoints: Checkpoints) -> Start:
+    """The newest checkpoint that can be read, else the state at step 0.
 
     Raises WorkdirError: there are checkpoints, and none of them can be read.
     """
@@ -148,13 +132,16 @@ def restore_or_init(
     restored = checkpoints.restore(saved_tree(with_shardings(abstract, shardings)))
     if restored is not None:
         tree, facts = restored
-        return shardings, abstract._replace(**tree), facts, True
-    return shardings, jax.jit(stage.init, out_shardings=shardings)(*stage.init_args), {}, False
+        return Start(shardings, abstract._replace(**tree), facts, restored=True)
+    state = jax.jit(stage.init, out_shardings=shardings)(*stage.init_args)
+    return Start(shardings, state, {}, restored=False)
 
 
-def compile_fitting(step_fn: Any, state: TrainState, batch: Any, batch_size: int) -> Any:
+def compile_fitting(
+    step: jax.stages.Wrapped, state: TrainState, batch: Batch, batch_size: int
+) -> jax.stages.Compiled:
     """The step compiled for these arguments. Raises DeviceError if it does not fit the device."""
-    compiled = step_fn.lower(state, batch).compile()
+    compiled = step.lower(state, batch).compile()
     check_fits(
         compiled,
         f"a training step of batch_size={batch_size}",
@@ -163,35 +150,37 @@ def compile_fitting(step_fn: Any, state: TrainState, batch: Any, batch_size: int
     return compiled
 
 
-def draw_budget(seed: int, stage_id: int, step: int, count: int) -> int:
-    """Which of `count` budgets the update after `step` has: the same in every process, and after a restart.
+def draw_keep_rate(seed: int, stage_id: int, step: int, count: int) -> int:
+    """Which of `count` keep rates the update after `step` uses: the same in every process and after a restart.
 
-    Each once in `count` updates, in an order drawn anew each time: none waits long.
+    In each `count` updates every keep rate is used once, in an order that is drawn anew.
     """
     draw = np.random.default_rng([seed, stage_id, step // count])
     return int(draw.permutation(count)[step % count])
 
 
 class Updates:
-    """The compiled updates of a stage: one, or one for each budget, of which every step draws its own."""
+    """The compiled steps of a stage: one, or one for each drawn keep rate. Each is compiled at first use."""
 
-    def __init__(self, stage: StageRun, shardings: Any, mesh: Mesh, batch_size: int) -> None:
-        self.setups = stage.budgets or (stage.setup,)
+    def __init__(self, stage: StageRun, shardings: TrainState, mesh: Mesh, batch_size: int) -> None:
+        self.setups = stage.drawn_setups or (stage.setup,)
         self.shardings, self.mesh, self.batch_size = shardings, mesh, batch_size
-        self.compiled: dict[int, Any] = {}
+        self.compiled: dict[int, jax.stages.Compiled] = {}
 
-    def __call__(self, step: int, state: TrainState, batch: Any) -> tuple[TrainState, Any]:
+    def __call__(
+        self, step: int, state: TrainState, batch: Batch
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         """The state after an update on `batch`, and its metrics. Raises DeviceError if it does not fit."""
         setup = self.setups[0]
-        i = draw_budget(setup.seed, setup.stage_id, step, len(self.setups))
+        i = draw_keep_rate(setup.seed, setup.stage_id, step, len(self.setups))
         if i not in self.compiled:
-            step_fn = compile_step(self.setups[i], self.shardings, self.mesh)
-            self.compiled[i] = compile_fitting(step_fn, state, batch, self.batch_size)
+            jitted = jit_step(self.setups[i], self.shardings, self.mesh)
+            self.compiled[i] = compile_fitting(jitted, state, batch, self.batch_size)
         return self.compiled[i](state, batch)
 
 
 def evaluate(stage: StageRun, step: int, params: Params, writer: MetricWriter) -> dict[str, float]:
-    """Scores the network, and writes its metrics and pictures of what it makes of the first examples.
+    """Scores the model, and writes its metrics and figures of the first examples.
 
     Raises DeviceError or DataError, as the evaluator.
     """
@@ -206,7 +195,7 @@ def evaluate(stage: StageRun, step: int, params: Params, writer: MetricWriter) -
 class Batches(Protocol):
     """An endless iterator of batches, to be closed when no more are wanted."""
 
-    def __next__(self) -> Any: ...
+    def __next__(self) -> HostBatch: ...
 
     def close(self) -> None:
         """Ends the threads and workers that read ahead."""

@@ -19,8 +19,9 @@ from tosa_jax.distributed.mesh import gather_params
 from tosa_jax.models.factory import with_image_size
 from tosa_jax.models.optim import global_norm, update_ema
 from tosa_jax.models.params import Params, set_params
+from tosa_jax.models.vit import VisionTransformer
 from tosa_jax.tasks.metrics import Totals, totals
-from tosa_jax.tasks.task import AverageTeacher, Batch, FrozenTeacher, Task
+from tosa_jax.tasks.task import AverageTeacher, Batch, FrozenTeacher, State, Task
 
 MIXING = 2**31 - 1
 """What the key of mixing is folded with: no layer has this number."""
@@ -31,40 +32,44 @@ class TrainState(NamedTuple):
 
     step     int32, updates done.
     params   the trained parameters by path, `frozen` the others.
-    opt      state of the optimizer, for `params` only.
-    ema      float32 moving average of `params`, or {}.
-    teacher  parameters of a frozen teacher, the float32 moving average that an average teacher is, or {}.
+    opt      the optimizer's state, for `params` alone.
+    ema      the moving average of `params`, float32; {}: there is none.
+    teacher  the parameters of a frozen teacher; of an average teacher the moving average of `params`, float32; {}: no
+             teacher.
     task     the task's own state (`Task.init_state`), or {}.
     """
 
     step: jax.Array
     params: Params
     frozen: Params
-    opt: Any
+    opt: optax.OptState
     ema: Params
     teacher: Params
-    task: Any = {}
+    task: State = {}
 
 
 @dataclass(frozen=True)
 class StepSetup:
     """The static half of a step.
 
-    graphdef  structure of the model; `teacher` that of a frozen teacher.
-    task      batches, loss and metrics.
+    graphdef     of the model.
+    task         makes batches, loss and metrics.
+    schedule     update count -> learning rate, for the log; the optimizer has its own.
+    ema_decay    share in [0, 1) that the moving average keeps in an update; 0: no average.
+    seed         of the run. All random keys of the stage are made of it, `stage_id` and the step.
+    teacher      graph definition of a frozen teacher; None: there is none.
+    accumulate   number of parts of a batch, which are computed one after the other to save memory.
     total_steps  updates in the stage, for schedules of the task.
-    stage_id  what the stage's random keys are folded from, with `seed`.
-    accumulate  parts that a batch is worked through in, one after the other, for less memory.
     """
 
-    graphdef: nnx.GraphDef
+    graphdef: nnx.GraphDef[VisionTransformer]
     task: Task
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
     ema_decay: float
     seed: int
     stage_id: int
-    teacher: nnx.GraphDef | None = None
+    teacher: nnx.GraphDef[VisionTransformer] | None = None
     accumulate: int = 1
     total_steps: int = 0
 
@@ -72,7 +77,7 @@ class StepSetup:
 def init_state(
     setup: StepSetup, params: Params, frozen: Params, teacher: Params | None = None
 ) -> TrainState:
-    """A state at step 0; `teacher` are the parameters of a frozen teacher."""
+    """The state at step 0. `teacher`: parameters of a frozen teacher."""
 
     def average() -> Params:
         return {path: x.astype(jnp.float32) for path, x in params.items()}
@@ -91,16 +96,16 @@ def init_state(
 
 
 def saved_tree(state: TrainState) -> dict[str, Any]:
-    """What a checkpoint holds of a state: all of it, but for the state of a task that has none.
+    """What a checkpoint holds of a state: all fields, `task` only if the task has a state.
 
-    Checkpoints that were written before tasks had a state are read by the same rule.
+    So checkpoints from before tasks had a state can still be read.
     """
     tree = state._asdict()
     return tree if jax.tree.leaves(state.task) else {k: x for k, x in tree.items() if k != "task"}
 
 
 def trained_params(state: TrainState) -> Params:
-    """The network that training is for: the moving average where there is one, frozen parameters included."""
+    """The parameters of the trained model, of trained ones the moving average if there is one."""
     return state.frozen | state.params | _as_stored(state.ema, state.params)
 
 
@@ -109,8 +114,11 @@ def _as_stored(average: Params, params: Params) -> Params:
     return {path: x.astype(params[path].dtype) for path, x in average.items()}
 
 
-def build_model(graphdef: nnx.GraphDef, params: Params, mesh: Mesh) -> Any:
-    """The model, inside a step: its layers' parameters are gathered when a layer runs, all others here."""
+def build_model(
+    graphdef: nnx.GraphDef[VisionTransformer], params: Params, mesh: Mesh
+) -> VisionTransformer:
+    """The model, for use inside a step. Parameters that are split over `fsdp` are gathered: those of a layer when it
+    runs, all others here."""
     model = set_params(graphdef, params)
     if mesh.shape["fsdp"] > 1:
         gather = functools.partial(gather_params, mesh=mesh, dtype=model.config.dtype)
@@ -124,7 +132,7 @@ def build_model(graphdef: nnx.GraphDef, params: Params, mesh: Mesh) -> Any:
 def train_step(
     state: TrainState, batch: Batch, *, setup: StepSetup, mesh: Mesh
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update on a batch; the metrics are float32 scalars: loss, grad_norm, learning_rate."""
+    """One update on a global batch. Returns the new state and float32 scalars: loss, grad_norm, learning_rate."""
     key = jax.random.fold_in(
         jax.random.fold_in(jax.random.key(setup.seed), setup.stage_id), state.step
     )
@@ -160,10 +168,10 @@ def train_step(
     return new, metrics
 
 
-def teacher_model(state: TrainState, setup: StepSetup, mesh: Mesh) -> Any:
+def teacher_model(state: TrainState, setup: StepSetup, mesh: Mesh) -> VisionTransformer | None:
     """The teacher that the task asks for, in evaluation mode; None without one.
 
-    Raises ValueError: a frozen teacher without `setup.teacher`.
+    Raises ValueError: the teacher is frozen, and `setup.teacher` is missing.
     """
     match setup.task.teacher:
         case None:
@@ -171,7 +179,7 @@ def teacher_model(state: TrainState, setup: StepSetup, mesh: Mesh) -> Any:
         case FrozenTeacher():
             if setup.teacher is None:
                 raise ValueError(
-                    "the task has a frozen teacher, but the step knows no structure of one"
+                    "the task has a frozen teacher, but the setup has no graphdef of one"
                 )
             return build_model(setup.teacher, state.teacher, mesh)
         case AverageTeacher():
@@ -180,7 +188,7 @@ def teacher_model(state: TrainState, setup: StepSetup, mesh: Mesh) -> Any:
 
 
 def updated_teacher(state: TrainState, params: Params, setup: StepSetup) -> Params:
-    """The teacher's parameters after an update that led to `params`."""
+    """The teacher's parameters after the update that gave `params`."""
     teacher = setup.task.teacher
     if not isinstance(teacher, AverageTeacher):
         return state.teacher
@@ -188,10 +196,10 @@ def updated_teacher(state: TrainState, params: Params, setup: StepSetup) -> Para
 
 
 def mean_over_parts(function: Callable[..., Any], batch: tuple[Any, ...], parts: int) -> Any:
-    """Mean of `function(*part)` over equal parts of a batch, which run one after the other.
+    """Mean of `function(*part)` over equal parts of a batch, which are computed one after the other.
 
-    Part i has the rows i, i + parts, i + 2 * parts, ...: of each device's rows as many as of another's, so that no
-    row has to move. Sums are float32; the mean has the function's own dtypes.
+    Part i has the rows i, i + parts, i + 2 * parts, ...: equally many rows of each device, so that no row moves to
+    another device. Sums are float32; the mean has the dtypes of the function's results.
     """
     if parts == 1:
         return function(*batch)
@@ -220,7 +228,7 @@ def eval_step(
     batch: Batch,
     first: jax.Array,
     *,
-    graphdef: nnx.GraphDef,
+    graphdef: nnx.GraphDef[VisionTransformer],
     task: Task,
     seed: int,
     mesh: Mesh,

@@ -18,6 +18,7 @@ import fsspec
 from tosa_jax.config import RunConfig, differences, from_json, to_json
 from tosa_jax.distributed import coordination
 from tosa_jax.errors import ConfigError, WorkdirError
+from tosa_jax.models.weights.run_checkpoints import has_checkpoint
 from tosa_jax.paths import AnyPath, as_path, is_remote, write_atomically
 
 BEAT_SECONDS = 20.0
@@ -44,7 +45,7 @@ def open_workdir(workdir: str | os.PathLike, run: RunConfig) -> Iterator[AnyPath
                 return
             if not is_remote(workdir) and workdir.exists() and not workdir.is_dir():
                 raise WorkdirError(f"{workdir} is a file; give another --workdir")
-            begun = any(workdir.glob("checkpoints/*/*/state")) or (workdir / "report.json").exists()
+            begun = has_checkpoint(workdir) or (workdir / "report.json").exists()
             if begun:
                 _check_config(workdir / "config.json", run)
             try:

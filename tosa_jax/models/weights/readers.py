@@ -17,6 +17,7 @@ import safetensors
 import safetensors.numpy
 
 from tosa_jax.errors import WeightsError
+from tosa_jax.models.weights.run_checkpoints import find_checkpoint, read_params, workdir_of
 from tosa_jax.models.weights.torch_pickle import LEGACY_START, read_torch_file
 from tosa_jax.paths import as_path, write_atomically
 
@@ -26,8 +27,6 @@ _FOLDER_FILES = (
     "model.safetensors.index.json",
     "pytorch_model.bin",
 )
-# Stages of a run, the furthest first: what a work directory stands for.
-_STAGES = ("finetune", "selector", "pretrain")
 
 
 @dataclass(frozen=True)
@@ -232,55 +231,12 @@ def fetch_from_hub(address: str) -> Path:
 
 
 def _read_checkpoint(folder: Path) -> WeightFile:
-    """The network of a run: its work directory, `checkpoints/<stage>` or `.../<step>` in it."""
-    if not (folder / "state").is_dir():
-        stages = folder / "checkpoints"
-        if stages.is_dir():
-            found = [stages / name for name in _STAGES if _steps(stages / name)]
-            if not found:
-                raise WeightsError(f"{stages} holds no checkpoint of {', '.join(_STAGES)}")
-            folder = found[0]
-        if not _steps(folder):
-            raise WeightsError(
-                f"{folder} is a folder without {_FOLDER_FILES[0]}, {_FOLDER_FILES[2]} or "
-                "checkpoints of a run"
-            )
-        folder = folder / str(max(_steps(folder)))
-    run = folder.absolute().parents[2] / "config.json"
-    stage = f"{folder.parent.name}/{folder.name}"
-    return WeightFile(str(folder), _restore(folder / "state"), stage, {}, _read_json(run))
-
-
-def _steps(stage: Path) -> list[int]:
-    """Steps of the finished checkpoints of a stage."""
-    if not stage.is_dir():
-        return []
-    return [int(x.name) for x in stage.iterdir() if x.name.isdigit() and (x / "state").is_dir()]
-
-
-def _restore(state: Path) -> dict[str, np.ndarray]:
-    """The network in a saved `steps.TrainState`: average over trained over frozen parameters.
-
-    Optimizer and teacher are not read. The same rule as `steps.trained_params`, which stands some
-    floors higher.
-    """
-    import orbax.checkpoint as ocp  # slow to import, and only needed here
-
-    try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            saved = checkpointer.metadata(state.absolute()).item_metadata.tree
-            wanted = {part: saved[part] for part in ("frozen", "params", "ema") if saved.get(part)}
-            kinds = {
-                part: {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in tree}
-                for part, tree in wanted.items()
-            }
-            args = ocp.args.PyTreeRestore(item=wanted, restore_args=kinds, partial_restore=True)
-            parts = checkpointer.restore(state.absolute(), args=args)
-    except (ValueError, KeyError, TypeError, OSError, AttributeError) as error:
-        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+    checkpoint = find_checkpoint(folder)
+    if checkpoint is None:
         raise WeightsError(
-            f"{state.parent} is no checkpoint that can be read ({reason})"
-        ) from error
-    trained = parts.get("params", {})
-    average = {name: x.astype(trained[name].dtype) for name, x in parts.get("ema", {}).items()}
-    return parts.get("frozen", {}) | trained | average
+            f"{folder} is a folder without {_FOLDER_FILES[0]}, {_FOLDER_FILES[2]} or "
+            "checkpoints of a run"
+        )
+    name = f"{checkpoint.parent.name}/{checkpoint.name}"
+    said = _read_json(workdir_of(checkpoint) / "config.json")
+    return WeightFile(str(checkpoint), read_params(checkpoint), name, {}, said)

@@ -1,0 +1,90 @@
+"""Where the checkpoints of a run are, and the model's parameters in one of them.
+
+A work directory holds `checkpoints/<stage>/<step>/` with the items `state` and `facts`, which `train.checkpoints`
+writes.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from tosa_jax.errors import WeightsError
+from tosa_jax.paths import AnyPath
+
+FOLDER = "checkpoints"
+STATE, FACTS = "state", "facts"
+"""The items of a checkpoint: the training state, and what the report says of the stage (JSON)."""
+
+_STAGES = (
+    "finetune",
+    "selector",
+    "pretrain",
+)  # the stage that a work directory stands for: the last
+
+
+def stage_folder(workdir: AnyPath, stage: str) -> AnyPath:
+    """The folder of a stage's checkpoints."""
+    return workdir / FOLDER / stage
+
+
+def saved_steps(stage: AnyPath) -> list[int]:
+    """The steps of the finished checkpoints in a stage's folder, ascending; empty if there is no such folder."""
+    names = [item.parent.name for item in stage.glob(f"*/{STATE}")]
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def has_checkpoint(workdir: AnyPath) -> bool:
+    """Whether any stage of a run has a finished checkpoint."""
+    return any(saved_steps(stage) for stage in workdir.glob(f"{FOLDER}/*"))
+
+
+def workdir_of(checkpoint: Path) -> Path:
+    """The work directory that a checkpoint lies in."""
+    return checkpoint.absolute().parents[2]
+
+
+def find_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint that a folder stands for; None if the folder belongs to no run.
+
+    folder  a work directory (the newest step of its last stage counts), the folder of a stage (its newest step), or
+            that of a step.
+
+    Raises WeightsError: a work directory without a checkpoint.
+    """
+    if (folder / STATE).is_dir():
+        return folder
+    if (folder / FOLDER).is_dir():
+        begun = [folder / FOLDER / name for name in _STAGES if saved_steps(folder / FOLDER / name)]
+        if not begun:
+            raise WeightsError(f"{folder / FOLDER} holds no checkpoint of {', '.join(_STAGES)}")
+        folder = begun[0]
+    steps = saved_steps(folder)
+    return folder / str(steps[-1]) if steps else None
+
+
+def read_params(checkpoint: Path) -> dict[str, np.ndarray]:
+    """The model's parameters by path: frozen ones, trained ones, and of these the moving average where there is one.
+
+    The optimizer's state and the teacher are not read. `train.step.trained_params` follows the same rule.
+
+    Raises WeightsError: the checkpoint cannot be read.
+    """
+    import orbax.checkpoint as ocp  # slow to import, and only needed here
+
+    state = (checkpoint / STATE).absolute()
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            saved = checkpointer.metadata(state).item_metadata.tree
+            wanted = {part: saved[part] for part in ("frozen", "params", "ema") if saved.get(part)}
+            kinds = {
+                part: {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in tree}
+                for part, tree in wanted.items()
+            }
+            args = ocp.args.PyTreeRestore(item=wanted, restore_args=kinds, partial_restore=True)
+            parts = checkpointer.restore(state, args=args)
+    except (ValueError, KeyError, TypeError, OSError, AttributeError) as error:
+        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        raise WeightsError(f"{checkpoint} is no checkpoint that can be read ({reason})") from error
+    trained = parts.get("params", {})
+    average = {name: x.astype(trained[name].dtype) for name, x in parts.get("ema", {}).items()}
+    return parts.get("frozen", {}) | trained | average
