@@ -4,6 +4,7 @@ import functools
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import jax
@@ -18,7 +19,8 @@ from tosa_jax.models.cost import gmacs
 from tosa_jax.models.variants import variant_config
 from tosa_jax.performance import benchmark, results
 from tosa_jax.performance.candidates import Candidate, candidate, check_fits, networks
-from tosa_jax.tasks import model_config
+from tosa_jax.tasks import TASKS, model_config
+from tosa_jax.tasks.classification import Classification
 
 CONTRACT = {
     "name", "keep_rate", "batch_size", "image_size", "dtype", "train", "gmacs", "xla_gmacs", "ms",
@@ -53,7 +55,7 @@ def test_records_have_the_arithmetic_of_their_medians(clock, train):
     assert (2.5 < passes < 6) if train else (1 <= passes < 2)
 
 
-def uncompiled(name, keep_rate, config, batch_size, *, train):
+def uncompiled(name, keep_rate, config, batch_size, *, train, task):
     return Candidate(name, keep_rate, config, lambda: None, lambda _: None)
 
 
@@ -130,12 +132,24 @@ def test_a_training_candidate_trains():
     assert losses[-1] < 0.9 * losses[0]
 
 
+def test_the_task_says_what_is_minimised(monkeypatch):
+    @dataclass(frozen=True, kw_only=True)
+    class Seven(Classification):
+        def loss(self, out, batch):
+            return 7 * batch["target"].sum(axis=1) + 0 * out.logits[:, 0]
+
+    monkeypatch.setitem(TASKS, "seven", Seven)
+    config = variant_config("vit", **SIZES)
+    one = candidate("dense", None, config, 4, train=True, task="seven")
+    assert float(one.run()[1]) == pytest.approx(7)
+
+
 def test_weights_are_stored_as_they_compute_unless_they_are_trained(clock, monkeypatch):
     stored = []
 
-    def watch(*args, train):
+    def watch(*args, **kwargs):
         stored.append(str(args[2].param_dtype))
-        return uncompiled(*args, train=train)
+        return uncompiled(*args, **kwargs)
 
     monkeypatch.setattr(benchmark, "candidate", watch)
     clock([[1.0]])

@@ -80,7 +80,7 @@ def test_its_record_has_the_same_fields_beside_our_dense(monkeypatch):
         assert (model, batch_size, train, mode) == ("vit", 2, False, "none")
         return Candidate(library, None, config, lambda: None, lambda _: None)
 
-    def uncompiled(name, keep_rate, config, batch_size, *, train):
+    def uncompiled(name, keep_rate, config, batch_size, *, train, task):
         return Candidate(name, keep_rate, config, lambda: None, lambda _: None)
 
     monkeypatch.setattr(benchmark, "candidate", uncompiled)

@@ -58,7 +58,7 @@ def measure(
     fields = {"param_dtype": fields.get("dtype", "float32") if not train else "float32"} | fields
     make_config = functools.partial(model_config, task, model, **fields)
     entries = list(networks(make_config, keep_rates, controls))
-    candidates = [candidate(*entry, batch_size, train=train) for entry in entries]
+    candidates = [candidate(*entry, batch_size, train=train, task=task) for entry in entries]
     candidates += [
         torch_baselines.candidate(
             library, model, entries[0][2], batch_size, train=train, mode=torch_compile

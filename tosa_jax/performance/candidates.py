@@ -4,11 +4,13 @@ A candidate is little more than a callable and what waits for its result, so tha
 (`performance/torch_baselines.py`) take part as well.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 
 from tosa_jax.distributed import memory
@@ -16,10 +18,10 @@ from tosa_jax.models.factory import build, control_config, structure
 from tosa_jax.models.method import DENSE, MAIN, METHODS
 from tosa_jax.models.optim import OptimConfig, make_optimizer
 from tosa_jax.models.params import set_params, split
-from tosa_jax.models.vit import Output
+from tosa_jax.models.vit import VisionTransformer
 from tosa_jax.models.vit_config import ViTConfig
-from tosa_jax.tasks.depth.errors import silog
-from tosa_jax.tasks.losses import smoothed_targets, soft_cross_entropy
+from tosa_jax.tasks import TASKS, Task
+from tosa_jax.tasks.task import Batch
 
 
 def networks(
@@ -60,69 +62,88 @@ class Candidate(NamedTuple):
 
 
 def candidate(
-    name: str, keep_rate: float | None, config: ViTConfig, batch_size: int, *, train: bool
+    name: str,
+    keep_rate: float | None,
+    config: ViTConfig,
+    batch_size: int,
+    *,
+    train: bool,
+    task: str = "classification",
 ) -> Candidate:
     """A model with random weights and images: its forward pass, or a training step (forward, backward, AdamW).
 
-    A training step reuses the memory of its state (donation), as in `train/loop.py`.
+    A training step minimises the loss of `task`, a key of `TASKS`, and reuses the memory of its state (donation), as in
+    `train/loop.py`.
 
     Raises DeviceError if the program does not fit the device, before it allocates anything.
     """
     graphdef, params = structure(config)
-    optimizer = make_optimizer(OptimConfig(steps=100, learning_rate=1e-3))
-    key, shape = jax.random.key(0), (batch_size, *config.image_shape, config.in_chans)
-    state = (params, jax.eval_shape(optimizer.init, params)) if train else params
-    function = _training_step(graphdef, optimizer) if train else _forward_pass(graphdef)
+    key, optimizer = jax.random.key(0), make_optimizer(OptimConfig(steps=100, learning_rate=1e-3))
+    make_batch = functools.partial(_random_images, config, batch_size)
+    state, function = params, _forward_pass(graphdef)
+    if train:
+        half = (0.5,) * config.in_chans
+        objective = TASKS[task].of_model(config, TASKS[task].options(), mean=half, std=half)
+        make_batch = functools.partial(_training_batch, objective, config, batch_size)
+        state = (params, jax.eval_shape(optimizer.init, params))
+        function = _training_step(graphdef, optimizer, objective)
     jitted = jax.jit(function, donate_argnums=0 if train else ())
-    program = jitted.lower(state, jax.ShapeDtypeStruct(shape, config.dtype), key).compile()
+    program = jitted.lower(state, jax.eval_shape(make_batch, key), key).compile()
     check_fits(program, state, f"{name} at image_size={config.image_size}", batch_size)
-    images = jax.random.normal(key, shape, config.dtype)
+    batch = jax.jit(make_batch)(key)
     state = params = split(build(config, rngs=nnx.Rngs(0)))[1]
     if train:
         state = (params, optimizer.init(params))
 
     def step():
         nonlocal state
-        state, loss = program(state, images, key)
+        state, loss = program(state, batch, key)
         return state, loss
 
     return Candidate(
         name,
         keep_rate,
         config,
-        run=step if train else lambda: program(state, images, key),
+        run=step if train else lambda: program(state, batch, key),
         wait=jax.block_until_ready,
         xla_gmacs=_gmacs_by_xla(program, batch_size),
         temp_bytes=getattr(program.memory_analysis(), "temp_size_in_bytes", None),
     )
 
 
-def _forward_pass(graphdef: nnx.GraphDef) -> Callable:
+def _random_images(config: ViTConfig, batch_size: int, key: jax.Array) -> jax.Array:
+    return jax.random.normal(key, (batch_size, *config.image_shape, config.in_chans), config.dtype)
+
+
+def _training_batch(task: Task, config: ViTConfig, batch_size: int, key: jax.Array) -> Batch:
+    """What the task makes of examples that are all ones, with random images in the dtype of the computation."""
+    ones = {k: jnp.ones((batch_size, *x.shape), x.dtype) for k, x in task.example(config).items()}
+    rows = task.training_batch(ones, key)
+    return {**rows, "image": _random_images(config, batch_size, key)}
+
+
+def _forward_pass(graphdef: nnx.GraphDef[VisionTransformer]) -> Callable:
     return lambda params, images, key: set_params(graphdef, params)(images, key=key).predictions
 
 
-def _training_step(graphdef: nnx.GraphDef, optimizer: Any) -> Callable:
-    def step(state, images, key):
+def _training_step(
+    graphdef: nnx.GraphDef[VisionTransformer], optimizer: optax.GradientTransformation, task: Task
+) -> Callable:
+    def step(state, batch, key):
         params, opt = state
+        keys = jax.random.split(key, len(batch["image"]))
+        # A teacher costs a forward pass, whatever its parameters are.
+        teacher = set_params(graphdef, params) if task.teacher else None
 
         def loss(p):
-            return _task_loss(set_params(graphdef, p)(images, key=key)).mean()
+            model = set_params(graphdef, p)
+            return task.training_loss(model, batch, keys, teacher, task.init_state()).values.mean()
 
         value, grads = jax.value_and_grad(loss)(params)
         updates, opt = optimizer.update(grads, opt, params)
         return (jax.tree.map(jnp.add, params, updates), opt), value
 
     return step
-
-
-def _task_loss(out: Output) -> jax.Array:
-    """The loss of the model's task for constant targets."""
-    if out.depth is not None:
-        return silog(out.depth, jnp.full_like(out.depth, 2.0), jnp.ones(out.depth.shape, bool))
-    assert out.logits is not None
-    batch_size, num_classes = out.logits.shape
-    labels = jnp.zeros(batch_size, jnp.int32)
-    return soft_cross_entropy(out.logits, smoothed_targets(labels, num_classes, 0.1))
 
 
 def _gmacs_by_xla(program: jax.stages.Compiled, batch_size: int) -> float | None:
