@@ -64,8 +64,10 @@ class StageConfig:
     def __post_init__(self) -> None:
         for name in ("", "warmup_", "eval_", "checkpoint_"):
             given = [getattr(self, f"{name}{unit}") for unit in ("epochs", "steps")]
-            check(min(given) >= 0 and 0 in given,
-                  f"set {name}epochs or {name}steps, not both and not below 0: they are {given}")  # fmt: skip
+            check(
+                min(given) >= 0 and 0 in given,
+                f"set {name}epochs or {name}steps, not both and not below 0: they are {given}",
+            )
         check(
             0 <= self.label_smoothing < 1,
             f"label_smoothing={self.label_smoothing} is not in [0, 1)",
@@ -104,8 +106,10 @@ class StageConfig:
         if self.learning_rate_batch:
             # As in DeiT, only the peak is scaled: where it starts and ends are absolute.
             values["learning_rate"] *= batch_size / self.learning_rate_batch
-        check(values["warmup_steps"] <= values["steps"],
-              f"the warm-up has {values['warmup_steps']} steps, the stage only {values['steps']}")  # fmt: skip
+        check(
+            values["warmup_steps"] <= values["steps"],
+            f"the warm-up has {values['warmup_steps']} steps, the stage only {values['steps']}",
+        )
         return OptimConfig(**values)
 
 
@@ -169,8 +173,10 @@ class RunConfig:
         for name in ("batch_size", "accumulate", "log_steps", "bypass_fit_images"):
             check(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         for stage in ("pretrain", "selector"):
-            check(not getattr(self, stage).keep_rates,
-                  f"{stage}.keep_rates is not read: only fine-tuning draws its budgets")  # fmt: skip
+            check(
+                not getattr(self, stage).keep_rates,
+                f"{stage}.keep_rates is not read: only fine-tuning draws its budgets",
+            )
         TASKS[self.task].check_run(self)
         profile_range(self.profile_steps)
 

@@ -127,8 +127,10 @@ class ViTConfig(metaclass=_TakesOptions):
             value = getattr(self, name)
             check(value >= 1, f"{name}={value!r} must be at least 1")
         self._check_image_size()
-        check(self.embed_dim % self.num_heads == 0,
-              f"num_heads={self.num_heads} does not divide embed_dim={self.embed_dim}")  # fmt: skip
+        check(
+            self.embed_dim % self.num_heads == 0,
+            f"num_heads={self.num_heads} does not divide embed_dim={self.embed_dim}",
+        )
         check_choice("mlp", self.mlp, ("gelu", "gelu_tanh", "swiglu"))
         check_choice("pos_resample", self.pos_resample, RESAMPLINGS)
         check_choice("global_pool", self.global_pool, ("token", "avg"))
@@ -136,18 +138,18 @@ class ViTConfig(metaclass=_TakesOptions):
         check_choice("remat", self.remat, ("none", "full", "dots", "dots_no_batch"))
         check_choice("budget", self.budget, ("uniform", "linear"))
         check(self.budget_gmacs >= 0, f"budget_gmacs={self.budget_gmacs} is negative")
-        check(self.count_multiple >= 1,
-              f"count_multiple={self.count_multiple} must be at least 1")  # fmt: skip
-        check(0 <= self.drop_path_rate < 1,
-              f"drop_path_rate={self.drop_path_rate} is not in [0, 1)")  # fmt: skip
-        check(self.map_chunk >= 0,
-              f"map_chunk={self.map_chunk} must be positive, or 0 for all rows")  # fmt: skip
+        check(self.count_multiple >= 1, f"count_multiple={self.count_multiple} must be at least 1")
+        check(
+            0 <= self.drop_path_rate < 1, f"drop_path_rate={self.drop_path_rate} is not in [0, 1)"
+        )
+        check(
+            self.map_chunk >= 0, f"map_chunk={self.map_chunk} must be positive, or 0 for all rows"
+        )
         if len(self.keep_rates_given) == 1:
             object.__setattr__(self, "keep_rate", self.keep_rates_given[0])
         plan = tuple(self.plan or (STANDARD,) * self.depth)
         object.__setattr__(self, "plan", plan)
-        check(len(plan) == self.depth,
-              f"plan has {len(plan)} layers, but depth={self.depth}")  # fmt: skip
+        check(len(plan) == self.depth, f"plan has {len(plan)} layers, but depth={self.depth}")
         for rate in self.keep_rates_given:
             check(0 < rate <= 1, f"keep_rate={rate} is not in (0, 1]")
         for options in self.options:
@@ -161,9 +163,11 @@ class ViTConfig(metaclass=_TakesOptions):
             check(len(size) == 2, f"image_size={size!r} must be one number, or (height, width)")
         check(min(self.image_shape) >= 1, f"image_size={size!r} must be at least 1")
         nearest = [max(1, round(side / patch)) * patch for side in self.image_shape]
-        check(self.resizes or self.image_shape == tuple(nearest),
-              f"image_size={self.image_size} is not a multiple of patch_size={patch}; the nearest that is: "
-              f"{nearest[0] if nearest[0] == nearest[-1] else tuple(nearest)}")  # fmt: skip
+        check(
+            self.resizes or self.image_shape == tuple(nearest),
+            f"image_size={self.image_size} is not a multiple of patch_size={patch}; the nearest that is: "
+            f"{nearest[0] if nearest[0] == nearest[-1] else tuple(nearest)}",
+        )
 
     def options_of(self, cls: type[AnyOptions]) -> AnyOptions:
         """The options of one class, at their defaults unless others were given."""

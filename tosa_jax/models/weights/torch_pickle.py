@@ -41,10 +41,21 @@ _DTYPES = {
 
 # What unpickling, unzipping and rebuilding raise on damaged bytes.
 _DAMAGE = (
-    pickle.UnpicklingError, zipfile.BadZipFile, struct.error, OSError, EOFError, ValueError,
-    KeyError, IndexError, TypeError, AttributeError, OverflowError, MemoryError, RecursionError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    struct.error,
+    OSError,
+    EOFError,
+    ValueError,
+    KeyError,
+    IndexError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    MemoryError,
+    RecursionError,
     NotImplementedError,
-)  # fmt: skip
+)
 
 
 class _Storage(NamedTuple):

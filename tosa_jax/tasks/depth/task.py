@@ -115,8 +115,10 @@ class Depth(Task):
               "the network through Predictor.from_pretrained")  # fmt: skip
         for stage in ("pretrain", "selector", "finetune"):
             for name in ("label_smoothing", "mixup", "cutmix", "erase_prob"):
-                check(getattr(getattr(run, stage), name) == 0,
-                      f"config.{stage}.{name} is for classification: depth needs it to be 0")  # fmt: skip
+                check(
+                    getattr(getattr(run, stage), name) == 0,
+                    f"config.{stage}.{name} is for classification: depth needs it to be 0",
+                )
 
     @classmethod
     def check_dataset(cls, run: RunSettings, facts: Any) -> None:
