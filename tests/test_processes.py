@@ -21,14 +21,30 @@ from tosa_jax.distributed.initialisation import join
 from tosa_jax.distributed.preemption import Stopped, StopRequest
 from tosa_jax.errors import ConfigError
 from tosa_jax.models.weights.run_checkpoints import saved_steps
+from tosa_jax.tasks import TASKS
 from tosa_jax.train.runner import run_stages
 from tosa_jax.train.workdir import open_workdir
 
 ROOT = Path(__file__).parents[1]
 RECIPE = f"""
+from dataclasses import dataclass
 from tosa_jax.config import default_config
+from tosa_jax.tasks import register
+from tosa_jax.tasks.classification import Classification
+from tosa_jax.tasks.losses import batch_weights
+
+@register("some_count")
+@dataclass(frozen=True, kw_only=True)
+class SomeCount(Classification):
+    # Half of the images count for nothing, as images without a true depth do.
+    def training_batch(self, batch, key):
+        return super().training_batch(batch, key) | {{"weight": batch_weights(batch["label"] > 4)}}
+
+    def loss(self, out, batch):
+        return batch["weight"] * super().loss(out, batch)
+
 def get_config():
-    config = default_config()
+    config = default_config(task="some_count")
     config.batch_size = 16
     config.log_steps = 1
     config.model.update({SIZES | {"depth": 2}})
@@ -198,6 +214,7 @@ def test_a_run_of_one_process_goes_on_in_two_and_ends_in_one(digits_dir, tmp_pat
         "--config.selector.steps=4", "--config.finetune.steps=4",
     ]  # fmt: skip
     (tmp_path / "tiny.py").write_text(RECIPE)
+    monkeypatch.setitem(TASKS, "some_count", None)  # forgotten after the test
     config, _ = parse("", [f"--config={tmp_path}/tiny.py", *args])
     run = make_run_config(config)
     straight = run_stages(run, tmp_path / "straight")
@@ -209,7 +226,9 @@ def test_a_run_of_one_process_goes_on_in_two_and_ends_in_one(digits_dir, tmp_pat
             run_stages(run, tmp_path / "run")
     assert steps_of(tmp_path) == [4]
 
-    two = Run(tmp_path, *args, "--config.mesh.fsdp=2", "--config.data.workers=threads:1")
+    # In parts, and each process has other images that count.
+    other = ("--config.mesh.fsdp=2", "--config.accumulate=2", "--config.data.workers=threads:1")
+    two = Run(tmp_path, *args, *other)
     assert two.statuses() == [0, 0], two.said(0) + two.said(1)
     assert "ToSA" in two.outputs[0][0].read_text()
     assert "pretrain step 5/8" in two.said(0) and "pretrain step 4/8" not in two.said(0)
