@@ -1,7 +1,7 @@
-"""A recipe's ConfigDict -> frozen dataclasses, once, with every check.
+"""The configuration of a run: checks a recipe's ConfigDict and makes frozen dataclasses of it.
 
-A recipe starts from `default_config()`, which has every field, so that a misspelt or mistyped one is found where it
-is set. Durations carry a unit: `epochs` or `steps`; the other of the two stays 0.
+A recipe starts from `default_config()`, which has every field: so a misspelt name or a value of a wrong type is found
+where it is set. A duration is given in `epochs` or in `steps`; the other of the two stays 0.
 """
 
 import dataclasses
@@ -27,14 +27,12 @@ from tosa_jax.tasks.mixing import MixingConfig
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """One training stage; with neither epochs nor steps it is left out. Raises ConfigError for wrong values."""
+    """One training stage. A stage with neither epochs nor steps is left out. Raises ConfigError for wrong values."""
 
     epochs: float = 0.0
     steps: int = 0
     learning_rate: float = 1e-3
-    learning_rate_batch: int = (
-        0  # the batch size it is meant for, scaled linearly from there; 0: as it is
-    )
+    learning_rate_batch: int = 0  # learning_rate is for this batch size; 0: for any
     warmup_epochs: float = 0.0
     warmup_steps: int = 0
     warmup_learning_rate: float = 0.0
@@ -49,9 +47,7 @@ class StageConfig:
     label_smoothing: float = 0.0
     drop_path_rate: float = 0.0
     distill_weight: float = 0.0
-    keep_rates: tuple[
-        float, ...
-    ] = ()  # fine-tuning draws each step's budget from these; empty: the model's
+    keep_rates: tuple[float, ...] = ()  # each update draws one of these; empty: the model's
     mixup: float = 0.0  # alpha of its Beta distribution
     cutmix: float = 0.0
     switch_prob: float = 0.5
@@ -94,7 +90,7 @@ class StageConfig:
         return MixingConfig(**{name: getattr(self, name) for name in names})
 
     def optim(self, steps_per_epoch: int, batch_size: int) -> OptimConfig:
-        """The schedule in updates, its rates for this global batch size.
+        """The optimizer's configuration: durations in updates, learning rates for this global batch size.
 
         Raises ConfigError: the warm-up is longer than the stage.
         """
@@ -104,7 +100,7 @@ class StageConfig:
         values["warmup_steps"] = self.duration("warmup", steps_per_epoch)
         values["schedule_period"] = steps_per_epoch if self.schedule_per == "epoch" else 1
         if self.learning_rate_batch:
-            # As in DeiT, only the peak is scaled: where it starts and ends are absolute.
+            # As in DeiT, only the peak is scaled, not the rates at the start and at the end.
             values["learning_rate"] *= batch_size / self.learning_rate_batch
         check(
             values["warmup_steps"] <= values["steps"],
@@ -117,8 +113,11 @@ class StageConfig:
 class EvalConfig:
     """What the closing evaluation compares. Raises ConfigError for wrong values.
 
-    controls    methods (`models.method.controls`), each fine-tuned as long as ToSA, at each budget where it has one.
-    keep_rates  budgets, each fine-tuned on its own, unless fine-tuning draws its budgets; empty: those, or the model's.
+    controls       methods (`models.method.controls`). Each is fine-tuned as long as ToSA: at each keep rate, or once if
+                   it selects no tokens.
+    keep_rates     the keep rates that are compared. The model is fine-tuned at each, unless fine-tuning draws its keep
+                   rates. Empty: those that fine-tuning draws, else the model's.
+    figure_images  number of images in the figures; 0: no figures.
     """
 
     batch_size: int = 256
@@ -143,22 +142,20 @@ class InputConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A whole run: what `default_config()` describes field by field; `options` are the task's own fields.
+    """A whole run; `batch_size` is global, and `options` holds the task's own fields.
 
-    `batch_size` is global. Raises ConfigError for values that are wrong or do not go together.
+    Raises ConfigError for values that are wrong or do not go together.
     """
 
     task: str = "classification"
     options: Any = None
     seed: int = 0
     batch_size: int = 256
-    accumulate: int = 1  # parts that a batch is worked through in: less memory, the same result
+    accumulate: int = 1  # parts of a batch, one after the other: less memory, the same result
     log_steps: int = 50
     profile_steps: str = ""  # "100:105": steps of each stage whose trace goes to WORKDIR/profile
     init_from: str = ""  # weights to start from: whatever `load_pretrained` reads
-    bypass_fit_images: int = (
-        256  # unlabelled ones that a low-rank bypass is fitted on, after the selector stage
-    )
+    bypass_fit_images: int = 256  # a low-rank bypass is fitted on these, after the selector stage
     init_selectors: str = ""  # a file of selectors, from another run's selector stage
     model: ViTConfig
     data: DataConfig
@@ -175,7 +172,7 @@ class RunConfig:
         for stage in ("pretrain", "selector"):
             check(
                 not getattr(self, stage).keep_rates,
-                f"{stage}.keep_rates is not read: only fine-tuning draws its budgets",
+                f"{stage}.keep_rates is not read: only fine-tuning draws its keep rates",
             )
         TASKS[self.task].check_run(self)
         profile_range(self.profile_steps)
@@ -187,7 +184,7 @@ class RunConfig:
 
     @property
     def keep_rates(self) -> tuple[Any, ...]:
-        """The budgets that are compared; the first is the main one."""
+        """The keep rates that are compared; the first is the main one."""
         return self.eval.keep_rates or self.finetune.keep_rates or (self.model.keep_rate,)
 
 
@@ -199,7 +196,7 @@ SECTIONS = {
     "eval": EvalConfig,
     "mesh": MeshConfig,
 }
-"""The sections of a recipe that one dataclass holds, whichever the task."""
+"""The sections of a recipe that have the same fields for every task."""
 
 
 def _defaults(cls: type, skip: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -213,15 +210,15 @@ def _defaults(cls: type, skip: tuple[str, ...] = ()) -> dict[str, Any]:
 def default_config(model: str = "vit", task: str = "classification", weights: str = "") -> Any:
     """Every field of a run with its default value, as a ConfigDict.
 
-    model    a key of `VARIANTS`; `task` one of `TASKS`.
+    model    a key of `VARIANTS`.
+    task     a key of `TASKS`.
     weights  the file to start from, whatever `load_pretrained` reads: the value of `init_from`.
 
     `inputs` and the crop of evaluation are those that the weights were published with (`preprocessing_of`).
 
-    The section `task` holds the task's own fields. Where a network takes images of any shape, as for depth,
-    `model.image_size` is (height, width). `model.plan` is the name of a layer kind for every second layer, or a name
-    for each layer with commas between.
-    `model.keep_rate` is a tuple: one share, or one a selection.
+    The section `task` holds the task's own fields. `model.image_size` is (height, width) where the model takes images
+    of any shape, as for depth. `model.plan` is the name of a layer kind for every second layer, or a name for each
+    layer, with commas between. `model.keep_rate` is a tuple: one share, or one for each selection.
 
     Raises ConfigError: no such task, or no such model; WeightsError: `weights` cannot be read.
     """
@@ -245,7 +242,7 @@ def default_config(model: str = "vit", task: str = "classification", weights: st
 
 
 def profile_range(steps: str) -> range:
-    """The steps that "100:105" names, the last not included; none for "". Raises ConfigError."""
+    """The steps that "100:105" names, without the last; none for "". Raises ConfigError for other texts."""
     match = re.fullmatch(r"(\d+):(\d+)", steps)
     if steps and (match is None or int(match.group(1)) >= int(match.group(2))):
         raise ConfigError(
@@ -263,7 +260,7 @@ def build_section(cls: type, section: str, values: Mapping[str, Any]) -> Any:
 
 
 def make_run_config(config: ml_collections.ConfigDict) -> RunConfig:
-    """Checks a recipe and freezes it. Raises ConfigError, one line that names the field."""
+    """Checks a recipe and makes a `RunConfig` of it. Raises ConfigError, which names the field."""
     values: dict[str, Any] = config.to_dict()
     name, task = (values.get(section, {}).get("name") for section in ("model", "task"))
     template = default_config(name or "vit", task or "classification")
@@ -284,7 +281,7 @@ def make_run_config(config: ml_collections.ConfigDict) -> RunConfig:
 
 
 def _check_fields(where: str, values: Mapping[str, Any], template: Mapping[str, Any]) -> None:
-    """Fields a recipe added, left out, or gave another type than the default's."""
+    """Raises ConfigError for a field that is unknown, missing, or of another type than the default."""
     for name in values:
         if name not in template:
             near = difflib.get_close_matches(name, template, n=1)
@@ -321,7 +318,7 @@ MAY_CHANGE = {
     "data.prefetch_mib",
     "data.in_memory",
 }
-"""Fields that do not change what is trained: a run may go on with other values of them."""
+"""Fields that do not change what is trained. A run may go on with other values of them."""
 
 
 def to_json(run: RunConfig) -> dict[str, Any]:
@@ -330,7 +327,7 @@ def to_json(run: RunConfig) -> dict[str, Any]:
 
 
 def from_json(values: Mapping[str, Any]) -> RunConfig:
-    """The run that `to_json` wrote; fields that it does not have take their defaults.
+    """The run that `to_json` wrote. Fields that are missing there get their default values.
 
     Raises ConfigError for values that this version does not know.
     """
