@@ -3,13 +3,13 @@
     python -m tosa_jax.main --config=configs/cluttered_fashion.py:items --config.data.source_dir=DIR
     python -m tosa_jax.main --config=configs/cluttered_fashion.py --config.data.source_dir=DIR --config.init_from=FROM
 
-FROM is runs/cluttered_fashion_items, the first one's work directory. DIR holds Fashion-MNIST's four gz files (Debian:
-package dataset-fashion-mnist, /usr/share/datasets/fashion-mnist). 20,000 training and 4,000 test canvases of 56x56
-pixels are drawn on the first run (`tosa_jax/data/synthetic/clutter.py`): 196 patches. The item to be named fills 14 to
-25 % of a canvas, pieces of others about a fifth, and half of the patches are black.
+FROM is the work directory of the first command, runs/cluttered_fashion_items. DIR holds Fashion-MNIST's four gz files
+(Debian: package dataset-fashion-mnist, /usr/share/datasets/fashion-mnist). 20,000 training and 4,000 test canvases of
+56x56 pixels are drawn on the first run (`tosa_jax/data/synthetic/clutter.py`): 196 patches. The item to be classified
+covers 14 to 25 % of a canvas, pieces of other items about a fifth. Half of the patches are black.
 
-`:items` pretrains the network on the items alone, 49 patches of the same size, so that on the canvases it has to learn
-no more than to find them. Every control is fine-tuned as long as ToSA, at each of three budgets
+`:items` pretrains the model on single items of 49 patches of the same size: on the canvases it then only has to learn
+to find them. Every control is fine-tuned as long as ToSA, at each of three keep rates
 (results/selection/cluttered_fashion.json, results/selection.md).
 """
 

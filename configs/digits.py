@@ -3,8 +3,8 @@
     launch/local.sh
     python -m tosa_jax.main --config=configs/digits.py
 
-1437 training and 360 test images of 8x8 pixels, cut into 16 patches. What three seeds reach, and how long it takes:
-`results/digits.json`. The controls of the method are fine-tuned too with
+1437 training and 360 test images of 8x8 pixels, cut into 16 patches. Accuracies of three seeds and run times:
+`results/digits.json`. This fine-tunes the controls of the method too:
 
     --config.eval.controls="('dense', 'random', 'previous', 'skip')"
 """
@@ -28,7 +28,7 @@ def get_config():
         clip_norm=1.0,
         ema_decay=0.99,
         label_smoothing=0.1,
-        # A network that has learned to do without a layer now and then minds bypassed tokens less.
+        # A model that was trained with dropped layers loses less when tokens bypass layers.
         drop_path_rate=0.2,
     )
     config.selector.update(steps=150, learning_rate=1e-2, weight_decay=0.0)

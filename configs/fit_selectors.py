@@ -1,4 +1,4 @@
-"""Fits token selectors for a pretrained ViT on any folder of images: frozen backbone, no labels, minutes.
+"""Fits token selectors for a pretrained ViT on a folder of images, in minutes; no labels, the backbone is frozen.
 
     python -m tosa_jax.main --config=configs/fit_selectors.py:model=NAME,weights=FILE,images=DIR
 

@@ -7,7 +7,8 @@
     python -m tosa_jax.main --config=configs/nyu_deit_s.py:dinov2_s,dense --config.init_from=...
 
 Without `dense`: selectors for the released backbone, then ToSA at keep .5 and the dense network, each fine-tuned for
-depth as long; `dense` trains the dense network alone. With patch 14 images are resized to 490x644 and depth back.
+depth for the same number of steps; `dense` trains the dense model alone. With patch 14 images are resized to 490x644,
+and depth is resized back.
 
 Which recipe the paper used for depth is not known. This one mixes published ones: augmentation, loss, crop and
 polynomial decay are those of BTS and NeWCRFs (cleinc/bts, aliyun/NeWCRFs: AbsRel .095 with a far larger network), the

@@ -3,9 +3,9 @@
     python -m tosa_jax.main --config=configs/rooms.py [--config.seed=1]
 
 4000 training and 400 validation images of 96x128 pixels with exact depth, rendered on the first run; 48 patches. The
-dense network is trained from random weights, selectors are fitted, then the dense network, ToSA and the controls are
-fine-tuned for the same number of steps. What three seeds reach, beside the training set's mean depth map, and how
-long it takes: `results/rooms.json`.
+dense model is trained from random weights, selectors are fitted, then the dense model, ToSA and the controls are
+fine-tuned for the same number of steps. Errors of three seeds, those of the training set's mean depth map, and run
+times: `results/rooms.json`.
 """
 
 from tosa_jax.config import default_config

@@ -3,11 +3,11 @@
 #
 #     launch/gke_xpk.sh ACTION --cluster=CLUSTER --zone=ZONE --project=ID --name=NAME [...] [-- ARGUMENTS]
 #
-#     run      --type=v5litepod-16 --image=IMAGE [--slices=1] [--restarts=10]: a workload of `tosa_jax.main ARGUMENTS
-#              --multihost`. IMAGE has Python and this project's extras tpu and gcs; this checkout is put on top. A
-#              preempted slice starts again, and the run goes on
-#     status   the workloads of that name
-#     delete   ends the workload
+#     run      --type=v5litepod-16 --image=IMAGE [--slices=1] [--restarts=10]: starts a workload that runs
+#              `tosa_jax.main ARGUMENTS --multihost`. IMAGE needs Python and this project's extras tpu and gcs; this
+#              checkout is added to it. A preempted slice starts again, and the run continues
+#     status   lists the workloads of that name
+#     delete   deletes the workload
 #
 # run needs ARGUMENTS with --config= and --workdir=gs://... DRY_RUN=1 prints the commands.
 set -euo pipefail

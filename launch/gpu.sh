@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A run on all GPUs of this machine, setting up .venv first if need be. CUDA comes with the packages; only the driver
-# must be there.
+# A run on all GPUs of this machine. Makes .venv first if there is none. The packages bring CUDA; the driver must be
+# installed.
 #
 #     launch/gpu.sh --config=configs/deit_s.py ...       arguments of tosa_jax.main
 #

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the main job on this machine, setting up .venv first if need be.
+# Runs the main job on this machine. Makes .venv first if there is none.
 #
 #     launch/local.sh                                    the offline default, configs/digits.py
 #     launch/local.sh --config=configs/deit_s.py ...     these arguments instead of the default ones

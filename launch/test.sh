@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the tests on this machine, setting up .venv first if need be; arguments go to pytest.
+# Runs the tests on this machine; arguments go to pytest. Makes .venv first if there is none.
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 source launch/setup.sh

@@ -3,13 +3,13 @@
 #
 #     launch/tpu_vm.sh ACTION --name=NAME --zone=ZONE [--project=ID] [--type=v5litepod-16] [...] [-- ARGUMENTS]
 #
-#     up       asks for the TPU, waits, copies this checkout, installs it, runs; again whenever it was preempted
-#     create   asks for the TPU only: a queued resource, [--spot=1] or [--reserved=1], [--slices=2]
-#     wait     until it is there
+#     up       create, wait, install and run; begins again whenever the TPU was preempted
+#     create   requests the TPU as a queued resource: [--spot=1] or [--reserved=1], [--slices=2]
+#     wait     waits until the TPU is ready
 #     install  copies this checkout to all hosts and installs it
-#     run      runs `tosa_jax.main ARGUMENTS --multihost` on all hosts, with logs; start it again to go on
-#     status   the state of the queued resource
-#     delete   deletes it with its TPU
+#     run      runs `tosa_jax.main ARGUMENTS --multihost` on all hosts and shows the logs; run it again to continue
+#     status   prints the state of the queued resource
+#     delete   deletes the queued resource and its TPU
 #
 # create and up need --type and --version (runtime, e.g. v2-alpha-tpuv5-lite); run and up need ARGUMENTS with
 # --config= and --workdir=gs://... DRY_RUN=1 prints the commands.
@@ -59,7 +59,7 @@ create() {
         --accelerator-type="$type" --runtime-version="$version" "${node[@]}"
 }
 
-# Until the TPU is there; fails when it will not come.
+# Waits until the TPU is ready; fails if the request has failed.
 wait_until_there() {
     if [[ "${DRY_RUN:-}" == 1 ]]; then
         run gcloud compute tpus queued-resources describe "$name" "${where[@]}" --format="value(state.state)"
@@ -81,7 +81,7 @@ wait_until_there() {
     return 1
 }
 
-# on_all COMMAND: in a shell on every host of every slice, slices at the same time; fails if one fails.
+# on_all COMMAND: runs it in a shell on every host; slices run at the same time. Fails if one of them fails.
 on_all() {
     local node pids=() pid failed=0
     for node in "${nodes[@]}"; do
@@ -95,7 +95,7 @@ on_all() {
 
 install() {
     local archive=/tmp/tosa_jax-$name.tar.gz node
-    # What git tracks, as it is now: data, results of runs and environments stay here.
+    # Copies the files that git tracks, with local changes, and so no data, runs or environments.
     run bash -c "git ls-files -z | tar --null --files-from=- -czf $archive"
     for node in "${nodes[@]}"; do
         run gcloud compute tpus tpu-vm scp "$archive" "$node:$archive" "${where[@]}" --worker=all
@@ -113,7 +113,7 @@ delete() {
     run gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet
 }
 
-# From the request to the report; a TPU that was taken away is asked for again, and the run goes on.
+# From the request to the report. A preempted TPU is requested again, and the run continues.
 up() {
     local status
     while true; do

@@ -46,7 +46,7 @@ class TwoCrops(Task):
     def plan(cls, run, stages, rows):
         last = dataclasses.replace(run.pretrain, learning_rate=1e-5)
         stages = [*stages, Stage("anneal", "anneal", stages[0].model, "pretrain", last)]
-        return stages, [dataclasses.replace(row, network="anneal") for row in rows]
+        return stages, [dataclasses.replace(row, stage="anneal") for row in rows]
 
     @property
     def teacher(self):

@@ -1,4 +1,7 @@
-"""Fewer tokens for many, and the way back: selected, merged or clustered tokens in one form."""
+"""Reductions: how many tokens become fewer, and how all of them come back.
+
+Selected, merged and clustered tokens have the same form here.
+"""
 
 from typing import NamedTuple
 
@@ -11,11 +14,11 @@ from tosa_jax.ops.token_selection import Selection, gather_tokens, scatter_token
 
 
 class TokenWeights(NamedTuple):
-    """New tokens as weighted means of old ones.
+    """Weights for new tokens that are weighted means of old ones.
 
-    weights  [b s n], how much each old token counts in a new one; rows sum to 1.
-    back     [b n s], how much each new token counts when an old one is rebuilt; None: `weights` transposed, each row
-             divided by its sum.
+    weights  [b s n]: share of each old token in a new one; rows sum to 1.
+    back     [b n s]: share of each new token in a restored old one; None: `weights` transposed, with rows divided by
+             their sums.
     """
 
     weights: Float[Array, "b s n"]
@@ -25,15 +28,15 @@ class TokenWeights(NamedTuple):
 class Reduction(NamedTuple):
     """How n old tokens became s new ones.
 
-    source   the old tokens that go on (a `Selection`), or the weights that mix them.
-    weights  [b n], how much each old token counts where the selected ones go on as the mean of their group, or None:
-             they go on as they are. Not read with `TokenWeights`.
-    sizes    [b s], how many tokens each new one stands for, itself included; None: one.
-    mask     [b s], false for new tokens that no attention may read; None: all are read.
-    before   [b n d], the old tokens as they rejoin: bypassed ones as they were, or moved on by an estimate.
-             None: each one becomes a copy of what stands for it.
-    entered  [b s d], what the new tokens were at first, where old ones get the updates of what stands for them;
-             else None. Read with `before` alone.
+    source   a `Selection`: the old tokens that are kept; or `TokenWeights`: how old tokens are mixed.
+    weights  [b n]: weight of each old token in the mean of its group, which a selected token becomes. None: selected
+             tokens stay as they are. Not read with `TokenWeights`.
+    sizes    [b s]: how many old tokens each new one represents, itself included; None: one.
+    mask     [b s]: false for new tokens that no attention may read; None: all are read.
+    before   [b n d]: the old tokens into which the new ones are put back; bypassed tokens keep these values. None: each
+             old token becomes a copy of the new token that represents it.
+    entered  [b s d]: the new tokens before the layer. If given, each old token gets the update (after - before) of the
+             new token that represents it. Needs `before`.
     """
 
     source: Selection | TokenWeights
@@ -54,7 +57,7 @@ class Reduction(NamedTuple):
         return total / self.sizes[:, :, None].astype(values.dtype)
 
     def spread(self, values: Float[Array, "b s d"]) -> Tokens:
-        """values [b s d] of the new tokens -> [b n d]: each old token gets those of what stands for it."""
+        """values [b s d] of the new tokens -> [b n d]: each old token gets those of the new one that represents it."""
         if isinstance(self.source, Selection):
             return spread_groups(values, self.source)
         back = self.source.back
@@ -80,5 +83,5 @@ class Reduction(NamedTuple):
 
 
 def pooled(selection: Selection, weights: Float[Array, "b n"]) -> Reduction:
-    """The selected tokens as means of their groups, old tokens weighted by how many each stands for [b n]."""
+    """A reduction whose selected tokens become the means of their groups; `weights` [b n] of the old tokens."""
     return Reduction(selection, weights, sum_groups(weights[:, :, None], selection)[:, :, 0])

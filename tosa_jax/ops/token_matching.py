@@ -1,7 +1,7 @@
-"""Representatives: the selected token most like a bypassed one, whose update it shares.
+"""Token matching: each bypassed token gets a representative, the selected token that is most like it.
 
-A selected token and those it stands in for are a group. Similarity is the cosine of features; no gradient passes
-through any choice.
+A selected token and the bypassed tokens that it represents are a group. Similarity is the cosine of features. No
+gradient passes through a choice.
 """
 
 import jax
@@ -12,13 +12,13 @@ from jaxtyping import Array, Float, Int32
 from tosa_jax.ops.array_types import Scores, Tokens
 from tosa_jax.ops.token_selection import Selection, complement, gather_tokens, select_tokens
 
-# Summing groups and spreading over them are each other's transpose, with derivatives of their own: no float
-# scatter-add is compiled.
+# Summing over groups and spreading to groups are transposes of each other. Each is the other's derivative, so that no
+# scatter-add of floats is compiled.
 
 
 @jax.custom_vjp
 def sum_groups(values: Tokens, selection: Selection) -> Float[Array, "b s d"]:
-    """values [b n d] -> the sum over each selected token and those it stands in for [b s d]."""
+    """values [b n d] -> the sum over each group [b s d]."""
     sums = gather_tokens(values, selection)
     others = complement(selection)
     if not others.indices.shape[1]:
@@ -31,7 +31,7 @@ def sum_groups(values: Tokens, selection: Selection) -> Float[Array, "b s d"]:
 
 @jax.custom_vjp
 def spread_groups(values: Float[Array, "b s d"], selection: Selection) -> Tokens:
-    """values [b s d] -> [b n d]: each token gets that of the selected token it is or has as its representative."""
+    """values [b s d] -> [b n d]: each token gets the value of its group."""
     return jnp.take_along_axis(values, selection.slot[:, :, None], axis=1, mode="promise_in_bounds")
 
 
@@ -48,7 +48,7 @@ spread_groups.defvjp(_spread_forward, lambda selection, grad: (sum_groups(grad, 
 
 
 def cosines(a: Float[Array, "b n f"], b: Float[Array, "b m f"]) -> Float[Array, "b n m"]:
-    """Cosine similarity of each row of `a` with each of `b`, in float32; no gradient passes."""
+    """Cosine similarity of each row of `a` with each row of `b`, in float32. No gradient passes."""
 
     def unit(x):
         x = jax.lax.stop_gradient(x).astype(jnp.float32)
@@ -60,7 +60,7 @@ def cosines(a: Float[Array, "b n f"], b: Float[Array, "b m f"]) -> Float[Array, 
 def with_representatives(
     features: Float[Array, "b n f"], selection: Selection, num_prefix_tokens: int
 ) -> Selection:
-    """The selection in which each bypassed token has the selected patch most like it as its representative."""
+    """The same selection; each bypassed token now has a representative, the selected patch that is most like it."""
     others = complement(selection)
     similarity = cosines(gather_tokens(features, others), gather_tokens(features, selection))
     nearest = _argmax_patch(similarity, num_prefix_tokens)
@@ -71,12 +71,14 @@ def with_representatives(
 def bipartite_matching(
     features: Float[Array, "b n f"], count: int, num_prefix_tokens: int
 ) -> tuple[Selection, Scores]:
-    """Bypasses the `n - count` most redundant patches, each with the one most like it as its representative.
+    """Selects `count` tokens and bypasses the `n - count` patches that are most like their representative.
 
-    Every second patch may be bypassed, the others stand in for them, as in ToMe's bipartite matching (Bolya et al.
-    2023, "Token Merging: Your ViT But Faster"). `count` is at least `least_after_matching(n, prefix)`.
+    Every second patch may be bypassed; its representative is one of the other patches. This is the bipartite matching
+    of ToMe (Bolya et al. 2023, "Token Merging: Your ViT But Faster"). `count` is at least
+    `least_after_matching(n, num_prefix_tokens)`.
 
-    The scores are 1 - cosine to the representative, in [0, 2], and 3 for those that stay.
+    Returns the selection, and scores [b n]: 1 - cosine to the representative, in [0, 2], for patches that may be
+    bypassed, and 3 for all other tokens.
     """
     n = features.shape[1]
     places = np.arange(n)
@@ -96,18 +98,21 @@ def bipartite_matching(
 def weigh_redundancy(
     scores: Scores, features: Float[Array, "b n f"], weight: float, num_prefix_tokens: int
 ) -> Scores:
-    """Scores that are low for tokens of little attention, and for those that a more attended token resembles.
+    """Scores [b n] that are low for tokens of little attention and for tokens that are like a more attended one.
 
-    scores  [b n], predicted attention; `features` are compared by cosine; `weight` in [0, 1] is redundancy's share.
-    Both count by rank in their example, so that neither's scale matters. A token is safe to bypass when a selected
-    one resembles it; to look among the more attended alone keeps two alike from both leaving.
+    scores    [b n], predicted attention, higher is better.
+    features  compared by cosine.
+    weight    share of redundancy in [0, 1]; attention has the rest.
+
+    Attention and redundancy count by their rank in the example, so that their scales do not matter. A token is compared
+    with more attended tokens alone: of two tokens that are alike, only the less attended one gets a low score.
     """
     scores = jax.lax.stop_gradient(scores)
 
     def rank(x):
         return jnp.argsort(jnp.argsort(x, axis=1), axis=1)
 
-    place = rank(-scores)  # 0 for the most attended; of two alike the first comes first
+    place = rank(-scores)  # 0 for the most attended; of equal scores the first token comes first
     more = place[:, None, :] < place[:, :, None]
     prefix = jnp.arange(scores.shape[1]) < num_prefix_tokens
     similarity = jnp.where(more & ~prefix[None, None], cosines(features, features), -1.0)
@@ -116,7 +121,7 @@ def weigh_redundancy(
 
 
 def least_after_matching(num_tokens: int, num_prefix_tokens: int) -> int:
-    """The fewest tokens that `bipartite_matching` can leave: one candidate at least needs a representative."""
+    """The smallest `count` that `bipartite_matching` takes: the number of tokens that it cannot bypass."""
     candidates = (num_tokens - num_prefix_tokens + 1) // 2
     return num_tokens - (candidates if num_tokens - num_prefix_tokens > 1 else 0)
 

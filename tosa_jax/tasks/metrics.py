@@ -1,4 +1,4 @@
-"""Metrics as (sum, count): the form that survives padding, uneven batches and many devices."""
+"""Metrics as (sum, count), which are exact with padding, uneven batches and many devices."""
 
 from collections.abc import Mapping
 
@@ -13,7 +13,7 @@ Totals = dict[str, tuple[Shaped[ArrayLike, ""], Shaped[ArrayLike, ""]]]
 
 
 def totals(values: Mapping[str, PerExample], mask: PerExample) -> Totals:
-    """Per-example values -> (sum, count) over examples whose `mask` is 1; padding may hold anything."""
+    """Values [b] -> (sum, count) over the examples whose `mask` is 1. Values of padding are ignored, even NaN."""
     count = mask.sum()
     return {
         name: (jnp.where(mask > 0, x.astype(jnp.float32), 0).sum(), count)
@@ -22,7 +22,7 @@ def totals(values: Mapping[str, PerExample], mask: PerExample) -> Totals:
 
 
 def add(left: Totals | None, right: Totals) -> Totals:
-    """The totals of both; `left` None is nothing yet."""
+    """The totals of both; `left` is None before the first batch."""
     return right if left is None else jax.tree.map(lambda a, b: a + b, left, right)
 
 
@@ -41,5 +41,5 @@ def top_k_correct(
     label_logit = jnp.take_along_axis(logits, labels[:, None], axis=1)
     before = jnp.arange(logits.shape[1])[None] < labels[:, None]
     better = (logits > label_logit) | ((logits == label_logit) & before)
-    # A network that gives NaN is wrong, not right by comparison.
+    # Comparisons with NaN are false, which would make a NaN prediction correct.
     return (better.sum(axis=1) < k) & jnp.isfinite(label_logit[:, 0])

@@ -1,7 +1,7 @@
 """Mixup, cutmix and random erasing, on the device, inside the jitted training step.
 
-As timm does it for DeiT, in batch mode: one lambda and one box a batch, the partner of
-an image is the one at its place in the reversed batch. Erasing comes first, then `mix`.
+This is timm's batch mode, as DeiT uses it: one lambda and one box for the batch; the partner of an image is the image
+at its place in the reversed batch. Images are erased first, then mixed.
 """
 
 from dataclasses import dataclass
@@ -22,11 +22,11 @@ _ERASE_TRIES = 10  # an image none of whose boxes fits stays as it is
 
 @dataclass(frozen=True, kw_only=True)
 class MixingConfig:
-    """How training batches are mixed and erased; all zero: not at all. Raises ConfigError.
+    """How training batches are mixed and erased; all zero: not at all. Raises ConfigError for values out of range.
 
-    mixup, cutmix  alpha of Beta(alpha, alpha), which lambda is drawn from; 0: never used.
-    switch_prob    probability of cutmix where both are used.
-    erase_prob     probability of erasing a box, of each image.
+    mixup, cutmix  alpha of Beta(alpha, alpha), from which lambda is drawn; 0: not used.
+    switch_prob    probability in [0, 1] of cutmix if both are used.
+    erase_prob     probability in [0, 1] that a box of an image is erased.
     """
 
     mixup: float = 0.0
@@ -46,10 +46,10 @@ class MixingConfig:
 def mix(
     config: MixingConfig, key: jax.Array, images: Images, targets: Targets
 ) -> tuple[Images, Targets]:
-    """A batch under mixup or cutmix; dtypes stay.
+    """A batch after mixup or cutmix; dtypes stay.
 
     images   float [b h w c], normalised or not.
-    targets  float [b classes], each row a distribution, smoothed or not: mixing is linear.
+    targets  float [b classes], each row a distribution, smoothed or not.
     """
     if not (config.mixup or config.cutmix):
         return images, targets

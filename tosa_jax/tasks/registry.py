@@ -56,7 +56,7 @@ def create_model(
     """A model by timm's name, or "vit" with sizes of your own; random weights, initialised as DeiT.
 
     keep_rate  share in (0, 1] of the patches that selective layers take: one number, or one a selection.
-               None, without a plan and `budget_gmacs`, makes the plain dense network.
+               None, without a plan and `budget_gmacs`, makes the dense model.
     image_size pixels: the side of a square, or (height, width); by default the variant's own.
     task       a key of `TASKS`: "classification", or "depth", which has a decoder and does not read `num_classes`.
     plan       a layer kind for each layer, or the name of one for every second layer; by default every second

@@ -1,4 +1,4 @@
-"""Orbax checkpoints of a stage, on one process or many, here or in a bucket.
+"""Orbax checkpoints of a stage, of one process or several, local or in a bucket.
 
 Precedence when a run starts: the newest readable checkpoint of the stage, else what the stage before left, else
 `init_from`, else random weights.
@@ -23,9 +23,9 @@ log = logging.getLogger(__name__)
 
 
 class Manager(ocp.CheckpointManager):
-    """Orbax's manager, which leaves it to the training loop to ask whether a preemption is due.
+    """Orbax's manager without its question whether a preemption is due: the training loop asks that.
 
-    It would ask with step numbers, which start anew with each stage; the service compares them.
+    Orbax would ask with step numbers, which the service compares; but they begin again with each stage.
     """
 
     def reached_preemption(self, step: int) -> bool:
@@ -66,9 +66,9 @@ class Checkpoints(contextlib.AbstractContextManager):
         facts: Mapping[str, Any],
         metrics: Mapping[str, float] | None = None,
     ) -> None:
-        """Starts writing state and facts (JSON values); a step that is there already is left as it is.
+        """Starts writing state and facts (JSON values). A step that was saved before is left as it is.
 
-        metrics   what the best is chosen by, among others; None: the network was not scored at this step.
+        metrics   include the one by which the best is chosen; None: the model was not scored at this step.
 
         Raises RuntimeError: Orbax does not save.
         """
@@ -80,11 +80,11 @@ class Checkpoints(contextlib.AbstractContextManager):
             raise RuntimeError(f"orbax refused to save step {step} under {self.manager.directory}")
 
     def restore(self, abstract: Any) -> tuple[Any, dict[str, Any]] | None:
-        """The newest state that can be read, as `abstract` (shapes with shardings) has it, with its facts.
+        """The newest state that can be read, and its facts; None if there is no checkpoint.
 
-        None if there is no checkpoint.
+        abstract  shapes of the state, with shardings.
 
-        Directory names alone prove nothing: a checkpoint that was damaged is passed over with a warning.
+        A damaged checkpoint is passed over with a warning, and deleted when an older one can be read.
 
         Raises WorkdirError: there are checkpoints, and none of them can be read.
         """
@@ -111,21 +111,21 @@ class Checkpoints(contextlib.AbstractContextManager):
         return None
 
     def wait(self) -> None:
-        """Blocks until everything is on disk, and raises what went wrong in the background."""
+        """Waits until everything is on disk. Raises the errors that happened in the background."""
         self.manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits for what is being written, and lets go."""
+        """Waits for what is being written, and closes the manager."""
         self.manager.close()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # Closing waits for what is being written, and that for other processes: after a failure they may not come.
+        # Closing waits for the other processes, which may have ended after a failure.
         if kind is None or kind is Stopped or not are_several():
             self.close()
 
 
 def with_shardings(tree: Any, shardings: Any) -> Any:
-    """Shapes that say where each leaf lives."""
+    """The shapes of a tree, with a sharding for each leaf."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
     )

@@ -23,9 +23,8 @@ _SUMMARY: Any = summary_pb2
 class MetricWriter(contextlib.AbstractContextManager):
     """Appends records to `metrics.jsonl` and scalars to `tensorboard/<stage>` of a work directory.
 
-    What a method is given is on the disk when it returns: a killed run loses nothing, and TensorBoard can be watched.
-    Where the work directory is in a bucket, files grow in a local folder and are copied there every minute and in
-    `flush`.
+    Each method writes to the disk before it returns: a killed run loses no record, and TensorBoard shows a running
+    stage. For a work directory in a bucket, files grow in a local folder and are copied every minute and by `flush`.
 
     Args:
         workdir: the work directory; made if missing.
@@ -51,8 +50,8 @@ class MetricWriter(contextlib.AbstractContextManager):
         """Appends one record.
 
         Args:
-            metrics: scalars by name; one that is not finite becomes null in JSON and is kept from TensorBoard.
-            **extra: further JSON values of the record, which TensorBoard does not get.
+            metrics: scalars by name. One that is not finite becomes null in JSON, and TensorBoard does not get it.
+            **extra: further JSON values for the record, which TensorBoard does not get.
 
         Raises:
             ValueError: two values of the record have the same name.
@@ -83,9 +82,9 @@ class MetricWriter(contextlib.AbstractContextManager):
             self._show(stage, step, picture)
 
     def truncate(self, stage: str, step: int) -> None:
-        """Removes the records of `stage` after `step`: a resumed run writes them once more.
+        """Removes the records of `stage` after `step`, because a resumed run writes them again.
 
-        Lines that hold no record go too. TensorBoard hides the events after `step`.
+        Lines that are no records are removed too. TensorBoard hides the events after `step`.
         """
         if not self._main_process:
             return
@@ -97,7 +96,7 @@ class MetricWriter(contextlib.AbstractContextManager):
         write_atomically(self._path, b"".join(kept))
 
     def flush(self) -> None:
-        """Everything is in the bucket too when this returns: what a checkpoint follows must not be lost."""
+        """Copies everything to the bucket. Due before each checkpoint: what came before it is not written again."""
         if self._main_process:
             self._files.push()
 

@@ -7,7 +7,7 @@ import jax
 
 
 class StepTrace(contextlib.AbstractContextManager):
-    """Traces the steps of a range, as far as a stage has them, into `folder`; process 0 only."""
+    """Traces the steps of a range into `folder`, on process 0 alone. Steps that the stage does not have are ignored."""
 
     def __init__(self, steps: range, folder: str) -> None:
         self._steps = steps if jax.process_index() == 0 else range(0)
@@ -15,7 +15,7 @@ class StepTrace(contextlib.AbstractContextManager):
         self._tracing = False
 
     def at(self, step: int, state: Any) -> None:
-        """Says that `step` comes next; `state` is what the steps so far lead to."""
+        """To be called before each step, with the state that the steps before it lead to."""
         if self._tracing and step not in self._steps:
             jax.block_until_ready(state)
             self._stop()

@@ -1,4 +1,4 @@
-"""What a long run says while it runs: its clock and its progress line."""
+"""The progress of a running stage: its clock and its progress line."""
 
 import contextlib
 import io
@@ -15,14 +15,14 @@ from tosa_jax.reporting.report import format_seconds
 
 Clock = Callable[[], float]
 
-_WARM_UP_TICKS = 2  # they hold the compilation and the first, cold batch
+_WARM_UP_TICKS = 2  # not counted: they include the compilation and the first batch
 
 
 class Chrono:
-    """Clocks the steps of one stage.
+    """Measures the time of the steps of one stage.
 
-    The device runs behind the host, so call `tick` only after a value of that step was fetched:
-    only then has the device done the work that is being clocked.
+    The device runs behind the host. Call `tick` only after a value of that step was fetched: then the device has done
+    the step.
 
     Args:
         first_step: the step the run starts or goes on from.

@@ -237,7 +237,7 @@ def eval_step(
 
     `first` is the number of the first example in its split, int32. Each example's random selections follow from `seed`
     and its own number, so that they do not depend on the batch size. Images may have another size than those that the
-    network trained on, where the network takes any: its `keep_rate` is the share of the patches that they have.
+    model trained on, where the model takes any size: its `keep_rate` is the share of the patches that they have.
     """
     model = with_image_size(build_model(graphdef, params, mesh), batch["image"].shape[1:3])
     out = task.predict(model, batch, example_keys(seed, first, len(batch["image"])))

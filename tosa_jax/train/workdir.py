@@ -1,4 +1,4 @@
-"""The work directory of a run, here or in a bucket: whose it is, and that one run at a time works in it."""
+"""The work directory of a run, local or in a bucket: checks that it belongs to the run, and locks it."""
 
 import contextlib
 import fcntl
@@ -98,7 +98,7 @@ def _wait_for(path: AnyPath) -> None:
 
 @contextlib.contextmanager
 def lock(workdir: AnyPath) -> Iterator[None]:
-    """A lock that the kernel lets go when the process ends, however it ends. Raises WorkdirError if it is held."""
+    """A lock that the kernel releases when the process ends, in whatever way. Raises WorkdirError if another has it."""
     with open(workdir / ".lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -161,7 +161,7 @@ def lease(workdir: AnyPath, beat: float = BEAT_SECONDS) -> Iterator[None]:
 
 
 def _outlast(fs: fsspec.AbstractFileSystem, path: str, workdir: AnyPath, beat: float) -> None:
-    """Returns when a lease has not been renewed for three beats; raises WorkdirError as soon as it is."""
+    """Waits three beats. Raises WorkdirError as soon as another run renews its lease."""
 
     def read() -> bytes:
         fs.invalidate_cache()

@@ -1,6 +1,6 @@
 """Loads released weights into a model, and saves and loads this project's own.
 
-Loading changes parameters only. What the shapes in a file do not tell is a field of the model: the
+Loading changes parameters alone. Some facts cannot be seen in a file's shapes and are fields of the model: the
 epsilon of LayerNorm (`norm_eps`: 1e-6 in timm, DeiT and DINOv2, 1e-12 in transformers' ViT and
 DeiT), the variant of GELU, the number of heads, and how positions are resampled (`pos_resample`;
 `models/positions.py` says which form is whose). If a config.json lies beside the file, the fields
@@ -56,12 +56,11 @@ def load_pretrained(
                 because the file's has another number of classes, a decoder that the file lacks,
                 positions that were resampled, parts that only pretraining uses.
 
-    Parameters take the dtype and the sharding of the model's own. Selectors are in no released file
-    and stay as they are.
+    Parameters take the dtype and the sharding of the model's own. Released files have no selectors; the model's
+    stay as they are.
 
-    Raises WeightsError, with the model as it was: an unreadable file; names that are missing, left
-    over or of another shape; a config.json that describes another function (the message names the
-    field of `create_model` to pass).
+    Raises WeightsError and leaves the model as it was: the file cannot be read; parameters are missing, left over or of
+    another shape; config.json describes another computation (the message names the field of `create_model` to pass).
     """
     if path is None and selectors is None:
         raise WeightsError("load_pretrained needs a path to weights, or selectors=, or both")
@@ -116,13 +115,13 @@ def pretrained_params(
     kept |= _other_heads(arrays, own, messages.append)
     arrays = {name: x for name, x in arrays.items() if name not in kept}
     check_fit(file.path, arrays, {name: x for name, x in own.items() if name not in kept})
-    for message in messages:  # only now: a file that is refused says one line, the error
+    for message in messages:  # only now: of a file that is refused, only the error is shown
         on_message(f"{file.path}: {message}")
     return {name: np.asarray(x).astype(own[name].dtype) for name, x in arrays.items()}
 
 
 def _to_ours(arrays: names.Arrays, config: ViTConfig, say: Say) -> names.Arrays:
-    """A file's arrays under this project's paths, in its layouts."""
+    """A file's arrays with the paths and layouts of this project."""
     if names.is_google(arrays):
         if config.mlp == "gelu":
             say(
@@ -188,7 +187,7 @@ def _kept_norm(
 
 
 def _other_heads(arrays: Mapping[str, np.ndarray], own: Params, say: Say) -> set[str]:
-    """Names of heads and decoders that only the file or only the model has: the file is of another task."""
+    """Names of the parts that only the file or only the model has, because they are for different tasks."""
 
     def of(names, part):
         return {name for name in names if name.startswith(f"{part}/")}
@@ -216,9 +215,9 @@ def _kept_kinds(arrays: Mapping[str, np.ndarray], own: Params, say: Say) -> set[
 def save_weights(
     model: VisionTransformer, path: str | Path, *, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes all parameters, selectors too, to a whole `.safetensors` for `load_pretrained`.
+    """Writes all parameters, selectors too, atomically to a `.safetensors` file for `load_pretrained`.
 
-    metadata  further texts to write into its header.
+    metadata  further texts for the file's header.
     """
     facts = {"format": WEIGHTS_FORMAT, "fields": json.dumps(model.config.silent_fields)}
     write_safetensors(path, _to_host(get_params(model)), {**(metadata or {}), **facts})
@@ -268,12 +267,12 @@ def selector_params(model: VisionTransformer, path: str | Path) -> dict[str, np.
 
 
 def _selectors_of(model: VisionTransformer) -> Params:
-    """What layer kinds added to the network: selectors, and bypasses that are fitted."""
+    """The parameters of layer kinds: selectors and fitted bypasses."""
     return {name: x for name, x in get_params(model).items() if name.startswith("kinds/")}
 
 
 def _selector_facts(model: VisionTransformer, params: Params) -> dict[str, str]:
-    """What selectors and bypasses must agree in, as text; "none" for what is not there."""
+    """The facts in which file and model must agree, as text; "none" where there is no such part."""
     kernel = next((x for name, x in params.items() if name.endswith("conv1/kernel")), None)
     down = next((x for name, x in params.items() if name.endswith("bypass/down/kernel")), None)
     layers = sorted({int(name.split("/")[1]) for name in params})

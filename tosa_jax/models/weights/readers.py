@@ -1,6 +1,6 @@
-"""Weights as NumPy arrays, from local files and folders, the hub and checkpoints of runs.
+"""Reads weights as NumPy arrays from local files and folders, the hub, and checkpoints of runs.
 
-No model is needed. Names are those of the file; `names` translates them.
+No model is needed. The names are those of the file; `names` translates them.
 """
 
 import json
@@ -21,7 +21,7 @@ from tosa_jax.models.weights.run_checkpoints import find_checkpoint, read_params
 from tosa_jax.models.weights.torch_pickle import LEGACY_START, read_torch_file
 from tosa_jax.paths import as_path, write_atomically
 
-# What a folder of transformers, timm or the hub may hold, the preferred first.
+# Files that a folder of transformers, timm or the hub may have, in order of preference.
 _FOLDER_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -31,14 +31,13 @@ _FOLDER_FILES = (
 
 @dataclass(frozen=True)
 class WeightFile:
-    """What was read.
+    """The contents of a file or folder of weights.
 
     path      of the file or folder, for messages.
-    arrays    by the names of the file.
-    under     key of the state dict within a `.pth`, or the stage and step of a checkpoint; "" if
-              neither.
-    metadata  of a `.safetensors`.
-    config    the config.json beside it, or of the work directory; {} if there is none.
+    arrays    by their names in the file.
+    under     key of the state dict in a `.pth`; "<stage>/<step>" of a checkpoint; else "".
+    metadata  of a `.safetensors`; else {}.
+    config    the config.json beside the file, or of the work directory; {} if there is none.
     """
 
     path: str
@@ -49,11 +48,11 @@ class WeightFile:
 
 
 def read_weights(path: str | Path) -> WeightFile:
-    """Reads a file, a folder of transformers or of a run, or `hf:owner/name[/file]`.
+    """Reads a file, a folder of transformers or of a run, or `hf:owner/name[@revision][/file]`.
 
-    What a file is follows from its first bytes, never from its name.
+    The format of a file is told by its first bytes, not by its name.
 
-    Raises WeightsError (one line): nothing there, damaged, not weights, or no network.
+    Raises WeightsError: the file does not exist, is damaged or holds no weights, or the hub cannot be reached.
     """
     path = fetch_from_hub(str(path)) if str(path).startswith("hf:") else Path(path).expanduser()
     if path.is_dir():
@@ -108,7 +107,7 @@ def _kind(path: Path) -> str:
 
 
 def _holds_npy(path: Path) -> bool:
-    """Whether a zip file is NumPy's; a broken one is not, and `read_torch_file` says how."""
+    """Whether a zip file holds `.npy` files alone. False for a broken one, whose fault `read_torch_file` names."""
     try:
         with zipfile.ZipFile(path) as archive:
             return all(name.endswith(".npy") for name in archive.namelist())
@@ -125,7 +124,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
         raise WeightsError(
             f"{path} is damaged or holds more than numbers ({reason}); get it again"
         ) from error
-    # NumPy has no bfloat16 of its own and stores it as two bytes without a type.
+    # NumPy has no bfloat16: it stores such an array as two bytes an element, without a type.
     return {
         name: x.view(ml_dtypes.bfloat16) if x.dtype == np.dtype("V2") else x
         for name, x in arrays.items()
@@ -143,7 +142,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]
 
 
 def _read_shards(index: Path, config: dict[str, Any]) -> WeightFile:
-    """All files that an index of transformers names."""
+    """The arrays of all files that an index of transformers names."""
     arrays = {}
     for name in sorted(set(_read_json(index).get("weight_map", {}).values())):
         shard = index.parent / Path(name).name
@@ -154,7 +153,7 @@ def _read_shards(index: Path, config: dict[str, Any]) -> WeightFile:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; {} if there is no such file."""
+    """A JSON object; {} if there is no such file, or if it holds another JSON value."""
     if not path.exists():
         return {}
     try:
@@ -167,7 +166,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def write_safetensors(
     path: str | os.PathLike, arrays: dict[str, np.ndarray], metadata: dict[str, str]
 ) -> None:
-    """Writes a whole `.safetensors` file or none; folders on the way are made."""
+    """Writes a `.safetensors` file atomically, and makes its folder if there is none."""
     path = as_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     contiguous = {name: np.ascontiguousarray(x).reshape(x.shape) for name, x in arrays.items()}
@@ -175,10 +174,10 @@ def write_safetensors(
 
 
 def fetch_from_hub(address: str) -> Path:
-    """`hf:owner/name[@revision][/file]` -> the local copy of the file.
+    """Downloads `hf:owner/name[@revision][/file]` and returns the path of the local copy.
 
-    Its config.json is fetched too, if there is one. Without a file name, the first there is of
-    model.safetensors (whole or in shards) and pytorch_model.bin.
+    The repository's config.json is downloaded too, if there is one. Without a file name this takes model.safetensors,
+    else its index with all shards, else pytorch_model.bin.
 
     Raises WeightsError: huggingface_hub is not installed, no network, no such repository or file.
     """
@@ -221,7 +220,7 @@ def fetch_from_hub(address: str) -> Path:
                 return path
     except WeightsError:
         raise
-    except Exception as error:  # every HTTP library that the hub's client has used has its own
+    except Exception as error:  # the hub's client has changed its HTTP library, and so the errors
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
         raise WeightsError(
             f"{address} cannot be had from the hub ({reason}); check the name and the network, or "

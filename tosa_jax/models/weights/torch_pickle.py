@@ -1,9 +1,8 @@
-"""PyTorch's `.pth` files as NumPy arrays, without PyTorch, and running nothing they ask for.
+"""Reads PyTorch's `.pth` files as NumPy arrays, without PyTorch and without running code from the file.
 
-A `.pth` is a pickle of dictionaries and of references into a set of raw byte storages: in a zip
-since PyTorch 1.6, one after the other in a plain file before (timm still writes that form). The
-pickle goes through an unpickler that knows a dozen names; any other name is an error, so that
-nothing of a file is ever executed.
+A `.pth` is a pickle of dictionaries whose tensors refer to storages of raw bytes. Since PyTorch 1.6 pickle and
+storages are entries of a zip file; before, they followed each other in a plain file, which timm still writes. The
+unpickler accepts a dozen names. Any other name is an error, so no code of a file is ever run.
 
 Source of the formats: torch/serialization.py and torch/_utils.py of PyTorch.
 """
@@ -23,12 +22,12 @@ import numpy as np
 
 from tosa_jax.errors import WeightsError
 
-# The number that a file of the older form begins with, and its pickle: PyTorch's.
+# A file of the older form begins with this number, and so with these bytes, its pickle.
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_START = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
 
-# What wraps a state dict in published files, the first that is there wins: averaged weights are the
-# published ones.
+# Keys under which published files keep the state dict. The first that is there is taken: where a file also holds
+# averaged weights, those are the published ones.
 WRAPPERS = ("model_ema", "state_dict_ema", "model", "state_dict", "teacher")
 
 _DTYPES = {
@@ -39,7 +38,7 @@ _DTYPES = {
 }  # fmt: skip
 
 
-# What unpickling, unzipping and rebuilding raise on damaged bytes.
+# Errors that unpickling, unzipping and rebuilding raise on damaged bytes.
 _DAMAGE = (
     pickle.UnpicklingError,
     zipfile.BadZipFile,
@@ -73,7 +72,7 @@ class _Tensor(NamedTuple):
 
 
 class _Ignored:
-    """Stands in for `argparse.Namespace`, which training checkpoints hold; keeps nothing."""
+    """Takes the place of an `argparse.Namespace`, which training checkpoints hold, and keeps none of it."""
 
     def __init__(self, *args: Any, **fields: Any) -> None:
         pass
@@ -83,17 +82,17 @@ class _Ignored:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows tensors, containers and numbers, and calls nothing else."""
+    """Rebuilds tensors, containers and numbers. Raises WeightsError for a file that asks for anything else."""
 
     def __init__(self, file: io.BufferedIOBase, path: Path) -> None:
         super().__init__(file, encoding="utf-8")
         self._path = path
-        self.storages: dict[str, _Storage] = {}  # all that were named, by key
+        self.storages: dict[str, _Storage] = {}  # those that the pickle refers to, by key
 
     def find_class(self, module: str, name: str) -> Any:
         if module in ("torch", "torch.storage") and name in _DTYPES:
             return name
-        # New functions at each look-up: a pickle can set attributes of what it is given.
+        # New functions at each look-up, because a pickle can set attributes of the objects that it gets.
         known: dict[tuple[str, str], Any] = {
             ("collections", "OrderedDict"): OrderedDict,
             ("torch", "Size"): lambda sizes: tuple(sizes),
@@ -118,10 +117,10 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_torch_file(path: Path) -> tuple[dict[str, np.ndarray], str]:
-    """The tensors of a `.pth` by name, and the key they were under ("" if none; see `WRAPPERS`).
+    """The tensors of a `.pth` by name, and the key of `WRAPPERS` under which they were, or "".
 
-    Arrays keep the dtype of the file (bfloat16 is ml_dtypes') and may be read-only. Tensors outside
-    the chosen state dict, such as an optimizer's, are not read.
+    Arrays keep the dtype of the file (bfloat16 is that of ml_dtypes) and may be read-only. Other tensors, such as an
+    optimizer's, are not read.
 
     Raises WeightsError: the file is damaged, asks for code, or holds no tensors.
     """
@@ -150,7 +149,7 @@ def _read_zip(path: Path) -> tuple[dict[str, np.ndarray], str]:
         swap = False
         if f"{root}byteorder" in archive.namelist():
             swap = archive.read(f"{root}byteorder") != sys.byteorder.encode()
-        # Read whole, so that its checksum is compared before it is unpickled.
+        # Read at once: so its checksum is compared before anything is unpickled.
         tree = _Unpickler(io.BytesIO(archive.read(pickles[0])), path).load()
 
         def read(storage: _Storage) -> np.ndarray:
@@ -208,7 +207,7 @@ def _arrays(
 
 
 def _view(content: np.ndarray, tensor: _Tensor) -> np.ndarray:
-    """The strided view, which must lie within the storage: the numbers come from the file."""
+    """A tensor as a strided view of its storage. Raises ValueError if a damaged file asks for values outside it."""
     offset, shape, strides = tensor.offset, tuple(tensor.shape), tuple(tensor.strides)
     count = int(np.prod(shape, dtype=object)) if shape else 1
     last = offset + sum((size - 1) * step for size, step in zip(shape, strides, strict=True))

@@ -65,7 +65,7 @@ class DepthOptions:
 
     crop             what is scored, a key of `CROPS`.
     min_depth        metres: nearer truth is not scored, nearer predictions are moved there. The far end is the
-                     network's `max_depth`.
+                     model's `max_depth`.
     min_train_depth  metres: nearer truth is not learnt from, nor is truth from `max_depth` on.
     flip_average     scores the mean of the prediction and that of the mirrored image: twice the work.
     """
