@@ -7,7 +7,7 @@ Precedence when a run starts: the newest readable checkpoint of the stage, else 
 import contextlib
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
@@ -18,6 +18,8 @@ from tosa_jax.distributed.preemption import Stopped
 from tosa_jax.errors import WorkdirError
 from tosa_jax.models.weights.run_checkpoints import FACTS, STATE
 from tosa_jax.paths import AnyPath, is_remote
+
+Tree = TypeVar("Tree")
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +126,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             self.close()
 
 
-def with_shardings(tree: Any, shardings: Any) -> Any:
+def with_shardings(tree: Tree, shardings: Tree) -> Tree:
     """The shapes of a tree, with a sharding for each leaf."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings

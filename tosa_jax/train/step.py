@@ -7,7 +7,7 @@ uninterrupted one would have drawn, on any number of devices.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,8 @@ from tosa_jax.models.params import Params, set_params
 from tosa_jax.models.vit import VisionTransformer
 from tosa_jax.tasks.metrics import Totals, totals
 from tosa_jax.tasks.task import AverageTeacher, Batch, FrozenTeacher, State, Task
+
+Tree = TypeVar("Tree")
 
 MIXING = 2**31 - 1
 """What the key of mixing is folded with: no layer has this number."""
@@ -195,7 +197,7 @@ def updated_teacher(state: TrainState, params: Params, setup: StepSetup) -> Para
     return update_ema(state.teacher, params, teacher.decay(state.step, setup.total_steps))
 
 
-def mean_over_parts(function: Callable[..., Any], batch: tuple[Any, ...], parts: int) -> Any:
+def mean_over_parts(function: Callable[..., Tree], batch: tuple[Any, ...], parts: int) -> Tree:
     """Mean of `function(*part)` over equal parts of a batch, which are computed one after the other.
 
     Part i has the rows i, i + parts, i + 2 * parts, ...: equally many rows of each device, so that no row moves to
