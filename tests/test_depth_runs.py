@@ -192,7 +192,7 @@ def test_distilling_from_a_network_without_a_decoder_is_refused(nyu, tmp_path, c
     argv = nyu_argv(nyu, tmp_path, "", "deit_small_patch16_224")
     argv += [*steps("selector", 0), *steps("finetune", 1), "--config.finetune.distill_weight=1.0"]
     assert entry.main(argv) == 2
-    assert "needs a trained dense network" in capsys.readouterr().err
+    assert "needs a trained dense model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("lower", "kept"), [(True, [2, 3]), (False, [1, 3])])
