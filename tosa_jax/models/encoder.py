@@ -46,6 +46,7 @@ def run_layers(
     key: jax.Array | None,
     train: bool,
     gather_params: GatherParams | None = None,
+    read: int | None = None,
 ) -> TokenState:
     """Runs each layer in turn.
 
@@ -54,11 +55,12 @@ def run_layers(
     key            for drop path and random selection: one, one an example, or None.
     train          turns drop path on.
     gather_params  gets the parameters of a layer when that layer runs, so that only one layer at a time is whole.
+    read           how many of the first tokens are read after the last layer; the others need not be there. None: all.
     """
     rates = drop_path_rates(config)
     return _run_stretch(
         config, blocks, kinds, state, first=0, rates=rates, drops=[train and rate > 0 for rate in rates],
-        key=key, gather_params=gather_params, wrap=lambda layer: _remat(config, layer, gather_params),
+        key=key, gather_params=gather_params, wrap=lambda layer: _remat(config, layer, gather_params), read=read,
     )  # fmt: skip
 
 
@@ -113,6 +115,7 @@ def _run_stretch(
     key: jax.Array | None,
     gather_params: GatherParams | None = None,
     wrap: Callable[[Callable], Callable] = lambda layer: layer,
+    read: int | None = None,
 ) -> TokenState:
     """Runs neighbouring layers in turn, and tells each one what the next one needs of its attention.
 
@@ -120,14 +123,18 @@ def _run_stretch(
     rates, drops   for each layer the rate of drop path, and whether it is on.
     gather_params  as in `run_layers`.
     wrap           turns a layer, `(state, key) -> state`, into the function that is called.
+    read           as in `run_layers`, after the last of these layers.
     """
     for i, (kind, block) in enumerate(zip(kinds, blocks, strict=True)):
         after = kinds[i + 1].needs() if i + 1 < len(kinds) else None
         layer_key = None if key is None else fold_key(key, first + i)
 
-        def layer(state, layer_key, i=i, kind=kind, block=block, after=after):
+        wanted = read if i == len(kinds) - 1 else None
+
+        def layer(state, layer_key, i=i, kind=kind, block=block, after=after, wanted=wanted):
             block, kind = _gathered(nnx.List([block, kind]), gather_params)
-            context = LayerContext(after or plain_attention, layer_key, rates[i], drops[i])
+            attention_fn = after or plain_attention
+            context = LayerContext(attention_fn, layer_key, rates[i], drops[i], wanted)
             return kind.apply(block, state, context)
 
         state = wrap(layer)(state, layer_key)

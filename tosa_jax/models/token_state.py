@@ -172,12 +172,15 @@ class LayerContext(NamedTuple):
     key           the layer's own random key, or one an example; None: the network was called without a key.
     drop_path     rate in [0, 1); used only with `train`.
     train         whether drop path is on.
+    read          how many of the first tokens are read after this layer, which then is the last one; None: all. A kind
+                  may return these alone; it need not.
     """
 
     attention_fn: AttentionFn
     key: jax.Array | None
     drop_path: Float[Array, ""] | float
     train: bool
+    read: int | None = None
 
     @property
     def drop(self) -> DropPath | None:
@@ -206,9 +209,17 @@ class LayerContext(NamedTuple):
             bias = jnp.where(mask, 0.0 if bias is None else bias, jnp.finfo(jnp.float32).min)
         return self._replace(attention_fn=lambda q, k, v: (attention(q, k, v, bias), None))
 
-    def run(self, block: Block, tokens: Tokens) -> tuple[Tokens, Any]:
-        """Runs the block on `tokens` [b n d]: the tokens after it, and what `attention_fn` reports."""
-        return block(tokens, self.attention_fn, self.drop)
+    def run(self, block: Block, tokens: Tokens) -> tuple[Float[Array, "b m d"], Any]:
+        """Runs the block on `tokens` [b n d]: the tokens after it, and what `attention_fn` reports.
+
+        With `read` these are the first `read` tokens.
+        """
+        if self.read is None:
+            return block(tokens, self.attention_fn, self.drop)
+        if type(block).__call__ is Block.__call__:
+            return block(tokens, self.attention_fn, self.drop, read=self.read)
+        after, summary = block(tokens, self.attention_fn, self.drop)  # a method's own block
+        return after[:, : self.read], summary
 
 
 class LayerKind(nnx.Module):

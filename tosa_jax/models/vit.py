@@ -21,6 +21,10 @@ from tosa_jax.models.token_state import TokenState
 from tosa_jax.models.vit_config import ViTConfig
 from tosa_jax.ops.array_types import Images, Indices, PerExample, Scores, Tokens
 
+READ_TOGETHER = 8
+"""Tokens that the last layer works out for a head that reads one or two: a TPU works on as many rows at once, and with
+fewer XLA would turn every array around."""
+
 
 class Output(NamedTuple):
     """What a model returns.
@@ -28,7 +32,7 @@ class Output(NamedTuple):
     predictions  what the model is for, arrays by name whose first axis is the example: `logits` [b c], or `depth`
               [b height width] at the images' size.
     tokens    [b n d] after the final norm, prefix included, as timm's `forward_features`; that norm comes after the
-              mean with `global_pool="avg"`, and they are as the last layer left them.
+              mean with `global_pool="avg"`, and they are as the last layer left them. None where they were not wanted.
     selected  a tuple with one int32 [b s] a selection: indices into the n tokens, ascending, prefix included.
     aux       per-example scalars [b] that layers report, by name.
     scores    one float [b n] a selection: what it chose by, higher is better; a program that does not return them
@@ -36,7 +40,7 @@ class Output(NamedTuple):
     """
 
     predictions: dict[str, Array]
-    tokens: Tokens
+    tokens: Tokens | None
     selected: tuple[Indices, ...]
     aux: dict[str, PerExample]
     scores: tuple[Scores, ...] = ()
@@ -144,12 +148,16 @@ class VisionTransformer(nnx.Module):
             return jnp.concatenate([prefix, patches + positions], axis=1)
         return jnp.concatenate([prefix, patches], axis=1) + positions
 
-    def layers(self, tokens: Tokens, *, key: jax.Array | None, train: bool) -> TokenState:
-        """Runs the plan on tokens [b n d]."""
+    def layers(
+        self, tokens: Tokens, *, key: jax.Array | None, train: bool, read: int | None = None
+    ) -> TokenState:
+        """Runs the plan on tokens [b n d]; `read` is how many of the first ones are read afterwards, None for all."""
         check_key(self.config.plan, key)
-        run = run_scanned if self.config.scan_layers else run_layers
         parts = self.config, self.blocks, self.kinds, TokenState(tokens)
-        return run(*parts, key=key, train=train, gather_params=self.gather_params)
+        fields = {"key": key, "train": train, "gather_params": self.gather_params}
+        if self.config.scan_layers:
+            return run_scanned(*parts, **fields)
+        return run_layers(*parts, read=read, **fields)
 
     def classify(self, tokens: Tokens) -> Float[Array, "b c"]:
         """Logits of `Output.tokens` [b n d]."""
@@ -160,14 +168,25 @@ class VisionTransformer(nnx.Module):
         return (logits + self.head_dist(tokens[:, 1])) / 2 if config.distilled else logits
 
     def __call__(
-        self, images: Images, *, key: jax.Array | None = None, train: bool = False
+        self,
+        images: Images,
+        *,
+        key: jax.Array | None = None,
+        train: bool = False,
+        tokens: bool = True,
     ) -> Output:
         """images [b height width c], normalised.
+
+        tokens  whether `Output.tokens` is wanted. Without it, and with a head that reads the class token, the last
+                layer works out keys and values of the other tokens and nothing more: the same logits for less.
 
         `key` feeds drop path (with `train`) and random selection: one key, or one an example, so that what an
         example draws does not depend on the others in its batch.
         """
-        state = self.layers(self.embed(images), key=key, train=train)
-        tokens = state.tokens if self.config.global_pool == "avg" else self.norm(state.tokens)
-        logits = self.classify(tokens)
-        return Output({"logits": logits}, tokens, state.selected, state.aux, state.scores)
+        mean = self.config.global_pool == "avg"
+        read = None if tokens or mean else min(READ_TOGETHER, self.config.num_tokens)
+        state = self.layers(self.embed(images), key=key, train=train, read=read)
+        last = state.tokens if mean else self.norm(state.tokens[:, :read])
+        logits = self.classify(last)
+        shown = last if tokens else None
+        return Output({"logits": logits}, shown, state.selected, state.aux, state.scores)

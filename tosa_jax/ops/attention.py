@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from tosa_jax.ops import tpu_attention
 from tosa_jax.ops.array_types import AttnLogits, AttnMap, Keys, PerExample, Queries, Scores
 
 
@@ -29,19 +30,27 @@ def attention(
 ) -> Queries:
     """Softmax attention whose map nobody reads; logits and softmax in float32.
 
-    `key_bias` is added to every logit of a key. Half-precision inputs without it go through cuDNN's fused attention
-    where the program is compiled for an NVIDIA GPU.
+    `key_bias` is added to every logit of a key. In half precision the program compiled for a TPU is a kernel where the
+    shapes fit (`ops.tpu_attention`), and the one for an NVIDIA GPU is cuDNN's fused attention where there is no bias.
     """
-    if key_bias is not None:
-        bias = key_bias.astype(query.dtype)[:, None, None, :]
-        return jax.nn.dot_product_attention(query, key, value, bias=bias)
-    plain = jax.nn.dot_product_attention
+    bias = () if key_bias is None else (key_bias,)
+    forms = {}
+    if tpu_attention.supports(query, key):
+        forms["tpu"] = tpu_attention.attention
     head_dim = query.shape[-1]
     # cuDNN takes these shapes alone, and can be named only where it is installed.
-    if query.dtype == jnp.float32 or head_dim % 8 or head_dim > 128 or not _has_cuda():
-        return plain(query, key, value)
-    fused = functools.partial(plain, implementation="cudnn")
-    return jax.lax.platform_dependent(query, key, value, cuda=fused, default=plain)
+    narrow = query.dtype != jnp.float32 and head_dim % 8 == 0 and head_dim <= 128
+    if narrow and key_bias is None and _has_cuda():
+        forms["cuda"] = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+    if not forms:
+        return _xla_attention(query, key, value, *bias)
+    return jax.lax.platform_dependent(query, key, value, *bias, **forms, default=_xla_attention)
+
+
+def _xla_attention(query, key, value, key_bias=None):
+    if key_bias is not None:
+        key_bias = key_bias.astype(query.dtype)[:, None, None, :]
+    return jax.nn.dot_product_attention(query, key, value, bias=key_bias)
 
 
 @functools.cache
@@ -109,6 +118,27 @@ def walk_map(
         out = jnp.concatenate([out, tail], axis=1)
         total = jax.tree.map(jnp.add, total, part)
     return out, total
+
+
+def attention_and_column_sums(
+    query: Queries, key: Keys, value: Keys, chunk: int | None = None
+) -> tuple[Queries, Float[Array, "b h k"]]:
+    """Attention, and how much of it each token is paid, float32 [b h k]; no gradient passes through the sums.
+
+    A kernel where the program is compiled for a TPU and the shapes fit; else the walk, `chunk` query rows at a time.
+    """
+
+    def walked(query, key, value):
+        out, sums = walk_map(
+            query, key, value, lambda _, attn_map, __: column_sums(attn_map), chunk=chunk
+        )
+        return out, jax.lax.stop_gradient(sums)
+
+    if not tpu_attention.supports(query, key):
+        return walked(query, key, value)
+    return jax.lax.platform_dependent(
+        query, key, value, tpu=tpu_attention.attention_and_column_sums, default=walked
+    )
 
 
 def map_kl(true_logits: AttnLogits, log_predicted: Float[Array, "b h q k"]) -> PerExample:

@@ -10,7 +10,15 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from tosa_jax.ops.array_types import Scores, Tokens
-from tosa_jax.ops.token_selection import Selection, complement, gather_tokens, select_tokens
+from tosa_jax.ops.token_selection import (
+    Selection,
+    complement,
+    gather_tokens,
+    one_hot_slots,
+    select_tokens,
+    take,
+    take_slots,
+)
 
 # Summing over groups and spreading to groups are transposes of each other. Each is the other's derivative, so that no
 # scatter-add of floats is compiled.
@@ -19,20 +27,28 @@ from tosa_jax.ops.token_selection import Selection, complement, gather_tokens, s
 @jax.custom_vjp
 def sum_groups(values: Tokens, selection: Selection) -> Float[Array, "b s d"]:
     """values [b n d] -> the sum over each group [b s d]."""
-    sums = gather_tokens(values, selection)
-    others = complement(selection)
-    if not others.indices.shape[1]:
-        return sums
-    places = jnp.take_along_axis(selection.slot, others.indices, axis=1)
-    hot = jax.nn.one_hot(places, sums.shape[1], dtype=values.dtype)
-    moved = gather_tokens(values, others)
-    return sums + jnp.einsum("bms,bmd->bsd", hot, moved, precision="highest")
+
+    def in_one_product(values, selection):
+        hot = one_hot_slots(selection, values.dtype)
+        return jnp.einsum("bns,bnd->bsd", hot, values, precision="highest")
+
+    def apart(values, selection):
+        sums = gather_tokens(values, selection)
+        others = complement(selection)
+        if not others.indices.shape[1]:
+            return sums
+        places = jnp.take_along_axis(selection.slot, others.indices, axis=1)
+        hot = jax.nn.one_hot(places, sums.shape[1], dtype=values.dtype)
+        moved = gather_tokens(values, others)
+        return sums + jnp.einsum("bms,bmd->bsd", hot, moved, precision="highest")
+
+    return jax.lax.platform_dependent(values, selection, tpu=in_one_product, default=apart)
 
 
 @jax.custom_vjp
 def spread_groups(values: Float[Array, "b s d"], selection: Selection) -> Tokens:
     """values [b s d] -> [b n d]: each token gets the value of its group."""
-    return jnp.take_along_axis(values, selection.slot[:, :, None], axis=1, mode="promise_in_bounds")
+    return take_slots(values, selection)
 
 
 def _sum_forward(values, selection):
@@ -61,10 +77,21 @@ def with_representatives(
     features: Float[Array, "b n f"], selection: Selection, num_prefix_tokens: int
 ) -> Selection:
     """The same selection; each bypassed token now has a representative, the selected patch that is most like it."""
-    others = complement(selection)
-    similarity = cosines(gather_tokens(features, others), gather_tokens(features, selection))
-    nearest = _argmax_patch(similarity, num_prefix_tokens)
-    slot = jnp.take_along_axis(nearest, others.slot, axis=1)
+
+    def among_others(features, selection):
+        others = complement(selection)
+        similarity = cosines(gather_tokens(features, others), gather_tokens(features, selection))
+        nearest = _argmax_patch(similarity, num_prefix_tokens)
+        return jnp.take_along_axis(nearest, others.slot, axis=1)
+
+    def among_all(features, selection):
+        """The same with a place for the selected ones too: a TPU has no rows to collect then."""
+        similarity = cosines(features, gather_tokens(features, selection))
+        return _argmax_patch(similarity, num_prefix_tokens)
+
+    slot = jax.lax.platform_dependent(
+        jax.lax.stop_gradient(features), selection, tpu=among_all, default=among_others
+    )
     return selection._replace(slot=jnp.where(selection.mask, selection.slot, slot))
 
 
@@ -91,8 +118,7 @@ def bipartite_matching(
     selection = select_tokens(scores, count, num_prefix_tokens)
     nearest = jnp.asarray(stay)[_argmax_patch(similarity, num_prefix_tokens)]
     owner = jnp.where(selection.mask, places[None], nearest[:, number])
-    slot = jnp.take_along_axis(selection.slot, owner, axis=1)
-    return selection._replace(slot=slot), scores
+    return selection._replace(slot=take(selection.slot, owner)), scores
 
 
 def weigh_redundancy(

@@ -3,6 +3,7 @@
 All counts are Python ints, so that every shape is static under `jit`. Nothing here knows a model.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -60,13 +61,57 @@ def select_tokens(scores: Scores, count: int, num_prefix_tokens: int) -> Selecti
 
     scores [b n], higher is better; ties go to the lower index. `count` in [prefix, n]. No gradient passes.
     """
-    patch_scores = jax.lax.stop_gradient(scores)[:, num_prefix_tokens:]
+    chosen = jax.lax.platform_dependent(
+        jax.lax.stop_gradient(scores),
+        tpu=functools.partial(_select_by_rank, count=count, num_prefix_tokens=num_prefix_tokens),
+        default=functools.partial(
+            _select_by_sorting, count=count, num_prefix_tokens=num_prefix_tokens
+        ),
+    )
+    return Selection(*chosen)
+
+
+def _select_by_sorting(scores: Scores, count: int, num_prefix_tokens: int) -> tuple[Array, ...]:
     # Not lax.top_k: on CPU and GPU its program first gathers the scores of all devices' examples.
-    best = jnp.argsort(-patch_scores, axis=1)[:, : count - num_prefix_tokens]
+    best = jnp.argsort(-scores[:, num_prefix_tokens:], axis=1)[:, : count - num_prefix_tokens]
     patches = jnp.sort(best, axis=1) + num_prefix_tokens
     prefix = jnp.broadcast_to(jnp.arange(num_prefix_tokens), (len(scores), num_prefix_tokens))
     indices = jnp.concatenate([prefix, patches], axis=1).astype(jnp.int32)
-    return selection_from_indices(indices, scores.shape[1])
+    return selection_from_indices(indices, scores.shape[1])[:3]
+
+
+def _select_by_rank(scores: Scores, count: int, num_prefix_tokens: int) -> tuple[Array, ...]:
+    """The same without sorting, which takes a TPU longer than to compare every score with every other one.
+
+    Pairs are reduced over axis 1: there a TPU adds registers, over the last one it must shift within them.
+    """
+    place = jnp.arange(scores.shape[1], dtype=jnp.int32)
+    scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
+    other, own = scores[:, :, None], scores[:, None, :]
+    first = place[:, None] < place[None, :]
+    is_patch = place >= num_prefix_tokens
+    better = ((other > own) | ((other == own) & first[None])) & is_patch[None, :, None]
+    rank = better.sum(axis=1, dtype=jnp.int32)
+    mask = ~is_patch[None] | (rank < count - num_prefix_tokens)
+    before = mask[:, :, None] & first[None]
+    slot = before.sum(axis=1, dtype=jnp.int32)
+    here = mask[:, :, None] & (slot[:, :, None] == jnp.arange(count)[None, None])
+    indices = jnp.where(here, place[None, :, None], 0).sum(axis=1, dtype=jnp.int32)
+    # As from sorted indices: a bypassed token has the slot of the selected one before it.
+    return indices, mask, jnp.maximum(jnp.where(mask, slot, slot - 1), 0)
+
+
+def take(values: Int32[Array, "b n"], places: Int32[Array, "b m"]) -> Int32[Array, "b m"]:
+    """values [b n] at places [b m]."""
+
+    def by_comparing(values, places):
+        here = jnp.arange(values.shape[1])[None, :, None] == places[:, None, :]
+        return jnp.where(here, values[:, :, None], 0).sum(axis=1, dtype=values.dtype)
+
+    def by_index(values, places):
+        return jnp.take_along_axis(values, places, axis=1, mode="promise_in_bounds")
+
+    return jax.lax.platform_dependent(values, places, tpu=by_comparing, default=by_index)
 
 
 def complement(selection: Selection) -> Selection:
@@ -103,11 +148,23 @@ def scatter_tokens(
     return _scatter(base, selected, selection)
 
 
+def one_hot_slots(selection: Selection, dtype: jnp.dtype) -> Float[Array, "b n s"]:
+    """1 where a token, selected or not, has its slot."""
+    return jax.nn.one_hot(selection.slot, selection.indices.shape[1], dtype=dtype)
+
+
 @jax.custom_vjp
 def _gather(tokens, selection):
-    return jnp.take_along_axis(
-        tokens, selection.indices[:, :, None], axis=1, mode="promise_in_bounds"
-    )
+    def by_product(tokens, selection):
+        hot = jnp.where(selection.mask[:, :, None], one_hot_slots(selection, tokens.dtype), 0)
+        return jnp.einsum("bns,bnd->bsd", hot, tokens, precision="highest")
+
+    def by_index(tokens, selection):
+        return jnp.take_along_axis(
+            tokens, selection.indices[:, :, None], axis=1, mode="promise_in_bounds"
+        )
+
+    return jax.lax.platform_dependent(tokens, selection, tpu=by_product, default=by_index)
 
 
 def _gather_forward(tokens, selection):
@@ -119,10 +176,26 @@ def _gather_backward(selection, grad):
 
 
 def _place(base, selected, selection):
-    placed = jnp.take_along_axis(
-        selected, selection.slot[:, :, None], axis=1, mode="promise_in_bounds"
-    )
-    return jnp.where(selection.mask[:, :, None], placed, base)
+    return jnp.where(selection.mask[:, :, None], take_slots(selected, selection), base)
+
+
+def take_slots(values: Float[Array, "b s d"], selection: Selection) -> Tokens:
+    """values [b s d] of the selected tokens -> [b n d]: each token's are those at its slot.
+
+    On a TPU a product with a matrix of ones and zeros, which is exact and does not leave the matrix unit waiting for
+    rows of memory. Has no derivative of its own: callers bring theirs.
+    """
+
+    def by_product(values, selection):
+        hot = one_hot_slots(selection, values.dtype)
+        return jnp.einsum("bns,bsd->bnd", hot, values, precision="highest")
+
+    def by_index(values, selection):
+        return jnp.take_along_axis(
+            values, selection.slot[:, :, None], axis=1, mode="promise_in_bounds"
+        )
+
+    return jax.lax.platform_dependent(values, selection, tpu=by_product, default=by_index)
 
 
 @jax.custom_vjp

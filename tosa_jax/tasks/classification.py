@@ -1,6 +1,6 @@
 """Image classification: batches of `image` uint8 [b height width c] and `label` int32 [b]."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -104,6 +104,11 @@ class Classification(Task):
     @classmethod
     def example(cls, config: ViTConfig) -> Batch:
         return {**super().example(config), "label": jax.ShapeDtypeStruct((), jnp.int32)}
+
+    @staticmethod
+    def run_model(model: Callable[..., Any], images: jax.Array, key: jax.Array | None) -> Output:
+        """Without the tokens: no loss and no score of classes reads them."""
+        return model(images, key=key, tokens=False)
 
     def training_batch(self, batch: Batch, key: jax.Array) -> Batch:
         """`image`, normalised, erased and mixed, and `target` float [b classes], smoothed and mixed alike."""

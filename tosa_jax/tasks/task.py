@@ -239,10 +239,11 @@ class Task:
         state    of `init_state` and `update_state`.
         """
         del state
-        out = forward(batch["image"], key=keys)
+        out = self.run_model(forward, batch["image"], keys)
         values = self.loss(out, batch)
         if teacher is not None:
-            values = values + self.distill_weight * self.distillation(out, teacher(batch["image"]))
+            taught = self.run_model(teacher, batch["image"], None)
+            values = values + self.distill_weight * self.distillation(out, taught)
         return Loss(values)
 
     def loss(self, out: Output, batch: Batch) -> PerExample:
@@ -258,7 +259,12 @@ class Task:
 
         `key` is one for each example, [b], or one for all.
         """
-        return model(self.inputs(batch["image"]), key=key)
+        return self.run_model(model, self.inputs(batch["image"]), key)
+
+    @staticmethod
+    def run_model(model: Callable[..., Any], images: jax.Array, key: jax.Array | None) -> Any:
+        """The model's output for normalised images, as the default loss and `predict` want it."""
+        return model(images, key=key)
 
     def metrics(self, out: Any, batch: Batch) -> dict[str, Float[Array, " b"]]:
         """Scores of what `predict` gave, one value an example, in the order in which tables show them.

@@ -4,7 +4,7 @@ from tosa_jax.models.layers import AttentionFn
 from tosa_jax.models.method import Method
 from tosa_jax.models.methods.selective import SelectiveLayer
 from tosa_jax.ops.array_types import Heads, Scores
-from tosa_jax.ops.attention import column_sums, pool_heads, walk_map
+from tosa_jax.ops.attention import attention_and_column_sums, pool_heads
 
 
 class Previous(SelectiveLayer):
@@ -14,9 +14,7 @@ class Previous(SelectiveLayer):
         return self._sum_columns if self.spec.opens else None
 
     def _sum_columns(self, query: Heads, key: Heads, value: Heads) -> tuple[Heads, Scores]:
-        out, sums = walk_map(
-            query, key, value, lambda _, attn_map, __: column_sums(attn_map), chunk=self.map_chunk
-        )
+        out, sums = attention_and_column_sums(query, key, value, self.map_chunk)
         return out, pool_heads(sums, self.head_pool)
 
 

@@ -6,7 +6,10 @@ of both. Every layer leaves fewer tokens. Unlike ToMe's merged tokens, bypassed 
 and rejoin different from it. No attention map is read, and nothing is fitted.
 """
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 from tosa_jax.models.bypass import BypassOptions
 from tosa_jax.models.layers import Block
@@ -14,8 +17,23 @@ from tosa_jax.models.method import Method
 from tosa_jax.models.methods.selective import SelectiveLayer
 from tosa_jax.models.token_state import LayerContext, LayerSpec, TokenState
 from tosa_jax.models.vit_config import ViTConfig, check
+from tosa_jax.ops.array_types import Heads
+from tosa_jax.ops.reduction import Reduction
 from tosa_jax.ops.token_matching import bipartite_matching, least_after_matching
 from tosa_jax.ops.token_selection import with_one_hot
+
+
+def mean_of_heads(keys: Heads) -> Float[Array, "b n dh"]:
+    """What is compared: keys [b n h dh] as their mean over heads. No gradient passes."""
+
+    def by_product(keys):
+        # On a TPU heads lie side by side in the same registers: to add them is work for the matrix unit.
+        b, n, heads, dim = keys.shape
+        mean = jnp.tile(jnp.eye(dim, dtype=keys.dtype), (heads, 1)) / heads
+        return jnp.einsum("bnd,dc->bnc", keys.reshape(b, n, -1), mean, precision="highest")
+
+    keys = jax.lax.stop_gradient(keys)
+    return jax.lax.platform_dependent(keys, tpu=by_product, default=lambda keys: keys.mean(axis=2))
 
 
 class Redundancy(SelectiveLayer):
@@ -55,7 +73,7 @@ class Redundancy(SelectiveLayer):
 
         def attend(query, key, value):
             out, summary = context.attention_fn(query, key, value)
-            return out, (summary, key.mean(axis=2))
+            return out, (summary, mean_of_heads(key))
 
         before = state
 
@@ -64,15 +82,19 @@ class Redundancy(SelectiveLayer):
             if self.bypass is None:
                 return tokens, (summary, before)
             chosen, scores = bipartite_matching(keys, self.spec.count, self.num_prefix_tokens)
+            if context.read is not None:  # nobody reads what merging would change
+                inside = before.opened(tokens, Reduction(chosen), scores)
+                return tokens, (summary, inside)
             if self.one_hot:
                 chosen = with_one_hot(chosen, tokens.dtype)
             entered = self.bypass.open(block, tokens, chosen, before.sizes)
             inside = before.opened(*entered, scores)
             return inside.tokens, (summary, inside)
 
-        tokens, (summary, state) = block(state.tokens, attend, context.drop, between)
+        run = block(state.tokens, attend, context.drop, between, context.read)
+        tokens, (summary, state) = run
         state = state._replace(tokens=tokens, summary=summary)
-        return state.restored() if self.spec.closes else state
+        return state.restored() if self.spec.closes and context.read is None else state
 
     def block_macs(self, block: Block) -> int:
         return block.attn_macs(self.spec.count_in) + block.mlp_macs(self.spec.count)
