@@ -93,6 +93,7 @@ def check_recipe(argv: list[str]) -> None:
     if not configs or argv[configs[0]].endswith(("/X.py", "=FILE")):
         return
     own = argv[configs[0]].replace("model=NAME", "model=vit_small_patch14_dinov2")
+    own = own.replace("weights=FILE,", "")  # the recipe would read it
     config, _ = flags.parse("", [own, *argv[: configs[0]], *argv[configs[0] + 1 :]])
     make_run_config(config)
 

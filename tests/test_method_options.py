@@ -51,7 +51,7 @@ class LargestNorm(SelectiveLayer):
 def registered():
     """The method above, for one test."""
     with mock.patch.dict(METHODS), mock.patch.dict(OPTIONS):
-        register(Method(name="largest_norm", kind=LargestNorm, fields={"head_pool": "max"}))
+        register(Method(name="norm_of_order", kind=LargestNorm, fields={"head_pool": "max"}))
         yield
 
 
@@ -62,7 +62,7 @@ def write_recipe(tmp_path):
         "def get_config():\n"
         "    config = default_config()\n"
         "    config.data.name = 'digits'\n"
-        f"    config.model.update(plan='largest_norm', norm_order=3.0, **{SIZES!r})\n"
+        f"    config.model.update(plan='norm_of_order', norm_order=3.0, **{SIZES!r})\n"
         "    return config\n"
     )
     return f"--config={path}"
@@ -103,7 +103,7 @@ def test_the_benchmark_has_a_flag_for_it(monkeypatch, capsys):
 
 
 def test_it_reaches_the_layer_and_a_saved_predictor_has_it(tmp_path):
-    model = small_model(plan="largest_norm", keep_rate=0.5, norm_order=1.0)
+    model = small_model(plan="norm_of_order", keep_rate=0.5, norm_order=1.0)
     tokens = model.blocks[0](model.embed(random_images()))[0]
     wanted = 1 + np.argsort(-np.abs(tokens[:, 1:]).sum(axis=-1), axis=1)[:, :8]
     np.testing.assert_array_equal(
@@ -138,7 +138,7 @@ def test_configurations_are_equal_if_their_options_are():
     assert dataclasses.replace(config, bypass="", norm_order=2.0) == ViTConfig()
     assert ViTConfig(**config.to_fields()) == config
     assert config.options_of(SelectiveOptions) == SelectiveOptions()
-    control = control_config(dataclasses.replace(config, plan=("standard",) * 12), "largest_norm")
+    control = control_config(dataclasses.replace(config, plan=("standard",) * 12), "norm_of_order")
     assert (control.head_pool, control.norm_order) == ("max", 3.0)
 
 

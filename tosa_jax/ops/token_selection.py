@@ -85,6 +85,7 @@ def _select_by_rank(scores: Scores, count: int, num_prefix_tokens: int) -> tuple
 
     Pairs are reduced over axis 1: there a TPU adds registers, over the last one it must shift within them.
     """
+    count = min(count, scores.shape[1])  # as where sorted places are cut off
     place = jnp.arange(scores.shape[1], dtype=jnp.int32)
     scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
     other, own = scores[:, :, None], scores[:, None, :]
