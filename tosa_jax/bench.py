@@ -4,11 +4,13 @@
     python -m tosa_jax.bench --model=deit_small_patch16_224 --against=transformers --controls random
     python -m tosa_jax.bench --model=deit_small_patch16_224 --batch_size 16 64 --sweep [--out=results] [--name=NAME]
     python -m tosa_jax.bench --model=deit_small_patch16_224 --task=depth --image_size 480 640 --keep_rate .7 .5 .3
+    python -m tosa_jax.bench --model=deit_small_patch16_224 --estimate=v5e --batch_size 64 [--train] [--sweep]
     python -m tosa_jax.bench --data --config=configs/deit_s.py [--images_per_second=2500] [--json]
 
 Weights and images are random. The dense model and ToSA at every keep rate run in turn, round after round; the medians
-are reported. Only --data reads a data set; the other forms need neither TFDS nor Grain. `docs/bench.md` explains the
-numbers.
+are reported. With --estimate nothing is run: the TPU compiler says how many cycles it expects on one chip, on any Linux
+machine with libtpu. Only --data reads a data set; the other forms with a device need neither TFDS nor Grain.
+`docs/bench.md` explains the numbers.
 Exit status: 0 done, 2 bad input.
 """
 
@@ -18,6 +20,7 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any
 
 from tosa_jax.cli import flags
@@ -26,10 +29,11 @@ from tosa_jax.distributed.devices import describe_device, versions
 from tosa_jax.errors import ConfigError
 from tosa_jax.models.method import controls
 from tosa_jax.models.options import OPTIONS
-from tosa_jax.paths import as_path
-from tosa_jax.performance import results, torch_baselines
+from tosa_jax.paths import as_path, write_atomically
+from tosa_jax.performance import results, torch_baselines, tpu_estimate
 from tosa_jax.performance.benchmark import measure, measure_batch_sizes
 from tosa_jax.performance.results import format_records
+from tosa_jax.performance.tpu_estimate import CLOCKS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,6 +68,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, lis
         help="dense baselines in PyTorch: timm, transformers or none",
     )
     add("--torch_compile", default="", help=f"on a GPU, one of {', '.join(torch_baselines.MODES)}")
+    add("--estimate", default="", help=f"cycles by the TPU compiler for {' or '.join(CLOCKS)}")
     add("--rounds", type=int, default=10)
     add("--sweep", action="store_true", help="write bench_NAME.json, .md and .png into --out")
     add("--out", default="results", help="folder of --sweep's files")
@@ -130,6 +135,8 @@ def _bench(argv: Sequence[str], args: argparse.Namespace, overrides: list[str]) 
 
 def measure_networks(argv: Sequence[str], args: argparse.Namespace) -> list[dict[str, Any]]:
     """Measures every batch size and returns the records; with --sweep it also writes the files."""
+    if args.estimate:
+        return estimate_networks(argv, args)
     names = ("task", "dtype", "map_chunk", "gather", "scan_layers", "remat", *OPTIONS)
     names += ("train", "rounds", "controls", "against", "torch_compile")
     fields = {name: getattr(args, name) for name in names}
@@ -153,6 +160,41 @@ def measure_networks(argv: Sequence[str], args: argparse.Namespace) -> list[dict
     }
     name = args.name or "_".join([args.model, args.dtype, *(["train"] if args.train else [])])
     for path in results.write(as_path(args.out), name, result):
+        print(f"wrote {path}", file=sys.stderr)
+    return rows
+
+
+def estimate_networks(argv: Sequence[str], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The compiler's estimates for every batch size; with --sweep also as a file, `tpu_estimate_NAME.json`.
+
+    Raises ConfigError for arguments that only a measurement has.
+    """
+    if args.against:
+        raise ConfigError(
+            "command line: --against needs a device; an estimate has no PyTorch baseline"
+        )
+    names = ("task", "map_chunk", "gather", "remat", *OPTIONS, "train", "controls")
+    fields = {name: getattr(args, name) for name in names}
+    if size := args.image_size:
+        fields["image_size"] = size[0] if len(size) == 1 else tuple(size)
+    rows = [
+        row
+        for batch_size in args.batch_size
+        for row in tpu_estimate.estimate(
+            args.model, args.keep_rate, chip=args.estimate, batch_size=batch_size, **fields
+        )
+    ]
+    if args.sweep:
+        result = {
+            "command": f"python -m tosa_jax.bench {shlex.join(argv)}",
+            "device": f"one TPU {args.estimate} chip, by the compiler's estimate",
+            "versions": versions() | {"libtpu": version("libtpu")},
+            "model": args.model,
+            "rows": rows,
+        }
+        name = args.name or "_".join([args.model, *(["train"] if args.train else [])])
+        path = as_path(args.out) / f"tpu_estimate_{name}.json"
+        write_atomically(path, json.dumps(result, indent=1) + "\n")
         print(f"wrote {path}", file=sys.stderr)
     return rows
 

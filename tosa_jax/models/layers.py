@@ -272,6 +272,7 @@ class Block(nnx.Module):
         self.ls1 = LayerScale(config, rngs=rngs) if config.layer_scale else None
         self.ls2 = LayerScale(config, rngs=rngs) if config.layer_scale else None
 
+    @jax.named_scope("attention")
     def attn_branch(
         self,
         x: Tokens,
@@ -286,6 +287,7 @@ class Block(nnx.Module):
         update, summary = self.attn(self.norm1(x), attention_fn, normed)
         return self.ls1(update) if self.ls1 else update, summary
 
+    @jax.named_scope("mlp")
     def mlp_branch(self, x: Tokens) -> Tokens:
         """The update [b n d] that the MLP adds to `x`."""
         update = self.mlp(self.norm2(x))

@@ -86,6 +86,7 @@ class TokenSelector(nnx.Module):
         self.conv2 = HeadConv(contract, config)
         self.macs_per_entry = 2 * size * config.num_heads * hidden
 
+    @jax.named_scope("selector")
     def __call__(self, logits: AttnLogits) -> Float[Array, "b h q k"]:
         """Scaled attention logits, float32 -> the logarithm of the predicted map; its rows sum to 1 over the keys.
 

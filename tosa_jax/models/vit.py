@@ -127,6 +127,7 @@ class VisionTransformer(nnx.Module):
             )
         return self.pos_embed[...]
 
+    @jax.named_scope("embed")
     def embed(self, images: Images) -> Tokens:
         """Normalised images -> tokens [b n d] with positions, prefix first.
 
@@ -159,6 +160,7 @@ class VisionTransformer(nnx.Module):
             return run_scanned(*parts, **fields)
         return run_layers(*parts, read=read, **fields)
 
+    @jax.named_scope("head")
     def classify(self, tokens: Tokens) -> Float[Array, "b c"]:
         """Logits of `Output.tokens` [b n d]."""
         config = self.config

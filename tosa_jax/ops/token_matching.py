@@ -25,6 +25,7 @@ from tosa_jax.ops.token_selection import (
 
 
 @jax.custom_vjp
+@jax.named_scope("selection")
 def sum_groups(values: Tokens, selection: Selection) -> Float[Array, "b s d"]:
     """values [b n d] -> the sum over each group [b s d]."""
 
@@ -46,6 +47,7 @@ def sum_groups(values: Tokens, selection: Selection) -> Float[Array, "b s d"]:
 
 
 @jax.custom_vjp
+@jax.named_scope("selection")
 def spread_groups(values: Float[Array, "b s d"], selection: Selection) -> Tokens:
     """values [b s d] -> [b n d]: each token gets the value of its group."""
     return take_slots(values, selection)
@@ -73,6 +75,7 @@ def cosines(a: Float[Array, "b n f"], b: Float[Array, "b m f"]) -> Float[Array, 
     return jnp.einsum("bnf,bmf->bnm", unit(a), unit(b))
 
 
+@jax.named_scope("selection")
 def with_representatives(
     features: Float[Array, "b n f"], selection: Selection, num_prefix_tokens: int
 ) -> Selection:
@@ -95,6 +98,7 @@ def with_representatives(
     return selection._replace(slot=jnp.where(selection.mask, selection.slot, slot))
 
 
+@jax.named_scope("selection")
 def bipartite_matching(
     features: Float[Array, "b n f"], count: int, num_prefix_tokens: int
 ) -> tuple[Selection, Scores]:
@@ -121,6 +125,7 @@ def bipartite_matching(
     return selection._replace(slot=take(selection.slot, owner)), scores
 
 
+@jax.named_scope("selection")
 def weigh_redundancy(
     scores: Scores, features: Float[Array, "b n f"], weight: float, num_prefix_tokens: int
 ) -> Scores:

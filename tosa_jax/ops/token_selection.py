@@ -56,6 +56,7 @@ def selection_from_indices(indices: Int32[Array, "b s"], num_tokens: int) -> Sel
     return Selection(indices, mask, slot)
 
 
+@jax.named_scope("selection")
 def select_tokens(scores: Scores, count: int, num_prefix_tokens: int) -> Selection:
     """The prefix tokens and the `count - prefix` patches of highest score, in raster order.
 
@@ -129,6 +130,7 @@ def complement(selection: Selection) -> Selection:
 # directions: the scatter-add that differentiating a gather would give is slow on GPUs and never compiled.
 
 
+@jax.named_scope("selection")
 def gather_tokens(tokens: Tokens, selection: Selection) -> Float[Array, "b s d"]:
     """tokens [b n d] -> the selected ones [b s d], in raster order."""
     if selection.hot is not None:
@@ -136,6 +138,7 @@ def gather_tokens(tokens: Tokens, selection: Selection) -> Float[Array, "b s d"]
     return _gather(tokens, selection)
 
 
+@jax.named_scope("selection")
 def scatter_tokens(
     base: Float[Array, "..."], selected: Float[Array, "b s d"], selection: Selection
 ) -> Tokens:

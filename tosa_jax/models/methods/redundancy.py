@@ -23,6 +23,7 @@ from tosa_jax.ops.token_matching import bipartite_matching, least_after_matching
 from tosa_jax.ops.token_selection import with_one_hot
 
 
+@jax.named_scope("selection")
 def mean_of_heads(keys: Heads) -> Float[Array, "b n dh"]:
     """What is compared: keys [b n h dh] as their mean over heads. No gradient passes."""
 
