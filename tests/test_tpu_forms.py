@@ -79,6 +79,49 @@ def test_kernels_equal_the_plain_form(heads, queries, keys, rows, biased):
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
+@pytest.mark.parametrize("rows", [0, 16])
+def test_the_selector_in_a_kernel_is_the_selector(rows, monkeypatch):
+    """Column sums of the predicted map, over whole groups of rows and over a last one that is not full."""
+    interpreted = functools.partial(pallas.pallas_call, interpret=True)
+    monkeypatch.setattr(tpu_attention.pl, "pallas_call", interpreted)
+    if rows:
+        monkeypatch.setattr(tpu_attention, "selector_blocks", lambda *_: Blocks(2, rows))
+    query, key, value = (normal(i, 2, 21, 2, 64) for i in range(3))
+    expand, contract = normal(3, 2, 5), normal(4, 5, 2)
+    first, second = normal(5, 5), normal(6, 2)
+    layers = [
+        x
+        for kernel, bias in ((expand, first), (contract, second))
+        for x in tpu_attention._for_groups(kernel, bias, jnp.float32)
+    ]
+    out, sums = tpu_attention._selected(query, key, value, *layers)
+    logits = jnp.einsum("bqhc,bkhc->bqkh", query, key) / 8
+    hidden = jax.nn.relu(logits @ expand + first[None, None, None])
+    found = jax.nn.softmax(hidden @ contract + second[None, None, None], axis=2)
+    np.testing.assert_allclose(out, reference(query, key, value)[0], atol=1e-5)
+    np.testing.assert_allclose(sums, found.sum(axis=1).transpose(0, 2, 1), atol=1e-5)
+
+
+def test_a_model_of_kernels_chooses_and_answers_as_without_them(as_tpu, monkeypatch):
+    """ToSA in bfloat16: logits no farther from float32's than those of the plain form, and nearly the same tokens."""
+    fields = {"plan": "selective", "keep_rate": 0.5, "embed_dim": 128, "depth": 2}
+    wide = small_model(**fields)
+    images = random_images(2)
+    exact = wide(images)
+    narrow = small_model(**fields, dtype="bfloat16")
+    kernels = narrow(images, tokens=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(jax.lax, "platform_dependent", lambda *x, default, **_: default(*x))
+        plain = narrow(images, tokens=False)
+
+    def error(out):
+        return float(jnp.abs(out.logits.astype(jnp.float32) - exact.logits).max())
+
+    assert error(kernels) <= 1.5 * error(plain) + 1e-3
+    same = (kernels.selected[0][:, :, None] == exact.selected[0][:, None]).any(axis=2).mean()
+    assert same >= 0.85
+
+
 def test_bfloat16_kernels_are_as_near_as_bfloat16_is(as_tpu):
     arrays = [normal(i, 2, 24, 2, 64, dtype=jnp.bfloat16) for i in range(4)]
     query, key, value, grad = arrays

@@ -85,6 +85,13 @@ class TokenSelector(nnx.Module):
         self.conv1 = HeadConv(expand, config)
         self.conv2 = HeadConv(contract, config)
         self.macs_per_entry = 2 * size * config.num_heads * hidden
+        self.size = size
+
+    def layers(self) -> tuple[Array, Array, Array, Array]:
+        """Kernel [h f] and bias [f], then kernel [f h] and bias [h], of a selector of width 1."""
+        both = (self.conv1, self.conv2)
+        first, second = ((conv.kernel[...][0], conv.bias[...]) for conv in both)
+        return (*first, *second)
 
     @jax.named_scope("selector")
     def __call__(self, logits: AttnLogits) -> Float[Array, "b h q k"]:
@@ -93,7 +100,7 @@ class TokenSelector(nnx.Module):
         No gradient goes back to the logits: a loss on the prediction does not train the layer that they come from.
         """
         logits = jax.lax.stop_gradient(logits)
-        if self.macs_per_entry > _FEW_MACS or len(self.conv1.kernel[...]) > 1:
+        if self.macs_per_entry > _FEW_MACS or self.size > 1:
             return jax.nn.log_softmax(self._convolve(logits), axis=-1)
         found = jax.lax.platform_dependent(logits, cpu=self._mix_heads, default=self._convolve)
         return jax.nn.log_softmax(found, axis=-1)

@@ -11,6 +11,7 @@ the reference that tests compare with.
 
 import functools
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
@@ -25,12 +26,14 @@ from tosa_jax.ops.array_types import Keys, Queries
 LANES, SUBLANES = 128, 8
 """Columns and rows of a vector register of a TPU: blocks of columns begin at multiples of the first."""
 
-_VMEM = (
-    12 * 2**20
-)  # bytes a grid step may hold; a TPU core's kernels may have 16 MiB without asking
-_MOST_HEADS = (
-    8  # a grid step's heads are unrolled: more of them make a larger program, and overlap no better
-)
+MIXED_ROWS = 16
+"""Query rows that a selector works on at a time: those of all heads lie below one another, and a product mixes them."""
+
+# Bytes a grid step may hold; a TPU core's kernels may have 16 MiB without asking.
+_VMEM = 12 * 2**20
+
+# A grid step's heads are unrolled: more of them make a larger program, and overlap no better.
+_MOST_HEADS = 8
 
 
 class Blocks(NamedTuple):
@@ -71,12 +74,30 @@ def _round_up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 
 
+def selector_blocks(queries: int, keys: int, heads: int, head_dim: int) -> Blocks | None:
+    """Blocks where a selector reads the logits: all heads, because it mixes them, and whole groups of rows."""
+    width = _round_up(heads * head_dim, LANES)
+    for tiles in range(1, 1 + math.ceil(queries / MIXED_ROWS)):
+        rows = _round_up(math.ceil(queries / tiles), MIXED_ROWS)
+        # Operands twice; logits, their rounded copy and weights; what a group of rows is mixed into.
+        operands = 2 * 2 * width * 2 * (rows + keys)
+        maps = _round_up(keys, LANES) * heads * (10 * rows + 12 * MIXED_ROWS)
+        if operands + maps <= _VMEM:
+            return Blocks(heads, rows)
+    return None
+
+
 def supports(query: Queries, key: Keys) -> bool:
     """Whether a kernel takes these arrays: bfloat16, at least 32 channels a head and 8 queries, blocks that fit."""
     heads, head_dim = query.shape[2:]
     fits = blocks(query.shape[1], key.shape[1], heads, head_dim)
     large = head_dim >= 32 and query.shape[1] >= SUBLANES
     return query.dtype == jnp.bfloat16 and large and fits is not None
+
+
+def supports_selector(query: Queries, key: Keys) -> bool:
+    """Whether a kernel takes these arrays and a selector of width 1."""
+    return supports(query, key) and selector_blocks(*query.shape[1:2], *key.shape[1:]) is not None
 
 
 # Inside a kernel ----------------------------------------------------------------------------------------------------
@@ -134,9 +155,12 @@ def _scaled(query: jax.Array, head_dim: int) -> jax.Array:
     return (query.astype(jnp.float32) * head_dim**-0.5).astype(query.dtype)
 
 
-def _forward_kernel(*refs, head_dim: int, heads: int, queries: int, biased: bool, summed: bool):
+def _forward_kernel(
+    *refs, head_dim: int, heads: int, queries: int, biased: bool, summed: bool, mixed: bool
+):
     query_ref, key_ref, value_ref, *rest = refs
     bias_ref = rest.pop(0) if biased else None
+    mixing = [rest.pop(0)[...] for _ in range(4 if mixed else 0)]
     out_ref, sums_ref = rest if summed else (rest[0], None)
     tile = pl.program_id(2)
     groups = _groups(heads, head_dim)
@@ -155,12 +179,47 @@ def _forward_kernel(*refs, head_dim: int, heads: int, queries: int, biased: bool
         value = value_ref[0, :, group.lanes]
         parts = [_dot(weights[h].astype(value.dtype), value, 1, 0) * scales[h] for h in group.heads]
         out_ref[0, :, group.lanes] = group.join(parts, head_dim).astype(out_ref.dtype)
-    if sums_ref is not None:
-        sums = [
+    if sums_ref is None:
+        return
+    if mixed:
+        sums = _sums_of_prediction(logits, mixing, tile, queries)
+    else:
+        sums = _join_rows(
             (x * _rows_inside(scale, tile, queries)).sum(axis=0, keepdims=True)
             for x, scale in zip(weights, scales, strict=True)
-        ]
-        _accumulate(sums_ref, jnp.concatenate(sums, axis=0)[None, None], tile)
+        )
+    _accumulate(sums_ref, sums[None, None], tile)
+
+
+def _join_rows(rows: Iterable[jax.Array]) -> jax.Array:
+    return jnp.concatenate(list(rows), axis=0)
+
+
+def _sums_of_prediction(logits: list[jax.Array], mixing, tile: jax.Array, queries: int):
+    """Column sums [heads keys] of the map that a selector predicts from logits [rows keys], one array a head.
+
+    mixing  the two layers of `_for_groups`, each with its bias.
+    """
+    expand, expand_bias, contract, contract_bias = mixing
+    heads, rows = len(logits), logits[0].shape[0]
+    rounded = [x.astype(expand.dtype) for x in logits]
+    total = jnp.zeros((heads, logits[0].shape[1]), jnp.float32)
+    for first in range(0, rows, MIXED_ROWS):
+        group = _join_rows(x[first : first + MIXED_ROWS] for x in rounded)
+        hidden = jax.nn.relu(_dot(expand, group, 1, 0) + expand_bias)
+        found = _dot(contract, hidden.astype(contract.dtype), 1, 0) + contract_bias
+        found = jnp.exp(found - found.max(axis=1, keepdims=True))
+        scale = 1 / found.sum(axis=1, keepdims=True)
+        if queries % rows:
+            place = jax.lax.broadcasted_iota(jnp.int32, scale.shape, 0)
+            row = tile * rows + first + jax.lax.rem(place, MIXED_ROWS)
+            scale = jnp.where(row < queries, scale, 0)
+        found = found * scale
+        total += _join_rows(
+            found[h * MIXED_ROWS : (h + 1) * MIXED_ROWS].sum(axis=0, keepdims=True)
+            for h in range(heads)
+        )
+    return total
 
 
 def _accumulate(ref, value: jax.Array, tile: jax.Array) -> None:
@@ -245,9 +304,12 @@ class _Call(NamedTuple):
     fields: dict
 
     @classmethod
-    def of(cls, query: Queries, key: Keys, value: Keys, biased: bool) -> "_Call":
+    def of(
+        cls, query: Queries, key: Keys, value: Keys, biased: bool, mixed: bool = False
+    ) -> "_Call":
         b, queries, heads, head_dim = query.shape
-        size = blocks(queries, key.shape[1], heads, head_dim)
+        choose = selector_blocks if mixed else blocks
+        size = choose(queries, key.shape[1], heads, head_dim)
         assert size is not None, "`supports` was asked before"
         width = size.heads * head_dim
         grid = (b, heads // size.heads, -(-queries // size.rows))
@@ -273,22 +335,23 @@ class _Call(NamedTuple):
         return pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
 
 
-def _forward(query, key, value, *bias, summed: bool):
-    call = _Call.of(query, key, value, bool(bias))
+def _forward(query, key, value, *bias, summed: bool, mixing: tuple[jax.Array, ...] = ()):
+    call = _Call.of(query, key, value, bool(bias), bool(mixing))
     b, queries, heads, _ = query.shape
     keys, block = key.shape[1], call.blocks.heads
     in_specs = list(call.specs)
     if bias:
         in_specs.append(pl.BlockSpec((1, 1, keys), lambda i, h, t: (i, 0, 0)))
+    in_specs += [pl.BlockSpec(x.shape, lambda i, h, t: (0, 0)) for x in mixing]
     out_specs, out_shape = [call.tile], [jax.ShapeDtypeStruct(_flat(query).shape, query.dtype)]
     if summed:
         out_specs.append(pl.BlockSpec((1, 1, block, keys), lambda i, h, t: (i, h, 0, 0)))
         out_shape.append(jax.ShapeDtypeStruct((b, heads // block, block, keys), jnp.float32))
     out, *sums = pl.pallas_call(
-        functools.partial(_forward_kernel, summed=summed, **call.fields),
+        functools.partial(_forward_kernel, summed=summed, mixed=bool(mixing), **call.fields),
         grid=call.grid, in_specs=in_specs, out_specs=out_specs, out_shape=out_shape,
         compiler_params=call.order, name="attention",
-    )(*call.operands, *(x[:, None] for x in bias))  # fmt: skip
+    )(*call.operands, *(x[:, None] for x in bias), *mixing)  # fmt: skip
     return (out.reshape(query.shape), *(x.reshape(b, heads, keys) for x in sums))
 
 
@@ -379,3 +442,72 @@ def _sums_backward(arrays, grads):
 
 
 attention_and_column_sums.defvjp(_sums_forward, _sums_backward)
+
+
+def _for_groups(
+    kernel: Float[Array, "h f"],
+    bias: Float[Array, " f"],
+    dtype: jax.typing.DTypeLike = jnp.bfloat16,
+) -> tuple[jax.Array, ...]:
+    """A layer that mixes heads, as a matrix for `MIXED_ROWS` rows of all heads at once, and its bias as a column."""
+    identity = jnp.eye(MIXED_ROWS, dtype=jnp.float32)
+    matrix = jnp.kron(kernel.T.astype(jnp.float32), identity)
+    column = jnp.repeat(bias.astype(jnp.float32), MIXED_ROWS)[:, None]
+    return matrix.astype(dtype), column
+
+
+def _selected(query, key, value, *layers):
+    """`attention_and_selector_sums` on the arrays of one device."""
+    return _forward(query, key, value, summed=True, mixing=layers)
+
+
+@functools.cache
+def _selected_divided():
+    """The same on a mesh: examples may be divided; heads not, because the selector mixes them."""
+
+    def partition(mesh, arguments, results):
+        def shardings(tree):
+            return jax.tree.map(lambda x: x.sharding, tree)
+
+        return mesh, _selected, shardings(results), shardings(arguments)
+
+    divided = custom_partitioning(lambda *arrays: _selected(*arrays))
+    divided.def_partition(
+        partition,
+        sharding_rule="b q h c, b k h c, b k h c, e r, e s, u v, u w -> b q h c, b h k",
+        need_replication_factors=("q", "h", "c", "k", "e", "r", "s", "u", "v", "w"),
+    )
+    return divided
+
+
+@jax.custom_vjp
+def attention_and_selector_sums(
+    query: Queries,
+    key: Keys,
+    value: Keys,
+    expand: Float[Array, "h f"],
+    expand_bias: Float[Array, " f"],
+    contract: Float[Array, "f h"],
+    contract_bias: Float[Array, " h"],
+) -> tuple[Queries, Float[Array, "b h k"]]:
+    """Attention, and the column sums [b h k] of the map that a selector of width 1 predicts from its logits.
+
+    For shapes that `supports` and `selector_blocks` name. The selector's two layers mix heads in bfloat16 and add up in
+    float32; no gradient passes through the sums.
+    """
+    layers = (*_for_groups(expand, expand_bias), *_for_groups(contract, contract_bias))
+    out, sums = _selected_divided()(query, key, value, *layers)
+    return out, sums
+
+
+def _selected_forward(query, key, value, *layers):
+    return attention_and_selector_sums(query, key, value, *layers), (query, key, value, layers)
+
+
+def _selected_backward(arrays, grads):
+    *heads, layers = arrays
+    of_heads = _divided(False, backward=True)(*heads, grads[0])
+    return (*of_heads, *(jnp.zeros_like(x) for x in layers))
+
+
+attention_and_selector_sums.defvjp(_selected_forward, _selected_backward)

@@ -17,6 +17,7 @@ from tosa_jax.models.methods.standard import Standard
 from tosa_jax.models.selector import SelectorOptions, TokenSelector
 from tosa_jax.models.token_state import LayerContext, LayerSpec, TokenState
 from tosa_jax.models.vit_config import ViTConfig
+from tosa_jax.ops import tpu_attention
 from tosa_jax.ops.array_types import Heads, Scores
 from tosa_jax.ops.attention import attention_logits, column_sums, map_kl, pool_heads, walk_map
 from tosa_jax.ops.token_selection import overlap
@@ -44,7 +45,16 @@ class Selective(SelectiveLayer):
             # Probabilities are summed, not their logarithms, which would be ruled by the smallest ones.
             return column_sums(jnp.exp(selector(logits)))
 
-        out, sums = walk_map(query, key, value, summarise, chunk=self.map_chunk)
+        def walked(query, key, value, *_):
+            out, sums = walk_map(query, key, value, summarise, chunk=self.map_chunk)
+            return out, jax.lax.stop_gradient(sums)
+
+        arrays = query, key, value, *selector.layers()
+        if selector.size > 1 or not tpu_attention.supports_selector(query, key):
+            out, sums = walked(*arrays)
+        else:
+            kernel = tpu_attention.attention_and_selector_sums
+            out, sums = jax.lax.platform_dependent(*arrays, tpu=kernel, default=walked)
         return out, pool_heads(sums, self.head_pool)
 
     def own_macs(self, block: Block) -> int:
