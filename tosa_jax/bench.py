@@ -194,7 +194,7 @@ def estimate_networks(argv: Sequence[str], args: argparse.Namespace) -> list[dic
         }
         name = args.name or "_".join([args.model, *(["train"] if args.train else [])])
         path = as_path(args.out) / f"tpu_estimate_{name}.json"
-        write_atomically(path, json.dumps(result, indent=1) + "\n")
+        write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
         print(f"wrote {path}", file=sys.stderr)
     return rows
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from tosa_jax.models.vit_config import ViTConfig
 from tosa_jax.ops.array_types import Heads, Images, Keys, Queries, Tokens
 from tosa_jax.ops.attention import attention
-from tosa_jax.ops.tpu_attention import SUBLANES
+from tosa_jax.ops.tpu_kernels import SUBLANES
 
 AttentionFn = Callable[[Heads, Heads, Heads], tuple[Heads, Any]]
 """`(query, key, value) -> (output, summary)`: how an attention runs, and what it reports of its map."""

@@ -11,7 +11,6 @@ the reference that tests compare with.
 
 import functools
 import math
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
@@ -22,12 +21,13 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from tosa_jax.ops.array_types import Keys, Queries
-
-LANES, SUBLANES = 128, 8
-"""Columns and rows of a vector register of a TPU: blocks of columns begin at multiples of the first."""
-
-MIXED_ROWS = 16
-"""Query rows that a selector works on at a time: those of all heads lie below one another, and a product mixes them."""
+from tosa_jax.ops.tpu_kernels import (
+    LANES,
+    MIXED_ROWS,
+    SUBLANES,
+    backward_kernel,
+    forward_kernel,
+)
 
 # Bytes a grid step may hold; a TPU core's kernels may have 16 MiB without asking.
 _VMEM = 12 * 2**20
@@ -100,191 +100,6 @@ def supports_selector(query: Queries, key: Keys) -> bool:
     return supports(query, key) and selector_blocks(*query.shape[1:2], *key.shape[1:]) is not None
 
 
-# Inside a kernel ----------------------------------------------------------------------------------------------------
-
-
-def _dot(a: jax.Array, b: jax.Array, over_a: int, over_b: int) -> jax.Array:
-    """Matrix product of two matrices over the named axes, in float32."""
-    dims = (((over_a,), (over_b,)), ((), ()))
-    return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
-
-
-class _Group(NamedTuple):
-    """Heads that share the lanes of a register, and where those lie in a block."""
-
-    heads: tuple[int, ...]
-    lanes: slice
-
-    def only(self, x: jax.Array, place: int, head_dim: int) -> jax.Array:
-        """`x` with the lanes of the group's other heads set to 0: a product over all lanes is then one head's."""
-        return x if len(self.heads) == 1 else jnp.where(self._own(x, place, head_dim), x, 0)
-
-    def join(self, parts: list[jax.Array], head_dim: int) -> jax.Array:
-        """One array whose lanes come from the part of the head that they belong to."""
-        out = parts[0]
-        for place, part in enumerate(parts[1:], 1):
-            out = jnp.where(self._own(part, place, head_dim), part, out)
-        return out
-
-    @staticmethod
-    def _own(x: jax.Array, place: int, head_dim: int) -> jax.Array:
-        lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
-        return (lane >= place * head_dim) & (lane < (place + 1) * head_dim)
-
-
-def _groups(heads: int, head_dim: int) -> list[_Group]:
-    together = LANES // head_dim if LANES % head_dim == 0 else 1
-    return [
-        _Group(
-            tuple(range(first, min(first + together, heads))),
-            slice(first * head_dim, min(first + together, heads) * head_dim),
-        )
-        for first in range(0, heads, together)
-    ]
-
-
-def _rows_inside(x: jax.Array, tile: jax.Array, total: int) -> jax.Array:
-    """A tile of rows with those beyond the array's end, which hold anything, set to 0."""
-    if total % x.shape[0] == 0:
-        return x
-    row = tile * x.shape[0] + jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
-    return jnp.where(row < total, x, 0)
-
-
-def _scaled(query: jax.Array, head_dim: int) -> jax.Array:
-    return (query.astype(jnp.float32) * head_dim**-0.5).astype(query.dtype)
-
-
-def _forward_kernel(
-    *refs, head_dim: int, heads: int, queries: int, biased: bool, summed: bool, mixed: bool
-):
-    query_ref, key_ref, value_ref, *rest = refs
-    bias_ref = rest.pop(0) if biased else None
-    mixing = [rest.pop(0)[...] for _ in range(4 if mixed else 0)]
-    out_ref, sums_ref = rest if summed else (rest[0], None)
-    tile = pl.program_id(2)
-    groups = _groups(heads, head_dim)
-
-    # All logits first: the matrix unit works on the next heads while the vector unit is at the softmax of others.
-    logits = []
-    for group in groups:
-        query = _scaled(_rows_inside(query_ref[0, :, group.lanes], tile, queries), head_dim)
-        key = key_ref[0, :, group.lanes]
-        logits += [_dot(group.only(query, i, head_dim), key, 1, 1) for i in range(len(group.heads))]
-    if bias_ref is not None:
-        logits = [x + bias_ref[0] for x in logits]
-    weights = [jnp.exp(x - x.max(axis=1, keepdims=True)) for x in logits]
-    scales = [1 / x.sum(axis=1, keepdims=True) for x in weights]
-    for group in groups:
-        value = value_ref[0, :, group.lanes]
-        parts = [_dot(weights[h].astype(value.dtype), value, 1, 0) * scales[h] for h in group.heads]
-        out_ref[0, :, group.lanes] = group.join(parts, head_dim).astype(out_ref.dtype)
-    if sums_ref is None:
-        return
-    if mixed:
-        sums = _sums_of_prediction(logits, mixing, tile, queries)
-    else:
-        sums = _join_rows(
-            (x * _rows_inside(scale, tile, queries)).sum(axis=0, keepdims=True)
-            for x, scale in zip(weights, scales, strict=True)
-        )
-    _accumulate(sums_ref, sums[None, None], tile)
-
-
-def _join_rows(rows: Iterable[jax.Array]) -> jax.Array:
-    return jnp.concatenate(list(rows), axis=0)
-
-
-def _sums_of_prediction(logits: list[jax.Array], mixing, tile: jax.Array, queries: int):
-    """Column sums [heads keys] of the map that a selector predicts from logits [rows keys], one array a head.
-
-    mixing  the two layers of `_for_groups`, each with its bias.
-    """
-    expand, expand_bias, contract, contract_bias = mixing
-    heads, rows = len(logits), logits[0].shape[0]
-    rounded = [x.astype(expand.dtype) for x in logits]
-    total = jnp.zeros((heads, logits[0].shape[1]), jnp.float32)
-    for first in range(0, rows, MIXED_ROWS):
-        group = _join_rows(x[first : first + MIXED_ROWS] for x in rounded)
-        hidden = jax.nn.relu(_dot(expand, group, 1, 0) + expand_bias)
-        found = _dot(contract, hidden.astype(contract.dtype), 1, 0) + contract_bias
-        found = jnp.exp(found - found.max(axis=1, keepdims=True))
-        scale = 1 / found.sum(axis=1, keepdims=True)
-        if queries % rows:
-            place = jax.lax.broadcasted_iota(jnp.int32, scale.shape, 0)
-            row = tile * rows + first + jax.lax.rem(place, MIXED_ROWS)
-            scale = jnp.where(row < queries, scale, 0)
-        found = found * scale
-        total += _join_rows(
-            found[h * MIXED_ROWS : (h + 1) * MIXED_ROWS].sum(axis=0, keepdims=True)
-            for h in range(heads)
-        )
-    return total
-
-
-def _accumulate(ref, value: jax.Array, tile: jax.Array) -> None:
-    """Adds `value` to what the tiles before this one left, which for the first one is nothing."""
-
-    @pl.when(tile == 0)
-    def _():
-        ref[...] = value
-
-    @pl.when(tile > 0)
-    def _():
-        ref[...] += value
-
-
-def _backward_kernel(*refs, head_dim: int, heads: int, queries: int, tiles: int, biased: bool):
-    query_ref, key_ref, value_ref, grad_ref, *rest = refs
-    bias_ref = rest.pop(0) if biased else None
-    query_out, key_out, value_out, *rest = rest
-    bias_out = rest.pop(0) if biased else None
-    key_sum, value_sum = rest if tiles > 1 else (None, None)
-    tile = pl.program_id(2)
-    bias_grads = []
-
-    # The map is held transposed, [keys queries]: sums over keys are then sums of registers, and of the five products
-    # only one needs a transposed operand.
-    for group in _groups(heads, head_dim):
-        query = _scaled(_rows_inside(query_ref[0, :, group.lanes], tile, queries), head_dim)
-        grad = _rows_inside(grad_ref[0, :, group.lanes], tile, queries)
-        key, value = key_ref[0, :, group.lanes], value_ref[0, :, group.lanes]
-        parts = []
-        for i in range(len(group.heads)):
-            logits = _dot(group.only(key, i, head_dim), query, 1, 1)
-            if bias_ref is not None:
-                logits = logits + bias_ref[0]
-            weights = jnp.exp(logits - logits.max(axis=0, keepdims=True))
-            weights = weights * (1 / weights.sum(axis=0, keepdims=True))
-            inner = weights * _dot(group.only(value, i, head_dim), grad, 1, 1)
-            inner = inner - weights * inner.sum(axis=0, keepdims=True)
-            if biased:
-                bias_grads.append(inner.sum(axis=1, keepdims=True))
-            weights, inner = weights.astype(query.dtype), inner.astype(query.dtype)
-            parts.append(
-                (_dot(inner, key, 0, 0), _dot(inner, query, 1, 0), _dot(weights, grad, 1, 0))
-            )
-        of_query, of_key, of_value = (
-            group.join(list(part), head_dim) for part in zip(*parts, strict=True)
-        )
-        query_out[0, :, group.lanes] = (of_query * head_dim**-0.5).astype(query_out.dtype)
-        if key_sum is None or value_sum is None:
-            key_out[0, :, group.lanes] = of_key.astype(key_out.dtype)
-            value_out[0, :, group.lanes] = of_value.astype(value_out.dtype)
-        else:
-            _accumulate(key_sum.at[:, group.lanes], of_key, tile)
-            _accumulate(value_sum.at[:, group.lanes], of_value, tile)
-    if bias_out is not None:
-        total = sum(bias_grads[1:], start=bias_grads[0])
-        _accumulate(bias_out, total[None, None], tile)
-    if key_sum is not None and value_sum is not None:
-
-        @pl.when(tile == tiles - 1)
-        def _():
-            key_out[0] = key_sum[...].astype(key_out.dtype)
-            value_out[0] = value_sum[...].astype(value_out.dtype)
-
-
 # Calls of the kernels, on the arrays of one device -------------------------------------------------------------------
 
 
@@ -348,7 +163,7 @@ def _forward(query, key, value, *bias, summed: bool, mixing: tuple[jax.Array, ..
         out_specs.append(pl.BlockSpec((1, 1, block, keys), lambda i, h, t: (i, h, 0, 0)))
         out_shape.append(jax.ShapeDtypeStruct((b, heads // block, block, keys), jnp.float32))
     out, *sums = pl.pallas_call(
-        functools.partial(_forward_kernel, summed=summed, mixed=bool(mixing), **call.fields),
+        functools.partial(forward_kernel, summed=summed, mixed=bool(mixing), **call.fields),
         grid=call.grid, in_specs=in_specs, out_specs=out_specs, out_shape=out_shape,
         compiler_params=call.order, name="attention",
     )(*call.operands, *(x[:, None] for x in bias), *mixing)  # fmt: skip
@@ -369,7 +184,7 @@ def _backward(query, key, value, grad, *bias):
     width = block * query.shape[3]
     sums = [pltpu.VMEM((keys, width), jnp.float32)] * 2 if tiles > 1 else []
     *grads, = pl.pallas_call(
-        functools.partial(_backward_kernel, tiles=tiles, **call.fields),
+        functools.partial(backward_kernel, tiles=tiles, **call.fields),
         grid=call.grid, in_specs=in_specs, out_specs=out_specs, out_shape=out_shape,
         scratch_shapes=sums, compiler_params=call.order, name="attention_backward",
     )(*call.operands, _flat(grad), *(x[:, :, None] for x in bias))  # fmt: skip

@@ -1,0 +1,64 @@
+"""The TPU compiler's estimate: what is added up of a compiled program, and what is refused."""
+
+import pytest
+
+from tosa_jax import bench
+from tosa_jax.errors import ConfigError
+from tosa_jax.performance.tpu_estimate import count
+
+PROGRAM = """
+HloModule jit_f
+%fused (p: bf16[8]) -> bf16[8] {
+  ROOT %a = bf16[8]{0} add(%p, %p), backend_config={"estimated_cycles":"999"}
+}
+ENTRY %main (x: bf16[8]) -> bf16[8] {
+  %x = bf16[8]{0} parameter(0)
+  %b = (f32[8]{0:T(8,128)S(1)}, f32[8]{0}) fusion(%x), metadata={op_name="jit(f)/jvp(attention)/dot"}, \
+backend_config={"estimated_cycles":"100"}
+  %c = bf16[8]{0} fusion(%b), metadata={op_name="jit(f)/attention/selection/sum"}, \
+backend_config={"estimated_cycles":"20"}
+  %k.1 = bf16[8]{0} custom-call(%c), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/attention/call"}, \
+backend_config={"body":"same"}
+  %k.2 = bf16[8]{0} custom-call(%k.1), custom_call_target="tpu_custom_call", \
+metadata={op_name="jit(f)/attention/call"}, backend_config={"body":"same"}
+  ROOT %r = bf16[8]{0} reshape(%k.2), metadata={op_name="jit(f)/reshape"}
+}
+"""
+
+BUNDLES = """
+ 0x0   :  { %s1 = smov 0 }
+ 0x1   : > { %v = vadd }
+ 0x2   : > { %p = scmp.ge.s32.totalorder %s1, 64 /* loop exit test */ }
+ 0x3   :  { nop }
+"""
+
+
+def test_cycles_are_those_of_the_program_and_of_each_kernel(tmp_path):
+    """A kernel that occurs twice is written once; what fusions hold inside is theirs already."""
+    (tmp_path / "1-k.1-final_bundles.txt").write_text(BUNDLES)
+    kernel = 2 + 2 * 64
+    assert count(PROGRAM, tmp_path) == {
+        "cycles": 120 + 2 * kernel,
+        "parts": {"selection": 20, "attention": 100 + 2 * kernel},
+        "kernels": 2,
+        "uncounted": 1,
+    }
+
+
+def test_what_would_be_counted_wrong_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="wrote no kernels"):
+        count(PROGRAM, tmp_path)
+    with pytest.raises(ConfigError, match="scan_layers=False"):
+        count(PROGRAM.replace("reshape(", "r while("), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--estimate=v9"], "--estimate='v9' is unknown; known: v5e, v6e"),
+        (["--estimate=v5e", "--against=timm"], "--against needs a device"),
+    ],
+)
+def test_wrong_arguments_are_one_line(arguments, message, capsys):
+    assert bench.main(arguments) == 2
+    assert message in capsys.readouterr().err
