@@ -30,10 +30,9 @@ from tosa_jax.errors import ConfigError
 from tosa_jax.models.method import controls
 from tosa_jax.models.options import OPTIONS
 from tosa_jax.paths import as_path, write_atomically
-from tosa_jax.performance import results, torch_baselines, tpu_estimate
+from tosa_jax.performance import results, torch_baselines
 from tosa_jax.performance.benchmark import measure, measure_batch_sizes
 from tosa_jax.performance.results import format_records
-from tosa_jax.performance.tpu_estimate import CLOCKS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,7 +67,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, lis
         help="dense baselines in PyTorch: timm, transformers or none",
     )
     add("--torch_compile", default="", help=f"on a GPU, one of {', '.join(torch_baselines.MODES)}")
-    add("--estimate", default="", help=f"cycles by the TPU compiler for {' or '.join(CLOCKS)}")
+    add("--estimate", default="", help="cycles by the TPU compiler, for v5e or v6e")
     add("--rounds", type=int, default=10)
     add("--sweep", action="store_true", help="write bench_NAME.json, .md and .png into --out")
     add("--out", default="results", help="folder of --sweep's files")
@@ -169,6 +168,10 @@ def estimate_networks(argv: Sequence[str], args: argparse.Namespace) -> list[dic
 
     Raises ConfigError for arguments that only a measurement has.
     """
+    from tosa_jax.performance import (
+        tpu_estimate,  # brings data libraries, which a measurement does without
+    )
+
     if args.against:
         raise ConfigError(
             "command line: --against needs a device; an estimate has no PyTorch baseline"

@@ -1,7 +1,7 @@
-"""The bodies of the attention kernels of `ops.tpu_attention`: what a TPU does with one example, some heads and a tile of rows.
+"""The bodies of the attention kernels of `ops.tpu_attention`.
 
-Arrays in here lie in a TPU's fast memory: matrices of registers with 8 rows and 128 columns (lanes). A reference is read
-and written by indexing it.
+One call is a TPU's work on one example, some heads and a tile of query rows. The arrays lie in its fast memory, in
+registers of 8 rows and 128 columns (lanes); a reference is read and written by indexing it.
 """
 
 from collections.abc import Iterable
@@ -73,6 +73,12 @@ def _scaled(query: jax.Array, head_dim: int) -> jax.Array:
 def forward_kernel(
     *refs, head_dim: int, heads: int, queries: int, biased: bool, summed: bool, mixed: bool
 ):
+    """Attention of a tile of queries, and column sums of its map or of the map that a selector predicts.
+
+    refs     query [1 rows w], key and value [1 k w], then the bias [1 1 k] if `biased` and the selector's layers if
+             `mixed`; then the results: output [1 rows w] and, if `summed`, sums [1 1 heads k], added up over tiles.
+    queries  rows of the whole array; what a last tile holds beyond them counts for nothing.
+    """
     query_ref, key_ref, value_ref, *rest = refs
     bias_ref = rest.pop(0) if biased else None
     mixing = [rest.pop(0)[...] for _ in range(4 if mixed else 0)]
@@ -150,6 +156,12 @@ def _accumulate(ref, value: jax.Array, tile: jax.Array) -> None:
 
 
 def backward_kernel(*refs, head_dim: int, heads: int, queries: int, tiles: int, biased: bool):
+    """Gradients of `forward_kernel`'s output; the map is computed again.
+
+    refs  query [1 rows w], key and value [1 k w], the output's gradient [1 rows w], then the bias [1 k 1] if `biased`;
+          then the gradients of all of these but the output, and with several `tiles` two float32 arrays [k w]
+          that add up those of key and value.
+    """
     query_ref, key_ref, value_ref, grad_ref, *rest = refs
     bias_ref = rest.pop(0) if biased else None
     query_out, key_out, value_out, *rest = rest
