@@ -1,10 +1,38 @@
 """The TPU compiler's estimate: what is added up of a compiled program, and what is refused."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from tosa_jax import bench
 from tosa_jax.errors import ConfigError
 from tosa_jax.performance.tpu_estimate import count
+
+ROOT = Path(__file__).parents[1]
+
+KERNELS = """
+import json
+import jax, jax.numpy as jnp
+from tosa_jax.ops.attention import attention
+from tosa_jax.ops.tpu_attention import attention_and_selector_sums
+from tosa_jax.performance import tpu_estimate
+
+dumps = tpu_estimate._kernel_dumps()
+device = tpu_estimate.tpu_devices("v5e:2x2")[0]
+heads = [jax.ShapeDtypeStruct((64, 197, 6, 64), jnp.bfloat16)] * 3
+layers = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((6, 12), (12,), (12, 6), (6,))]
+
+def backward(query, key, value):
+    return jax.vjp(attention, query, key, value)[1](query)
+
+for function, arrays in ((attention, heads), (backward, heads), (attention_and_selector_sums, heads + layers)):
+    found = tpu_estimate.cycles(function, *arrays, device=device, dumps=dumps)
+    kernels = {name: x for name, x in found["kernel_cycles"].items()}
+    print(json.dumps([found["kernels"], sum(kernels.values()) / 64]))
+"""
 
 PROGRAM = """
 HloModule jit_f
@@ -42,6 +70,7 @@ def test_cycles_are_those_of_the_program_and_of_each_kernel(tmp_path):
         "parts": {"selection": 20, "attention": 100 + 2 * kernel},
         "kernels": 2,
         "uncounted": 1,
+        "kernel_cycles": {"k.1": kernel},
     }
 
 
@@ -62,3 +91,18 @@ def test_what_would_be_counted_wrong_is_refused(tmp_path):
 def test_wrong_arguments_are_one_line(arguments, message, capsys):
     assert bench.main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.compiler
+@pytest.mark.subprocess
+def test_the_tpu_compiler_takes_the_kernels_and_they_take_no_more_cycles_than_they_did():
+    """Cycles an image of attention in DeiT-S: forward, backward, and with a selector.
+
+    The compiler writes kernels down only where it was asked to before it is loaded: in a process of its own.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", KERNELS], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for line, ceiling in zip(done.stdout.splitlines()[-3:], (1800, 4300, 5300), strict=True):
+        kernels, cycles = json.loads(line)
+        assert kernels == 1 and ceiling / 2 < cycles < ceiling

@@ -176,22 +176,23 @@ def backward_kernel(*refs, head_dim: int, heads: int, queries: int, tiles: int, 
         query = _scaled(_rows_inside(query_ref[0, :, group.lanes], tile, queries), head_dim)
         grad = _rows_inside(grad_ref[0, :, group.lanes], tile, queries)
         key, value = key_ref[0, :, group.lanes], value_ref[0, :, group.lanes]
+        # Products of the group's heads stand together: the vector unit works on one head during those of another.
+        places = range(len(group.heads))
+        logits = [_dot(group.only(key, i, head_dim), query, 1, 1) for i in places]
+        inner = [_dot(group.only(value, i, head_dim), grad, 1, 1) for i in places]
+        if bias_ref is not None:
+            logits = [x + bias_ref[0] for x in logits]
+        weights = [jnp.exp(x - x.max(axis=0, keepdims=True)) for x in logits]
+        weights = [x * (1 / x.sum(axis=0, keepdims=True)) for x in weights]
+        inner = [w * x for w, x in zip(weights, inner, strict=True)]
+        inner = [x - w * x.sum(axis=0, keepdims=True) for w, x in zip(weights, inner, strict=True)]
+        if biased:
+            bias_grads += [x.sum(axis=1, keepdims=True) for x in inner]
         parts = []
-        for i in range(len(group.heads)):
-            logits = _dot(group.only(key, i, head_dim), query, 1, 1)
-            if bias_ref is not None:
-                logits = logits + bias_ref[0]
-            weights = jnp.exp(logits - logits.max(axis=0, keepdims=True))
-            weights = weights * (1 / weights.sum(axis=0, keepdims=True))
-            inner = weights * _dot(group.only(value, i, head_dim), grad, 1, 1)
-            inner = inner - weights * inner.sum(axis=0, keepdims=True)
-            if biased:
-                bias_grads.append(inner.sum(axis=1, keepdims=True))
-            weights, inner = weights.astype(query.dtype), inner.astype(query.dtype)
-            parts.append(
-                (_dot(inner, key, 0, 0), _dot(inner, query, 1, 0), _dot(weights, grad, 1, 0))
-            )
-        of_query, of_key, of_value = (
+        for w, x in zip(weights, inner, strict=True):
+            w, x = w.astype(query.dtype), x.astype(query.dtype)
+            parts.append((_dot(w, grad, 1, 0), _dot(x, query, 1, 0), _dot(x, key, 0, 0)))
+        of_value, of_key, of_query = (
             group.join(list(part), head_dim) for part in zip(*parts, strict=True)
         )
         query_out[0, :, group.lanes] = (of_query * head_dim**-0.5).astype(query_out.dtype)

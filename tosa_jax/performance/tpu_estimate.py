@@ -152,6 +152,8 @@ def _program(
 def cycles(function: Callable, *arguments: Any, device: Device, dumps: Path) -> dict[str, Any]:
     """Cycles of a function on one chip: `cycles`, `parts` (by `PARTS`, and "rest"), `kernels`, `uncounted`.
 
+    `kernel_cycles` are those of each different kernel, by the name of its first call.
+
     arguments  arrays or their shapes.
     dumps      the folder that the compiler was told to write kernels into.
 
@@ -176,7 +178,11 @@ def count(text: str, dumps: Path) -> dict[str, Any]:
         " while(" not in text, "an estimate counts the body of a loop once: set scan_layers=False"
     )
     parts: collections.Counter[str] = collections.Counter()
-    kernels, uncounted, known = 0, 0, {}
+    kernels, uncounted = 0, 0
+    known: dict[
+        str, int
+    ] = {}  # cycles of each different kernel, and below the name that it first had
+    names: dict[str, str] = {}
     for line in _entry(text):
         if not (found := _NAME.match(line)):
             continue
@@ -185,8 +191,9 @@ def count(text: str, dumps: Path) -> dict[str, Any]:
             parts[_part(line)] += int(estimated.group(1))
         elif "tpu_custom_call" in line:
             body = hashlib.sha256(_CONFIG.findall(line)[0].encode()).hexdigest()
-            known.setdefault(body, None)
-            known[body] = known[body] or _bundles(dumps, name)
+            if not known.get(body):
+                known[body] = _bundles(dumps, name)
+                names[body] = name
             kernels += 1
             parts[f"{body} {_part(line)}"] += 1
         elif operation not in _FREE:
@@ -205,6 +212,7 @@ def count(text: str, dumps: Path) -> dict[str, Any]:
         "parts": {part: total[part] for part in (*PARTS, "rest") if total[part]},
         "kernels": kernels,
         "uncounted": uncounted,
+        "kernel_cycles": {names[body]: number for body, number in known.items()},
     }
 
 
