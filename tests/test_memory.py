@@ -67,8 +67,8 @@ from tosa_jax.distributed.memory import keep_freed_memory
 jax.devices()
 if sys.argv[1] == "keep":
     keep_freed_memory()
-x = jnp.ones((4, 2**10, 2**10))
-step = jax.jit(lambda x: jnp.tanh(jnp.cumsum(x @ x, axis=0) @ x).sum())
+x, w = jnp.ones((2**16, 64)), jnp.ones((64, 64))  # 16 MiB, and little to compute
+step = jax.jit(lambda x: jnp.tanh(jnp.cumsum(x @ w, axis=1) @ w).sum())
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(20):  # the heap grows until its free pieces are large enough
     step(x).block_until_ready()
