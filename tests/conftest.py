@@ -45,3 +45,12 @@ def digits_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tfds")
     prepare_own("digits", folder)
     return str(folder)
+
+
+@pytest.fixture
+def one_device():
+    """Runs take one device, though there are eight."""
+    from small import runs_on_one_device
+
+    with runs_on_one_device():
+        yield

@@ -1,14 +1,19 @@
 """A network and a run small enough for tests."""
 
+import contextlib
 import functools
+from collections.abc import Iterator
 
 import jax
+import pytest
 from flax import nnx
 
 from tosa_jax.config import RunConfig, default_config, make_run_config
+from tosa_jax.distributed.mesh import make_mesh
 from tosa_jax.models.params import set_params, split
 from tosa_jax.models.vit import Output, VisionTransformer
 from tosa_jax.tasks import create_model
+from tosa_jax.train import runner
 
 SIZES = {
     "embed_dim": 16,
@@ -55,3 +60,11 @@ def small_run(data_dir: str, **sections) -> RunConfig:
         else:
             config[name] = fields
     return make_run_config(config)
+
+
+@contextlib.contextmanager
+def runs_on_one_device() -> Iterator[None]:
+    """Runs in this context take one of the eight devices: programs for all take twice as long to compile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+        yield

@@ -24,6 +24,8 @@ from tosa_jax.train.metric_writer import MetricWriter
 from tosa_jax.train.runner import run_stages
 from tosa_jax.train.workdir import lease, open_workdir
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 class FakeBucket(DirFileSystem):
     """gs://bucket/x is the file bucket/x of a folder; nothing is appended to, and no folder need be made."""

@@ -14,6 +14,8 @@ from tosa_jax.train.loop import compile_fitting, draw_keep_rate
 from tosa_jax.train.runner import run_stages
 from tosa_jax.train.stages import plan_stages
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 @pytest.mark.parametrize(
     "fields",

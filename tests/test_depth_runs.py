@@ -7,6 +7,7 @@ import pytest
 from depth_files import write_nyu_files
 from flax import nnx
 from PIL import Image
+from small import runs_on_one_device
 
 import tosa_jax
 from tosa_jax import main as entry
@@ -19,6 +20,8 @@ from tosa_jax.reporting.report import format_table
 from tosa_jax.train import runner
 from tosa_jax.train.checkpoints import Checkpoints
 from tosa_jax.train.stages import plan_stages
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 SMALL = ["--config.model.embed_dim=16", "--config.model.num_heads=2", "--config.model.depth=2",
          "--config.model.decoder_dim=4", "--config.batch_size=8", "--config.eval.batch_size=8",
@@ -43,7 +46,8 @@ def rooms_run(tmp_path_factory):
             "--config.model.image_size=(32,48)", "--config.model.patch_size=8",
             *steps("pretrain", 40), *steps("selector", 2), *steps("finetune", 3),
             "--config.pretrain.learning_rate=4e-3", "--config.eval.controls=()"]  # fmt: skip
-    assert entry.main(argv) == 0
+    with runs_on_one_device():
+        assert entry.main(argv) == 0
     return folder, argv
 
 
@@ -93,7 +97,7 @@ def untimed(monkeypatch):
 def nyu(tmp_path_factory):
     """NYU's files with rendered rooms in them, prepared; and weights of a classifier for each backbone."""
     root = tmp_path_factory.mktemp("nyu")
-    source = write_nyu_files(root / "source", train=8, validation=2)
+    source = write_nyu_files(root / "source", train=2, validation=2)
     builders.prepare("nyu_depth_v2", root / "tfds", source, say=lambda line: None)
     for name in ("deit_small_patch16_224", "vit_small_patch14_dinov2"):
         model = tosa_jax.create_model(
@@ -106,6 +110,7 @@ def nyu(tmp_path_factory):
 
 def nyu_argv(root, tmp_path, variant, backbone):
     return [f"--config=configs/nyu_deit_s.py{variant}", f"--workdir={tmp_path}/run", *SMALL,
+            "--config.batch_size=2", "--config.eval.batch_size=2", "--config.eval.figure_images=1",
             f"--config.data.data_dir={root}/tfds", f"--config.init_from={root}/{backbone}.safetensors"]  # fmt: skip
 
 

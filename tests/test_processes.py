@@ -208,7 +208,9 @@ def losses_of(workdir: Path) -> dict[tuple[str, int], float]:
 
 
 @pytest.mark.subprocess
-def test_a_run_of_one_process_goes_on_in_two_and_ends_in_one(digits_dir, tmp_path, monkeypatch):
+def test_a_run_of_one_process_goes_on_in_two_and_ends_in_one(
+    digits_dir, tmp_path, one_device, monkeypatch
+):
     args = [
         f"--config.data.data_dir={digits_dir}", "--config.pretrain.steps=8",
         "--config.selector.steps=4", "--config.finetune.steps=4",

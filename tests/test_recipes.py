@@ -12,8 +12,11 @@ from tosa_jax import main as entry
 from tosa_jax.models.params import get_params
 from tosa_jax.models.weights.load import load_pretrained, save_weights
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 TINY = ["--config.model.depth=2", "--config.model.image_size=32", "--config.batch_size=8",
-        "--config.data.workers=threads:2", "--config.eval.batch_size=8"]  # fmt: skip
+        "--config.data.workers=threads:2", "--config.eval.batch_size=8",
+        "--config.eval.figure_images=0"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

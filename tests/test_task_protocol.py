@@ -330,7 +330,7 @@ def test_a_run_that_writes_text_is_scored(digits_dir, tmp_path):
 
 
 def depth_update(devices, accumulate, images, depth):
-    """Loss and gradient norm of a depth step on a batch, and its parameters afterwards."""
+    """Loss and gradient norm of a depth step on a batch, its parameters afterwards, and what predicts depth before."""
     from tosa_jax.models.optim import make_optimizer
     from tosa_jax.models.params import split
     from tosa_jax.tasks import create_model
@@ -352,8 +352,9 @@ def depth_update(devices, accumulate, images, depth):
     state = init_state(setup, jax.tree.map(np.asarray, params), {})
     step = jax.jit(functools.partial(train_step, setup=setup, mesh=mesh))
     new, metrics = step(state, to_global({"image": images, "depth": depth}, mesh))
-    out = set_params(graphdef, params)(task.inputs(jnp.asarray(images)))
-    return jax.device_get((metrics["loss"], metrics["grad_norm"], new.params)), out.depth
+    look = jax.jit(lambda params, images: set_params(graphdef, params)(task.inputs(images)).depth)
+    found = jax.device_get((metrics["loss"], metrics["grad_norm"], new.params))
+    return found, functools.partial(look, params, images)
 
 
 def test_images_without_a_pixel_count_for_nothing_in_any_number_of_parts_and_devices():
@@ -361,11 +362,11 @@ def test_images_without_a_pixel_count_for_nothing_in_any_number_of_parts_and_dev
     images = rng.integers(0, 256, (8, 16, 16, 3), np.uint8)
     depth = rng.uniform(0.5, 9, (8, 16, 16)).astype(np.float32)
     depth[[0, 2, 4]] = 0
-    whole, predicted = depth_update(1, 1, images, depth)
-    difference = np.log(np.asarray(predicted, np.float64)) - np.log(np.where(depth > 0, depth, 1))
+    whole, predict = depth_update(1, 1, images, depth)
+    difference = np.log(np.asarray(predict(), np.float64)) - np.log(np.where(depth > 0, depth, 1))
     each = [10 * np.sqrt((d**2).mean() - 0.85 * d.mean() ** 2) for d in difference[[1, 3, 5, 6, 7]]]
     np.testing.assert_allclose(whole[0], np.mean(each), rtol=1e-5)
-    for devices, parts in ((1, 2), (1, 4), (8, 1)):
+    for devices, parts in ((1, 4), (8, 1)):
         found, _ = depth_update(devices, parts, images, depth)
         np.testing.assert_allclose(found[:2], whole[:2], rtol=1e-5)
         jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-4), found[2], whole[2])

@@ -115,10 +115,13 @@ def test_stages_freeze_what_they_must(digits_dir, tmp_path):
     assert trained["pretrain"] == trained["finetune"]
 
 
-def test_a_whole_run_with_controls_reports_and_then_only_prints(digits_dir, tmp_path, monkeypatch):
+def test_a_whole_run_with_controls_reports_and_then_only_prints(
+    digits_dir, tmp_path, one_device, monkeypatch
+):
     short = {"steps": 4}
     run = run_of(
         digits_dir,
+        mesh={"data": -1, "fsdp": 1, "model": 1},
         pretrain=short,
         selector=short,
         finetune=short | {"distill_weight": 0.5},
