@@ -45,9 +45,14 @@ NAME = "vit_small_patch14_dinov2"
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 
 
+def pictures_in(folder: Path) -> list[Path]:
+    """The pictures under a folder, in order."""
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
+
+
 def crops(folder: Path, count: int, size: int, seed: int = 0) -> np.ndarray:
     """Normalised square crops [count size size 3] of the pictures in a folder, shorter side resized to `size`."""
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    files = pictures_in(folder)
     rng = np.random.default_rng(seed)
     rng.shuffle(files)
     images = []
@@ -169,14 +174,45 @@ def interval(values: np.ndarray) -> list[float]:
     return np.percentile(values[rows].mean(axis=1), [2.5, 97.5]).tolist()
 
 
-def closeness(tokens: np.ndarray, truth: np.ndarray) -> dict:
+def closeness(of_class: np.ndarray, of_patches: np.ndarray) -> dict:
     """Mean cosines to the dense network's tokens, of the class token and of the patches, with their intervals."""
-    near = cosine(tokens, truth)
-    of_class, of_patches = near[:, 0], near[:, 1:].mean(axis=1)
     return {
         "class_cosine": float(of_class.mean()), "class_interval": interval(of_class),
         "patch_cosine": float(of_patches.mean()), "patch_interval": interval(of_patches),
     }  # fmt: skip
+
+
+COSINES: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+"""Cosines of each image by row: of the class token, and the mean of the patches."""
+
+
+def paired(rows: list[dict], pictures: int) -> list[dict]:
+    """Differences, ours minus ToMe's, at the nearest share of multiply-adds, with 95 % intervals.
+
+    Both saw the same images. Pictures are resampled, not their crops, which are alike; image i is of picture
+    `i % pictures`.
+    """
+    theirs = [
+        row for row in rows if row["name"].startswith("ToMe") and "without" not in row["name"]
+    ]
+    found = []
+    for row in (row for row in rows if row["name"].startswith("redundancy, linear")):
+        near = min(theirs, key=lambda other: abs(other["share"] - row["share"]), default=None)
+        if near is None or abs(near["share"] - row["share"]) > 0.02:
+            continue
+        pair = {
+            "ours": row["name"],
+            "shares": [row["share"], near["share"]],
+            "theirs": near["name"],
+        }
+        for part, ours, other in zip(
+            ("class", "patch"), COSINES[row["name"]], COSINES[near["name"]], strict=True
+        ):
+            by_picture = (ours - other)[: len(ours) // pictures * pictures].reshape(-1, pictures)
+            pair[f"{part}_difference"] = float(by_picture.mean())
+            pair[f"{part}_interval"] = interval(by_picture.mean(axis=0))
+        found.append(pair)
+    return found
 
 
 FITTED: dict[tuple, dict] = {}
@@ -214,7 +250,9 @@ def measure(args: argparse.Namespace) -> tuple[list[dict], dict[str, str]]:
         nonlocal truth
         tokens = run(jax.jit(forward), params, images)
         truth = tokens if truth is None else truth
-        rows.append({"name": name, "share": macs / dense_macs} | closeness(tokens, truth))
+        near = cosine(tokens, truth)
+        COSINES[name] = near[:, 0], near[:, 1:].mean(axis=1)
+        rows.append({"name": name, "share": macs / dense_macs} | closeness(*COSINES[name]))
         print(rows[-1], file=sys.stderr)
 
     budgets = args.rows == "budgets"
@@ -257,10 +295,11 @@ def main() -> None:
     given += " --fit=DIR" if args.fit else ""
     json.dump({
         "command": f"python results/no_finetuning.py --rows={args.rows} --weights=dinov2_vits14.safetensors"
-        f" --score=DIR{given}",
+        f" --score=DIR --images={args.images}{given}",
         "data": f"{args.images} crops of {args.image_size} px of the pictures under --score",
         "device": describe_device(), "versions": versions(), "seed": 0, "model": NAME,
-        "left_out": left_out, "results": rows,
+        "left_out": left_out, "results": rows, "pictures": [x.name for x in pictures_in(args.score)],
+        "paired": paired(rows, len(pictures_in(args.score))) if args.rows == "budgets" else [],
     }, sys.stdout, indent=1)  # fmt: skip
     print()
 

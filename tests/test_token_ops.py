@@ -96,7 +96,12 @@ def test_matrix_products_that_move_tokens_are_exact_in_float32():
         return (sums**2).sum() + (mixed.spread(mixed.merge(placed)) ** 2).sum()
 
     program = jax.make_jaxpr(jax.grad(loss))(random(1, 2, 9, 3))
-    products = list(matrix_products(program.jaxpr))
+    # Counts of ones and zeros are products of bfloat16, which are exact as they are.
+    products = [
+        x
+        for x in matrix_products(program.jaxpr)
+        if any(operand.aval.dtype == jnp.float32 for operand in x.invars)
+    ]
     assert len(products) >= 5
     exact = jax.lax.Precision.HIGHEST
     assert all(x.params["precision"] == (exact, exact) for x in products), products
