@@ -23,7 +23,7 @@ from tosa_jax.ops import token_matching, tpu_attention
 from tosa_jax.ops.attention import attention_and_column_sums
 from tosa_jax.ops.reduction import pooled
 from tosa_jax.ops.token_selection import gather_tokens, scatter_tokens, select_tokens
-from tosa_jax.ops.tpu_attention import Blocks, blocks, supports
+from tosa_jax.ops.tpu_attention import Blocks, blocks, supports, supports_selector
 
 
 def normal(seed, *shape, dtype=jnp.float32):
@@ -169,6 +169,9 @@ def test_other_shapes_have_no_kernel():
     assert not supports(heads[:, :1].astype(jnp.bfloat16), heads)
     narrow = normal(0, 1, 16, 2, 16, dtype=jnp.bfloat16)
     assert not supports(narrow, narrow)
+    half = heads.astype(jnp.bfloat16)
+    assert supports_selector(half, half, 8)
+    assert not supports_selector(half, half, 20_000)  # its matrices do not fit
 
 
 SCORES = {

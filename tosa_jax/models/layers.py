@@ -152,9 +152,9 @@ def project(
 ) -> tuple[Tokens, ...]:
     """x [b n d] times kernel [d e] plus bias [e], cut into equal parts [b n e/parts].
 
-    On a TPU backward has a product for each part, because to join the parts' gradients would copy them; and the bias's
-    gradient, a sum over all tokens, is a product with ones, which takes a tenth of the time of a sum that follows a
-    kernel. Sums are float32.
+    On a TPU backward has a product for each part, because to join the parts' gradients would copy them. The bias's
+    gradient, a sum over all tokens, is a product with ones there: XLA joins no sum with the kernel before it. Sums are
+    float32.
     """
     return tuple(_project(x, kernel, bias, parts))
 
@@ -217,8 +217,8 @@ class Mlp(nnx.Module):
 def gelu(x: Tokens) -> Tokens:
     """GELU, `x` times the normal distribution's function of `x`; in bfloat16 an error of 3e-5 is added.
 
-    A TPU has no instruction for erf: there it takes as long as a third of the network's matrix products. The polynomial
-    was fitted to the logit of the normal distribution function; the tanh form's error is .0005.
+    A TPU has no instruction for erf and takes long to work it out. `x` times the sigmoid of this polynomial was fitted
+    to GELU; the well-known form with tanh is .0005 from it.
     """
     if x.dtype != jnp.bfloat16:
         return jax.nn.gelu(x, approximate=False)

@@ -85,7 +85,7 @@ class TokenSelector(nnx.Module):
         self.conv1 = HeadConv(expand, config)
         self.conv2 = HeadConv(contract, config)
         self.macs_per_entry = 2 * size * config.num_heads * hidden
-        self.size = size
+        self.size, self.hidden = size, hidden
 
     def layers(self) -> tuple[Array, Array, Array, Array]:
         """Kernel [h f] and bias [f], then kernel [f h] and bias [h], of a selector of width 1."""

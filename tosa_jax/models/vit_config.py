@@ -75,7 +75,8 @@ class ViTConfig(metaclass=_TakesOptions):
     budget             "uniform": one keep_rate for all selections; "linear": keep_rate is the mean of falling ones,
                        which "redundancy" follows as far down as it can.
     count_multiple     counts of selected tokens are rounded up to a multiple of it.
-    gather             "indices", or "one_hot": tokens are gathered and put back by matrix products.
+    gather             "one_hot": tokens are gathered and put back by matrix products on every device; "indices": on
+                       TPUs alone.
     scan_layers        one program for all repetitions of the plan: compiles faster, computes the same.
     remat              what backward computes again to save memory: "none", "full", "dots" or "dots_no_batch".
     map_chunk          query rows at a time when a map is walked; 0: all.

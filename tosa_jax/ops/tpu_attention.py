@@ -11,6 +11,7 @@ the reference that tests compare with.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -74,14 +75,22 @@ def _round_up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 
 
-def selector_blocks(queries: int, keys: int, heads: int, head_dim: int) -> Blocks | None:
-    """Blocks where a selector reads the logits: all heads, because it mixes them, and whole groups of rows."""
+def selector_blocks(
+    queries: int, keys: int, heads: int, head_dim: int, hidden: int
+) -> Blocks | None:
+    """Blocks where a selector reads the logits: all heads, because it mixes them, and whole groups of rows.
+
+    hidden  channels between the selector's layers.
+    """
     width = _round_up(heads * head_dim, LANES)
     for tiles in range(1, 1 + math.ceil(queries / MIXED_ROWS)):
         rows = _round_up(math.ceil(queries / tiles), MIXED_ROWS)
-        # Operands twice; logits, their rounded copy and weights; what a group of rows is mixed into.
+        # Operands twice; logits, their rounded copy and weights; what a group of rows is mixed into, and the matrices
+        # that mix it.
         operands = 2 * 2 * width * 2 * (rows + keys)
-        maps = _round_up(keys, LANES) * heads * (10 * rows + 12 * MIXED_ROWS)
+        mixed = MIXED_ROWS * (4 * heads + 6 * hidden)
+        maps = _round_up(keys, LANES) * (10 * heads * rows + mixed)
+        operands += 2 * 2 * 2 * MIXED_ROWS**2 * heads * hidden
         if operands + maps <= _VMEM:
             return Blocks(heads, rows)
     return None
@@ -95,9 +104,11 @@ def supports(query: Queries, key: Keys) -> bool:
     return query.dtype == jnp.bfloat16 and large and fits is not None
 
 
-def supports_selector(query: Queries, key: Keys) -> bool:
-    """Whether a kernel takes these arrays and a selector of width 1."""
-    return supports(query, key) and selector_blocks(*query.shape[1:2], *key.shape[1:]) is not None
+def supports_selector(query: Queries, key: Keys, hidden: int) -> bool:
+    """Whether a kernel takes these arrays and a selector of width 1 with `hidden` channels between its layers."""
+    _, keys, heads, head_dim = key.shape
+    fits = selector_blocks(query.shape[1], keys, heads, head_dim, hidden)
+    return supports(query, key) and fits is not None
 
 
 # Calls of the kernels, on the arrays of one device -------------------------------------------------------------------
@@ -120,11 +131,11 @@ class _Call(NamedTuple):
 
     @classmethod
     def of(
-        cls, query: Queries, key: Keys, value: Keys, biased: bool, mixed: bool = False
+        cls, query: Queries, key: Keys, value: Keys, biased: bool, hidden: int | None = None
     ) -> "_Call":
         b, queries, heads, head_dim = query.shape
-        choose = selector_blocks if mixed else blocks
-        size = choose(queries, key.shape[1], heads, head_dim)
+        shape = queries, key.shape[1], heads, head_dim
+        size = blocks(*shape) if hidden is None else selector_blocks(*shape, hidden)
         assert size is not None, "`supports` was asked before"
         width = size.heads * head_dim
         grid = (b, heads // size.heads, -(-queries // size.rows))
@@ -151,7 +162,8 @@ class _Call(NamedTuple):
 
 
 def _forward(query, key, value, *bias, summed: bool, mixing: tuple[jax.Array, ...] = ()):
-    call = _Call.of(query, key, value, bool(bias), bool(mixing))
+    hidden = len(mixing[0]) // MIXED_ROWS if mixing else None
+    call = _Call.of(query, key, value, bool(bias), hidden)
     b, queries, heads, _ = query.shape
     keys, block = key.shape[1], call.blocks.heads
     in_specs = list(call.specs)
@@ -195,17 +207,11 @@ def _backward(query, key, value, grad, *bias):
 # On arrays of all devices: examples and heads may be divided, tokens and channels not ---------------------------------
 
 
-@functools.cache
-def _divided(biased: bool, summed: bool = False, backward: bool = False):
-    """The kernel's call for arrays that are divided over a mesh: each device works on what it has."""
-    call = _backward if backward else functools.partial(_forward, summed=summed)
-    bias = ", b k" if biased else ""
-    if backward:
-        rule = f"b q h c, b k h c, b k h c, b q h c{bias} -> b q h c, b k h c, b k h c{bias}"
-    else:
-        rule = f"b q h c, b k h c, b k h c{bias} -> b q h c{', b h k' if summed else ''}"
-    # The gradient of the bias is a sum over heads. Letters are in the order of the rule.
-    whole = ("q", *(["h"] if backward and biased else []), "c", "k")
+def _divide(call: Callable, rule: str, whole: tuple[str, ...]) -> Callable:
+    """`call` for arrays that are divided over a mesh: each device works on what it has.
+
+    rule   the axes of the operands and results, a letter each; `whole` are those that no mesh divides.
+    """
 
     def partition(mesh, arguments, results):
         def shardings(tree):
@@ -216,6 +222,25 @@ def _divided(biased: bool, summed: bool = False, backward: bool = False):
     divided = custom_partitioning(lambda *arrays: call(*arrays))
     divided.def_partition(partition, sharding_rule=rule, need_replication_factors=whole)
     return divided
+
+
+@functools.cache
+def _divided(biased: bool, summed: bool = False, backward: bool = False) -> Callable:
+    """The kernels without a selector."""
+    bias = ", b k" if biased else ""
+    if backward:
+        rule = f"b q h c, b k h c, b k h c, b q h c{bias} -> b q h c, b k h c, b k h c{bias}"
+        # The gradient of the bias is a sum over heads.
+        return _divide(_backward, rule, ("q", "h", "c", "k") if biased else ("q", "c", "k"))
+    rule = f"b q h c, b k h c, b k h c{bias} -> b q h c{', b h k' if summed else ''}"
+    return _divide(functools.partial(_forward, summed=summed), rule, ("q", "c", "k"))
+
+
+@functools.cache
+def _selected_divided() -> Callable:
+    """The kernel with a selector, which mixes heads: they are not divided."""
+    rule = "b q h c, b k h c, b k h c, e r, e s, u v, u w -> b q h c, b h k"
+    return _divide(_selected, rule, ("q", "h", "c", "k", "e", "r", "s", "u", "v", "w"))
 
 
 @jax.custom_vjp
@@ -274,25 +299,6 @@ def _for_groups(
 def _selected(query, key, value, *layers):
     """`attention_and_selector_sums` on the arrays of one device."""
     return _forward(query, key, value, summed=True, mixing=layers)
-
-
-@functools.cache
-def _selected_divided():
-    """The same on a mesh: examples may be divided; heads not, because the selector mixes them."""
-
-    def partition(mesh, arguments, results):
-        def shardings(tree):
-            return jax.tree.map(lambda x: x.sharding, tree)
-
-        return mesh, _selected, shardings(results), shardings(arguments)
-
-    divided = custom_partitioning(lambda *arrays: _selected(*arrays))
-    divided.def_partition(
-        partition,
-        sharding_rule="b q h c, b k h c, b k h c, e r, e s, u v, u w -> b q h c, b h k",
-        need_replication_factors=("q", "h", "c", "k", "e", "r", "s", "u", "v", "w"),
-    )
-    return divided
 
 
 @jax.custom_vjp

@@ -17,7 +17,7 @@ from tosa_jax.distributed import memory
 from tosa_jax.models.factory import build, control_config, structure
 from tosa_jax.models.method import DENSE, MAIN, METHODS
 from tosa_jax.models.optim import OptimConfig, make_optimizer
-from tosa_jax.models.params import set_params, split
+from tosa_jax.models.params import Params, set_params, split
 from tosa_jax.models.vit import VisionTransformer
 from tosa_jax.models.vit_config import ViTConfig
 from tosa_jax.tasks import TASKS, Task
@@ -82,9 +82,8 @@ def candidate(
     make_batch = functools.partial(_random_images, config, batch_size)
     state, function = params, _forward_pass(graphdef)
     if train:
-        half = (0.5,) * config.in_chans
-        objective = TASKS[task].of_model(config, TASKS[task].options(), mean=half, std=half)
-        make_batch = functools.partial(_training_batch, objective, config, batch_size)
+        objective = objective_of(config, task)
+        make_batch = functools.partial(training_batch, objective, config, batch_size)
         state = (params, jax.eval_shape(optimizer.init, params))
         function = _training_step(graphdef, optimizer, objective)
     jitted = jax.jit(function, donate_argnums=0 if train else ())
@@ -111,11 +110,17 @@ def candidate(
     )
 
 
+def objective_of(config: ViTConfig, task: str) -> Task:
+    """The task, a key of `TASKS`, with its default options."""
+    half = (0.5,) * config.in_chans
+    return TASKS[task].of_model(config, TASKS[task].options(), mean=half, std=half)
+
+
 def _random_images(config: ViTConfig, batch_size: int, key: jax.Array) -> jax.Array:
     return jax.random.normal(key, (batch_size, *config.image_shape, config.in_chans), config.dtype)
 
 
-def _training_batch(task: Task, config: ViTConfig, batch_size: int, key: jax.Array) -> Batch:
+def training_batch(task: Task, config: ViTConfig, batch_size: int, key: jax.Array) -> Batch:
     """What the task makes of examples that are all ones, with random images in the dtype of the computation."""
     ones = {k: jnp.ones((batch_size, *x.shape), x.dtype) for k, x in task.example(config).items()}
     rows = task.training_batch(ones, key)
@@ -131,19 +136,27 @@ def _training_step(
 ) -> Callable:
     def step(state, batch, key):
         params, opt = state
-        keys = jax.random.split(key, len(batch["image"]))
-        # A teacher costs a forward pass, whatever its parameters are.
-        teacher = set_params(graphdef, params) if task.teacher else None
-
-        def loss(p):
-            model = set_params(graphdef, p)
-            return task.training_loss(model, batch, keys, teacher, task.init_state()).values.mean()
-
-        value, grads = jax.value_and_grad(loss)(params)
+        value, grads = jax.value_and_grad(functools.partial(mean_loss, graphdef, task))(
+            params, batch, key
+        )
         updates, opt = optimizer.update(grads, opt, params)
         return (jax.tree.map(jnp.add, params, updates), opt), value
 
     return step
+
+
+def mean_loss(
+    graphdef: nnx.GraphDef[VisionTransformer],
+    task: Task,
+    params: Params,
+    batch: Batch,
+    key: jax.Array,
+) -> jax.Array:
+    """The mean of the task's loss over a batch, a scalar; a teacher is the model itself, for what it costs."""
+    teacher = set_params(graphdef, jax.lax.stop_gradient(params)) if task.teacher else None
+    keys = jax.random.split(key, len(batch["image"]))
+    model = set_params(graphdef, params)
+    return task.training_loss(model, batch, keys, teacher, task.init_state()).values.mean()
 
 
 def _gmacs_by_xla(program: jax.stages.Compiled, batch_size: int) -> float | None:

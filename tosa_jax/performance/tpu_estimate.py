@@ -8,11 +8,12 @@ The sum compares programs. It is no measurement: what waits for memory or for an
 as the compiler's model knows, and an instruction without an estimate is not in it at all (`uncounted` is their number).
 """
 
+import atexit
 import collections
 import functools
-import hashlib
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,8 +28,8 @@ from tosa_jax.models.factory import structure
 from tosa_jax.models.params import set_params
 from tosa_jax.models.vit_config import ViTConfig, check, check_choice
 from tosa_jax.performance.aot import tpu_devices
-from tosa_jax.performance.candidates import networks
-from tosa_jax.tasks import TASKS, model_config
+from tosa_jax.performance.candidates import mean_loss, networks, objective_of, training_batch
+from tosa_jax.tasks import model_config
 
 CLOCKS = {"v5e": 1.5e9, "v6e": 1.75e9}
 """Cycles a second of the chips that an estimate can be had for: peak operations over those of the matrix units."""
@@ -52,6 +53,7 @@ Record = dict[str, Any]
 def _kernel_dumps() -> Path:
     """The folder that the compiler writes bundles of kernels into; asked for before it is loaded, or it does not."""
     folder = tempfile.mkdtemp(prefix="kernels_")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     wanted = (
         f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true "
         "--xla_jf_dump_llo_pass_label_regex=final_bundles"
@@ -118,35 +120,18 @@ def _program(
 ) -> tuple[Callable, tuple[Any, ...]]:
     """The function, and the shapes of its arguments."""
     graphdef, params = structure(config)
-    half = (0.5,) * config.in_chans
-    objective = TASKS[task].of_model(config, TASKS[task].options(), mean=half, std=half)
-    shape = (batch_size, *config.image_shape, config.in_chans)
-    images = jax.ShapeDtypeStruct(shape, config.dtype)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    if not train:
+    objective, key = objective_of(config, task), jax.eval_shape(jax.random.key, 0)
+    batch = jax.eval_shape(
+        functools.partial(training_batch, objective, config, batch_size), jax.random.key(0)
+    )
+    if train:
+        loss = functools.partial(mean_loss, graphdef, objective)
+        return jax.grad(loss), (params, batch, key)
 
-        def forward(params, images, key):
-            out = objective.run_model(set_params(graphdef, params), images, key)
-            return out.predictions
+    def forward(params, images, key):
+        return objective.run_model(set_params(graphdef, params), images, key).predictions
 
-        return forward, (params, images, key)
-    rows = {
-        name: jax.ShapeDtypeStruct((batch_size, *x.shape), x.dtype)
-        for name, x in objective.example(config).items()
-    }
-    batch = jax.eval_shape(objective.training_batch, rows, key)
-
-    def gradients(params, batch, key):
-        keys = jax.random.split(key, batch_size)
-
-        def loss(params):
-            model = functools.partial(set_params(graphdef, params), train=True)
-            values = objective.training_loss(model, batch, keys, None, objective.init_state())
-            return values.values.mean()
-
-        return jax.grad(loss)(params)
-
-    return gradients, (params, {**batch, "image": images}, key)
+    return forward, (params, batch["image"], key)
 
 
 def cycles(function: Callable, *arguments: Any, device: Device, dumps: Path) -> dict[str, Any]:
@@ -178,11 +163,10 @@ def count(text: str, dumps: Path) -> dict[str, Any]:
         " while(" not in text, "an estimate counts the body of a loop once: set scan_layers=False"
     )
     parts: collections.Counter[str] = collections.Counter()
+    # The compiler writes a kernel once, under the name of its first call.
+    first_call: dict[str, str] = {}
+    kernel_cycles: dict[str, int] = {}
     kernels, uncounted = 0, 0
-    known: dict[
-        str, int
-    ] = {}  # cycles of each different kernel, and below the name that it first had
-    names: dict[str, str] = {}
     for line in _entry(text):
         if not (found := _NAME.match(line)):
             continue
@@ -190,29 +174,19 @@ def count(text: str, dumps: Path) -> dict[str, Any]:
         if estimated := _CYCLES.search(line):
             parts[_part(line)] += int(estimated.group(1))
         elif "tpu_custom_call" in line:
-            body = hashlib.sha256(_CONFIG.findall(line)[0].encode()).hexdigest()
-            if not known.get(body):
-                known[body] = _bundles(dumps, name)
-                names[body] = name
+            first = first_call.setdefault(_CONFIG.findall(line)[0], name)
+            if first not in kernel_cycles:
+                kernel_cycles[first] = _bundles(dumps, first)
+            parts[_part(line)] += kernel_cycles[first]
             kernels += 1
-            parts[f"{body} {_part(line)}"] += 1
         elif operation not in _FREE:
             uncounted += 1
-    total: collections.Counter[str] = collections.Counter()
-    for part, number in parts.items():
-        body, _, rest = part.rpartition(" ")
-        if body:
-            check(
-                bool(known[body]),
-                "the compiler wrote no kernels: it was loaded before; run the estimate in a process of its own",
-            )
-        total[rest] += number * (known[body] if body else 1)
     return {
-        "cycles": sum(total.values()),
-        "parts": {part: total[part] for part in (*PARTS, "rest") if total[part]},
+        "cycles": sum(parts.values()),
+        "parts": {part: parts[part] for part in (*PARTS, "rest") if parts[part]},
         "kernels": kernels,
         "uncounted": uncounted,
-        "kernel_cycles": {names[body]: number for body, number in known.items()},
+        "kernel_cycles": kernel_cycles,
     }
 
 
@@ -230,13 +204,17 @@ def _part(line: str) -> str:
 
 
 def _bundles(dumps: Path, name: str) -> int:
-    """Bundles of a kernel times the counts of the loops that they stand in; 0 if it was not written.
+    """Bundles of a kernel times the counts of the loops that they stand in.
 
     Of several loops at one depth the longest stands for all.
+
+    Raises ConfigError: the kernel was not written.
     """
     files = [x for x in dumps.glob(f"*-{name}-*final_bundles.txt") if "schedule" not in x.name]
-    if not files:
-        return 0
+    check(
+        bool(files),
+        "the compiler wrote no kernels: it was loaded before; run the estimate in a process of its own",
+    )
     bundles: collections.Counter[int] = collections.Counter()
     trips: dict[int, int] = collections.defaultdict(lambda: 1)
     for line in sorted(files)[-1].read_text().splitlines():

@@ -50,7 +50,7 @@ class Selective(SelectiveLayer):
             return out, jax.lax.stop_gradient(sums)
 
         arrays = query, key, value, *selector.layers()
-        if selector.size > 1 or not tpu_attention.supports_selector(query, key):
+        if selector.size > 1 or not tpu_attention.supports_selector(query, key, selector.hidden):
             out, sums = walked(*arrays)
         else:
             kernel = tpu_attention.attention_and_selector_sums
