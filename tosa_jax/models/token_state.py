@@ -116,6 +116,10 @@ class TokenState(NamedTuple):
             tokens = reduction.restore(tokens)
         return self._replace(tokens=tokens, open=(), attention_map=None)
 
+    def cut_off(self, tokens: Tokens, summary: Any) -> "TokenState":
+        """The state after a layer that worked out the first tokens alone: no reduction is left to end."""
+        return self._replace(tokens=tokens, summary=summary, open=(), persisting=())
+
     def restored_grid(self) -> "TokenState":
         """The state with all n tokens back in their places: every reduction has ended, persisting ones too."""
         state = self.restored()

@@ -94,8 +94,10 @@ class Redundancy(SelectiveLayer):
 
         run = block(state.tokens, attend, context.drop, between, context.read)
         tokens, (summary, state) = run
+        if context.read is not None:
+            return state.cut_off(tokens, summary)
         state = state._replace(tokens=tokens, summary=summary)
-        return state.restored() if self.spec.closes and context.read is None else state
+        return state.restored() if self.spec.closes else state
 
     def block_macs(self, block: Block) -> int:
         return block.attn_macs(self.spec.count_in) + block.mlp_macs(self.spec.count)

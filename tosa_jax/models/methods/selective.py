@@ -85,7 +85,7 @@ class SelectiveLayer(Standard):
                 chosen = with_one_hot(chosen, state.tokens.dtype)
             state = state.opened(*self.bypass.open(block, state.tokens, chosen), scores)
         state = super().apply(block, state, context)
-        return state.restored() if self.spec.closes and context.read is None else state
+        return state.restored() if self.spec.closes else state
 
     def linear_fits(self) -> tuple[LinearFit, ...]:
         return () if self.bypass is None else self.bypass.linear_fits()

@@ -34,6 +34,8 @@ class Standard(LayerKind):
         """The state after the block ran on all its tokens. Sizes weigh in attention, and masked tokens are not read."""
         context = context.weighing(state.sizes if self.proportional else None, state.mask)
         tokens, summary = context.run(block, state.tokens)
+        if context.read is not None:
+            return state.cut_off(tokens, summary)
         return state._replace(tokens=tokens, summary=summary)
 
     def restore(self, state: TokenState) -> TokenState:
