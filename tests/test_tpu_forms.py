@@ -141,9 +141,12 @@ def test_kernels_work_on_divided_arrays(as_tpu):
     arrays = [normal(i, 4, 16, 4, 64, dtype=jnp.bfloat16) for i in range(3)]
     divided = jax.device_put(arrays, NamedSharding(mesh, P("data", None, "model")))
 
+    layers = normal(3, 4, 8), normal(4, 8), normal(5, 8, 4), normal(6, 4)
+
     def loss(*arrays):
         out, sums = attention_and_column_sums(*arrays)
-        return (out.astype(jnp.float32) ** 2).mean(), sums
+        selected = tpu_attention.attention_and_selector_sums(*arrays, *layers)  # it mixes heads
+        return (out.astype(jnp.float32) ** 2).mean(), (sums, selected)
 
     step = jax.jit(jax.value_and_grad(loss, has_aux=True, argnums=(0, 1, 2)))
     for ours, theirs in zip(

@@ -31,7 +31,7 @@ from tosa_jax.models.method import controls
 from tosa_jax.models.options import OPTIONS
 from tosa_jax.paths import as_path, write_atomically
 from tosa_jax.performance import results, torch_baselines
-from tosa_jax.performance.benchmark import measure, measure_batch_sizes
+from tosa_jax.performance.benchmark import measure, measure_batch_sizes, passes_in_flight
 from tosa_jax.performance.results import format_records
 
 
@@ -152,7 +152,7 @@ def measure_networks(argv: Sequence[str], args: argparse.Namespace) -> list[dict
         "command": f"python -m tosa_jax.bench {shlex.join(argv)}",
         "device": describe_device(),
         "versions": versions() | torch_baselines.versions(against),
-        "settings": {"rounds": args.rounds}
+        "settings": {"rounds": args.rounds, "passes": passes_in_flight()}
         | torch_baselines.settings(against, args.dtype, args.torch_compile, train=args.train),
         "left_out": left_out,
         "rows": rows,

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from tosa_jax.ops import tpu_attention
+from tosa_jax.ops import gpu_attention, tpu_attention
 from tosa_jax.ops.array_types import AttnLogits, AttnMap, Keys, PerExample, Queries, Scores
 
 
@@ -31,17 +31,16 @@ def attention(
     """Softmax attention whose map nobody reads; logits and softmax in float32.
 
     `key_bias` is added to every logit of a key. In half precision the program compiled for a TPU is a kernel where the
-    shapes fit (`ops.tpu_attention`), and the one for an NVIDIA GPU is cuDNN's fused attention where there is no bias.
+    shapes fit (`ops.tpu_attention`). One for an NVIDIA GPU is a kernel or cuDNN's where there is no bias
+    (`ops.gpu_attention`).
     """
     bias = () if key_bias is None else (key_bias,)
     forms = {}
     if tpu_attention.supports(query, key):
         forms["tpu"] = tpu_attention.attention
-    head_dim = query.shape[-1]
-    # cuDNN takes these shapes alone, and can be named only where it is installed.
-    narrow = query.dtype != jnp.float32 and head_dim % 8 == 0 and head_dim <= 128
-    if narrow and key_bias is None and _has_cuda():
-        forms["cuda"] = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+    if key_bias is None and gpu_attention.is_narrow(query) and _has_cuda():
+        short = gpu_attention.is_short(query, key)
+        forms["cuda"] = gpu_attention.attention if short else gpu_attention.cudnn_attention
     if not forms:
         return _xla_attention(query, key, value, *bias)
     return jax.lax.platform_dependent(query, key, value, *bias, **forms, default=_xla_attention)
@@ -125,7 +124,8 @@ def attention_and_column_sums(
 ) -> tuple[Queries, Float[Array, "b h k"]]:
     """Attention, and how much of it each token is paid, float32 [b h k]; no gradient passes through the sums.
 
-    A kernel where the program is compiled for a TPU and the shapes fit; else the walk, `chunk` query rows at a time.
+    A kernel where the program is compiled for a TPU or an NVIDIA GPU and the shapes fit; else the walk, `chunk` query
+    rows at a time.
     """
 
     def walked(query, key, value):
@@ -134,10 +134,38 @@ def attention_and_column_sums(
         )
         return out, jax.lax.stop_gradient(sums)
 
-    if not tpu_attention.supports(query, key):
+    forms = {}
+    if tpu_attention.supports(query, key):
+        forms["tpu"] = tpu_attention.attention_and_column_sums
+    if gpu_attention.is_short(query, key) and _has_cuda():
+        forms["cuda"] = gpu_attention.attention_and_column_sums
+    if not forms:
         return walked(query, key, value)
-    return jax.lax.platform_dependent(
-        query, key, value, tpu=tpu_attention.attention_and_column_sums, default=walked
+    return jax.lax.platform_dependent(query, key, value, **forms, default=walked)
+
+
+def attention_and_selector_sums(
+    query: Queries,
+    key: Keys,
+    value: Keys,
+    layers: tuple[Array, Array, Array, Array],
+    walked: Callable[..., tuple[Queries, Float[Array, "b h k"]]],
+) -> tuple[Queries, Float[Array, "b h k"]]:
+    """Attention, and how much each token is paid in the map that a selector of width 1 predicts, float32 [b h k].
+
+    A kernel where the program is compiled for a TPU or an NVIDIA GPU and the shapes fit; else `walked(query, key,
+    value, *layers)`, which is the same by XLA.
+
+    layers  of the selector: kernel [h f], bias [f], kernel [f h], bias [h].
+    """
+    forms = {}
+    if tpu_attention.supports_selector(query, key, layers[0].shape[1]):
+        forms["tpu"] = tpu_attention.attention_and_selector_sums
+    if gpu_attention.supports_selector(query, key) and _has_cuda():
+        forms["cuda"] = gpu_attention.attention_and_selector_sums
+    arrays = query, key, value, *layers
+    return (
+        jax.lax.platform_dependent(*arrays, **forms, default=walked) if forms else walked(*arrays)
     )
 
 

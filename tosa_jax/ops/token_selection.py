@@ -52,8 +52,14 @@ def num_selected(
 def selection_from_indices(indices: Int32[Array, "b s"], num_tokens: int) -> Selection:
     """A selection of given tokens: `indices` unique and ascending in each row, in [0, num_tokens)."""
     mask = (indices[:, :, None] == jnp.arange(num_tokens)[None, None]).any(axis=1)
+    return Selection(indices, mask, _slots(mask))
+
+
+def _slots(mask: Bool[Array, "b n"]) -> Int32[Array, "b n"]:
+    """How many tokens before each one are in the mask; of a token that is not, the slot of the one before it."""
     slot = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
-    return Selection(indices, mask, slot)
+    # XLA for GPUs would else count again for every channel of every token that is put in its place.
+    return jax.lax.optimization_barrier(slot)
 
 
 @jax.named_scope("selection")
@@ -125,8 +131,7 @@ def complement(selection: Selection) -> Selection:
     n, s = selection.mask.shape[1], selection.indices.shape[1]
     mask = ~selection.mask
     indices = jnp.sort(jnp.where(mask, jnp.arange(n, dtype=jnp.int32)[None], n), axis=1)
-    slot = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
-    others = Selection(indices[:, : n - s], mask, slot)
+    others = Selection(indices[:, : n - s], mask, _slots(mask))
     return others if selection.hot is None else with_one_hot(others, selection.hot.dtype)
 
 

@@ -17,11 +17,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from tosa_jax.ops.array_types import Keys, Queries
+from tosa_jax.ops.partitioning import divide
 from tosa_jax.ops.tpu_kernels import (
     LANES,
     MIXED_ROWS,
@@ -207,23 +207,6 @@ def _backward(query, key, value, grad, *bias):
 # On arrays of all devices: examples and heads may be divided, tokens and channels not ---------------------------------
 
 
-def _divide(call: Callable, rule: str, whole: tuple[str, ...]) -> Callable:
-    """`call` for arrays that are divided over a mesh: each device works on what it has.
-
-    rule   the axes of the operands and results, a letter each; `whole` are those that no mesh divides.
-    """
-
-    def partition(mesh, arguments, results):
-        def shardings(tree):
-            return jax.tree.map(lambda x: x.sharding, tree)
-
-        return mesh, call, shardings(results), shardings(arguments)
-
-    divided = custom_partitioning(lambda *arrays: call(*arrays))
-    divided.def_partition(partition, sharding_rule=rule, need_replication_factors=whole)
-    return divided
-
-
 @functools.cache
 def _divided(biased: bool, summed: bool = False, backward: bool = False) -> Callable:
     """The kernels without a selector."""
@@ -231,16 +214,16 @@ def _divided(biased: bool, summed: bool = False, backward: bool = False) -> Call
     if backward:
         rule = f"b q h c, b k h c, b k h c, b q h c{bias} -> b q h c, b k h c, b k h c{bias}"
         # The gradient of the bias is a sum over heads.
-        return _divide(_backward, rule, ("q", "h", "c", "k") if biased else ("q", "c", "k"))
+        return divide(_backward, rule, ("q", "h", "c", "k") if biased else ("q", "c", "k"))
     rule = f"b q h c, b k h c, b k h c{bias} -> b q h c{', b h k' if summed else ''}"
-    return _divide(functools.partial(_forward, summed=summed), rule, ("q", "c", "k"))
+    return divide(functools.partial(_forward, summed=summed), rule, ("q", "c", "k"))
 
 
 @functools.cache
 def _selected_divided() -> Callable:
     """The kernel with a selector, which mixes heads: they are not divided."""
     rule = "b q h c, b k h c, b k h c, e r, e s, u v, u w -> b q h c, b h k"
-    return _divide(_selected, rule, ("q", "h", "c", "k", "e", "r", "s", "u", "v", "w"))
+    return divide(_selected, rule, ("q", "h", "c", "k", "e", "r", "s", "u", "v", "w"))
 
 
 @jax.custom_vjp

@@ -17,9 +17,15 @@ from tosa_jax.models.methods.standard import Standard
 from tosa_jax.models.selector import SelectorOptions, TokenSelector
 from tosa_jax.models.token_state import LayerContext, LayerSpec, TokenState
 from tosa_jax.models.vit_config import ViTConfig
-from tosa_jax.ops import tpu_attention
 from tosa_jax.ops.array_types import Heads, Scores
-from tosa_jax.ops.attention import attention_logits, column_sums, map_kl, pool_heads, walk_map
+from tosa_jax.ops.attention import (
+    attention_and_selector_sums,
+    attention_logits,
+    column_sums,
+    map_kl,
+    pool_heads,
+    walk_map,
+)
 from tosa_jax.ops.token_selection import overlap
 
 
@@ -49,12 +55,10 @@ class Selective(SelectiveLayer):
             out, sums = walk_map(query, key, value, summarise, chunk=self.map_chunk)
             return out, jax.lax.stop_gradient(sums)
 
-        arrays = query, key, value, *selector.layers()
-        if selector.size > 1 or not tpu_attention.supports_selector(query, key, selector.hidden):
-            out, sums = walked(*arrays)
+        if selector.size > 1:
+            out, sums = walked(query, key, value)
         else:
-            kernel = tpu_attention.attention_and_selector_sums
-            out, sums = jax.lax.platform_dependent(*arrays, tpu=kernel, default=walked)
+            out, sums = attention_and_selector_sums(query, key, value, selector.layers(), walked)
         return out, pool_heads(sums, self.head_pool)
 
     def own_macs(self, block: Block) -> int:
