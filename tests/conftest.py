@@ -25,6 +25,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 # Two programs with collectives in flight at once can starve each other of threads, and XLA then aborts.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Where in the code an operation comes from is written for each one, and nobody reads it here.
+jax.config.update("jax_traceback_in_locations_limit", 0)
 # Several tests compile the same program: once is enough.
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".pytest_cache/jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

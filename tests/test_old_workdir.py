@@ -37,7 +37,9 @@ def stored_arrays(workdir):
     return arrays
 
 
-def test_it_goes_on_to_the_end_with_the_parameters_it_had(workdir, digits_dir, monkeypatch):
+def test_it_goes_on_to_the_end_with_the_parameters_it_had(
+    workdir, digits_dir, monkeypatch, one_device
+):
     stored = stored_arrays(workdir)
     assert int(stored["selector"]["step"]) == 3
     restored = {}

@@ -114,6 +114,7 @@ def environment(tree: Path) -> dict[str, str]:
         "PYTHONPATH": str(tree),
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": "1",
+        "JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "0",
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache/jax"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
     }

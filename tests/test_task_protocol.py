@@ -196,13 +196,15 @@ def registered(monkeypatch):
     MODEL_CLASSES.update(models)
 
 
-def run_of(task, data_dir, **fields):
+def run_of(task, data_dir, divided=False, **fields):
+    """`divided`: over eight devices, which takes twice as long to compile."""
     config = default_config(task=task)
     config.update(batch_size=16, log_steps=1, **fields)
     config.model.update(SIZES | {"depth": 2})
     config.data.update(name="digits", data_dir=data_dir, in_memory=True)
     config.inputs.update(mean=(0.3,), std=(0.4,))
-    config.mesh.update(data=2, fsdp=2, model=2)
+    if divided:
+        config.mesh.update(data=2, fsdp=2, model=2)
     config.eval.update(batch_size=240, figure_images=0)
     config.pretrain.update(steps=STEPS, checkpoint_steps=2, learning_rate=3e-3)
     return make_run_config(config)
@@ -235,7 +237,7 @@ def states_after(runner, stage_run, batches):
 def test_the_teacher_is_the_average_and_the_centre_the_mean_of_its_outputs(
     accumulate, digits_dir, tmp_path
 ):
-    run = run_of("two_crops", digits_dir, accumulate=accumulate)
+    run = run_of("two_crops", digits_dir, divided=True, accumulate=accumulate)
     runner, stage_run = first_stage(run, tmp_path)
     batches = [{"image": images_of(i)} for i in range(3)]
     states, _, last = states_after(runner, stage_run, batches)
@@ -260,7 +262,9 @@ def test_the_teacher_is_the_average_and_the_centre_the_mean_of_its_outputs(
     assert last.teacher[kernel].sharding.shard_shape((16, 48)) == (8, 24)
 
 
-def test_the_state_of_a_task_survives_a_restart_bit_for_bit(digits_dir, tmp_path, monkeypatch):
+def test_the_state_of_a_task_survives_a_restart_bit_for_bit(
+    digits_dir, tmp_path, monkeypatch, one_device
+):
     runner, stage_run = first_stage(run_of("two_crops", digits_dir), tmp_path)
 
     def train(folder, die=False):
@@ -288,7 +292,9 @@ def test_the_state_of_a_task_survives_a_restart_bit_for_bit(digits_dir, tmp_path
     jax.tree.map(np.testing.assert_array_equal, straight, resumed)
 
 
-def test_a_run_without_labels_trains_its_own_stages_and_reports_neighbours(digits_dir, tmp_path):
+def test_a_run_without_labels_trains_its_own_stages_and_reports_neighbours(
+    digits_dir, tmp_path, one_device
+):
     run = run_of("two_crops", digits_dir)
     report = run_stages(run, tmp_path)
     assert list(report["stages"]) == ["pretrain", "anneal"]
@@ -299,7 +305,9 @@ def test_a_run_without_labels_trains_its_own_stages_and_reports_neighbours(digit
     assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"pretrain", "anneal"}
 
 
-def test_the_loss_of_text_is_numpys_cross_entropy_of_the_next_token(digits_dir, tmp_path):
+def test_the_loss_of_text_is_numpys_cross_entropy_of_the_next_token(
+    digits_dir, tmp_path, one_device
+):
     runner, stage_run = first_stage(run_of("caption", digits_dir), tmp_path)
     text = np.random.default_rng(5).integers(0, VOCABULARY, (16, 3)).astype(np.int32)
     batch = {"image": images_of(9), "text": text}
@@ -321,7 +329,7 @@ def test_the_loss_of_text_is_numpys_cross_entropy_of_the_next_token(digits_dir, 
     assert np.abs(moved[:, 2] - logits[:, 2]).max() > 1e-4
 
 
-def test_a_run_that_writes_text_is_scored(digits_dir, tmp_path):
+def test_a_run_that_writes_text_is_scored(digits_dir, tmp_path, one_device):
     report = run_stages(run_of("caption", digits_dir), tmp_path)
     (row,) = report["results"]
     assert row["count"] == 360 and 0 <= row["metrics"]["token_accuracy"] <= 1

@@ -51,7 +51,7 @@ def reference(query, key, value, *bias):
     return jnp.einsum("bhqk,bkhc->bqhc", attn_map, value), attn_map.sum(axis=2)
 
 
-@settings(max_examples=6, deadline=None, derandomize=True)
+@settings(max_examples=4, deadline=None, derandomize=True)
 @given(
     heads=st.sampled_from([(2, 64, 2), (4, 64, 2), (3, 64, 3), (2, 80, 2), (1, 128, 1)]),
     queries=st.integers(8, 40),
@@ -105,14 +105,16 @@ def test_the_selector_in_a_kernel_is_the_selector(rows, monkeypatch):
 def test_a_model_of_kernels_chooses_and_answers_as_without_them(as_tpu, monkeypatch):
     """ToSA in bfloat16: logits no farther from float32's than those of the plain form, and nearly the same tokens."""
     fields = {"plan": "selective", "keep_rate": 0.5, "embed_dim": 128, "depth": 2}
-    wide = small_model(**fields)
     images = random_images(2)
-    exact = wide(images)
-    narrow = small_model(**fields, dtype="bfloat16")
-    kernels = narrow(images, tokens=False)
+
+    def run(dtype):
+        graphdef, params = split(small_model(**fields, dtype=dtype))
+        return jax.jit(lambda p, x: set_params(graphdef, p)(x, tokens=False))(params, images)
+
+    exact, kernels = run("float32"), run("bfloat16")
     with monkeypatch.context() as patch:
         patch.setattr(jax.lax, "platform_dependent", lambda *x, default, **_: default(*x))
-        plain = narrow(images, tokens=False)
+        plain = run("bfloat16")
 
     def error(out):
         return float(jnp.abs(out.logits.astype(jnp.float32) - exact.logits).max())
