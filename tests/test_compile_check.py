@@ -72,6 +72,16 @@ def test_the_training_step_is_compiled_for_the_tpu(capsys):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="libtpu is for Linux only")
+def test_kernels_are_divided_over_the_chips(capsys):
+    """In bfloat16: each chip has its examples and its heads, and nothing of the map is sent."""
+    status, (record,) = check(
+        capsys, "--only=evaluate tosa", "--mesh=data:2,model:2", "--config.model.dtype=bfloat16",
+        "--config.model.embed_dim=128", "--config.model.num_heads=4",
+    )  # fmt: skip
+    assert status == 0 and "tpu_custom_call" in record["custom_calls"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="libtpu is for Linux only")
 def test_a_batch_that_is_too_large_does_not_fit(capsys):
     status, (record,) = check(capsys, "--only=evaluate tosa", f"--config.eval.batch_size={2**23}")
     assert status == 1 and not record["fits"]

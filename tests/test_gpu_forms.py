@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental import pallas
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from small import random_images, small_model
 
+from tosa_jax.distributed.mesh import BATCH_AXES, MeshConfig, kernels_over, make_mesh
 from tosa_jax.models.params import set_params, split
 from tosa_jax.ops import attention as forms
 from tosa_jax.ops import gpu_attention
@@ -146,19 +147,20 @@ def test_a_model_of_kernels_chooses_and_learns_as_without_them(plan, as_gpu, mon
 
 def test_kernels_work_on_divided_arrays(as_gpu):
     """Examples over four devices, heads over two, which a selector mixes: the results are those of one device."""
-    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, model=2))
     arrays = [normal(i, 4, 16, 4, 16, dtype=jnp.bfloat16) for i in range(3)]
     layers = normal(3, 4, 8), normal(4, 8), normal(5, 8, 4), normal(6, 4)
-    divided = jax.device_put(arrays, NamedSharding(mesh, P("data", None, "model")))
+    divided = jax.device_put(arrays, NamedSharding(mesh, P(BATCH_AXES, None, "model")))
 
     @jax.jit
     def outputs(*arrays):
         selected = gpu_attention.attention_and_selector_sums(*arrays, *layers)
         return selected, forms.attention_and_column_sums(*arrays)
 
-    for ours, theirs in zip(
-        jax.tree.leaves(outputs(*divided)), jax.tree.leaves(outputs(*arrays)), strict=True
-    ):
+    wanted = outputs(*arrays)
+    with kernels_over(mesh):
+        found = jax.jit(lambda *x: outputs.__wrapped__(*x))(*divided)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(ours.astype(jnp.float32), theirs.astype(jnp.float32), atol=1e-5)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from tosa_jax import bench
 from tosa_jax.errors import ConfigError
-from tosa_jax.performance.tpu_estimate import count
+from tosa_jax.performance.tpu_cycles import count
 
 ROOT = Path(__file__).parents[1]
 
@@ -18,9 +18,9 @@ import json
 import jax, jax.numpy as jnp
 from tosa_jax.ops.attention import attention
 from tosa_jax.ops.tpu_attention import attention_and_selector_sums
-from tosa_jax.performance import tpu_estimate
+from tosa_jax.performance import tpu_cycles, tpu_estimate
 
-dumps = tpu_estimate._kernel_dumps()
+dumps = tpu_cycles.kernel_dumps()
 device = tpu_estimate.tpu_devices("v5e:2x2")[0]
 heads = [jax.ShapeDtypeStruct((64, 197, 6, 64), jnp.bfloat16)] * 3
 layers = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((6, 12), (12,), (12, 6), (6,))]
@@ -53,6 +53,26 @@ metadata={op_name="jit(f)/attention/call"}, backend_config={"body":"same"}
 }
 """
 
+LOOP = """
+HloModule jit_g
+%%again (i: s32[]) -> pred[] {
+  %%i = s32[] parameter(0)
+  %%n = s32[]{:T(128)} constant(%d)
+  ROOT %%lt = pred[] compare(%%i, %%n), direction=LT
+}
+%%inner (x: bf16[8]) -> bf16[8] {
+  ROOT %%y = bf16[8]{0} fusion(%%x), metadata={op_name="mlp/add"}, backend_config={"estimated_cycles":"20"}
+}
+%%body (x: bf16[8]) -> bf16[8] {
+  %%b = bf16[8]{0} fusion(%%x), metadata={op_name="attention/dot"}, backend_config={"estimated_cycles":"100"}
+  ROOT %%c = bf16[8]{0} call(%%b), to_apply=%%inner
+}
+ENTRY %%main (x: bf16[8]) -> bf16[8] {
+  %%w = bf16[8]{0} while(%%x), condition=%%again, body=%%body
+  ROOT %%e = bf16[8]{0} fusion(%%w), backend_config={"estimated_cycles":"7"}
+}
+"""
+
 BUNDLES = """
  0x0   :  { %s1 = smov 0 }
  0x1   : > { %v = vadd }
@@ -77,8 +97,18 @@ def test_cycles_are_those_of_the_program_and_of_each_kernel(tmp_path):
 def test_what_would_be_counted_wrong_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="wrote no kernels"):
         count(PROGRAM, tmp_path)
-    with pytest.raises(ConfigError, match="scan_layers=False"):
-        count(PROGRAM.replace("reshape(", "r while("), tmp_path)
+
+
+def test_a_loop_that_depends_on_data_counts_once_and_is_told(tmp_path):
+    found = count(LOOP.replace("LT", "NE") % 3, tmp_path)
+    assert (found["cycles"], found["uncounted"]) == (7 + 100 + 20, 1)
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_what_stands_in_a_loop_counts_as_often_as_it_goes_round(rounds, tmp_path):
+    found = count(LOOP % rounds, tmp_path)
+    assert found["cycles"] == 7 + rounds * (100 + 20)
+    assert found["parts"] == {"attention": 100 * rounds, "mlp": 20 * rounds, "rest": 7}
 
 
 @pytest.mark.parametrize(

@@ -176,7 +176,7 @@ def estimate_networks(argv: Sequence[str], args: argparse.Namespace) -> list[dic
         raise ConfigError(
             "command line: --against needs a device; an estimate has no PyTorch baseline"
         )
-    names = ("task", "map_chunk", "gather", "remat", *OPTIONS, "train", "controls")
+    names = ("task", "map_chunk", "gather", "scan_layers", "remat", *OPTIONS, "train", "controls")
     fields = {name: getattr(args, name) for name in names}
     if size := args.image_size:
         fields["image_size"] = size[0] if len(size) == 1 else tuple(size)

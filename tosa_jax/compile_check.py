@@ -1,11 +1,12 @@
 """Compile a recipe's training and evaluation steps for a TPU slice, without a TPU.
 
     python -m tosa_jax.compile_check --config=configs/deit_s.py --topology=v5e:4x4 [--mesh=data:4,fsdp:4]
-        [--only=TEXT] [--fit] [--json] [--config.FIELD=VALUE ...]
+        [--only=TEXT] [--fit] [--estimate] [--json] [--config.FIELD=VALUE ...]
 
 Prints for each step whether it fits, the time to compile, and the bytes, operations and collectives of each chip.
 `--topology` names one slice; `--mesh=dcn:2` uses two of them. `--only` keeps the steps whose name contains TEXT, for
-example "train finetune". `--fit` finds the largest training batch of a chip. Needs libtpu: pip install "tosa-jax[tpu]".
+example "train finetune". `--fit` finds the largest training batch of a chip. `--estimate` adds the cycles that the
+compiler expects of a chip (docs/performance.md). Needs libtpu: pip install "tosa-jax[tpu]".
 Exit status: 0 everything fits, 1 something does not, 2 bad input.
 """
 
@@ -42,6 +43,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--mesh", default="")
     parser.add_argument("--only", default="")
     parser.add_argument("--fit", action="store_true")
+    parser.add_argument("--estimate", action="store_true")
     parser.add_argument("--json", action="store_true")
     return parser.parse_known_args(argv)
 
@@ -53,7 +55,7 @@ def check(config, args: argparse.Namespace) -> list[dict[str, Any]]:
 
     from tosa_jax.config import make_run_config
     from tosa_jax.distributed.mesh import make_mesh
-    from tosa_jax.performance import aot
+    from tosa_jax.performance import aot, tpu_cycles
 
     if not args.topology:
         raise ConfigError("command line: --topology=SLICE is missing, e.g. --topology=v5e:2x4")
@@ -63,13 +65,14 @@ def check(config, args: argparse.Namespace) -> list[dict[str, Any]]:
     jax.config.update("jax_enable_compilation_cache", False)  # compile time is measured
     run = make_run_config(config)
     run = dataclasses.replace(run, mesh=parse_mesh(run.mesh, args.mesh))
+    dumps = tpu_cycles.kernel_dumps() if args.estimate else None
     mesh = make_mesh(run.mesh, aot.tpu_devices(args.topology, run.mesh.dcn or 1))
     records = []
     for program in aot.programs(run, mesh):
         if args.only not in program.name or (args.fit and not program.name.startswith("train")):
             continue
         found = [fit_record(run, mesh, program)] if args.fit else []
-        records += found or [aot.compile_program(program, mesh)]
+        records += found or [aot.compile_program(program, mesh, dumps)]
         if not args.json:
             print(format_record(records[-1]), flush=True)
     if not records:
@@ -144,6 +147,12 @@ def format_record(record: dict[str, Any]) -> str:
                 or "none"
             ),
         ]
+    if estimate := record.get("estimate"):
+        parts = ", ".join(f"{part} {n / 1e6:.3g}" for part, n in estimate["parts"].items())
+        lines.append(
+            f"  million cycles a chip, by the compiler's estimate and without collectives: "
+            f"{estimate['cycles'] / 1e6:.3g} ({parts})"
+        )
     if "largest_device_batch_size" in record:
         tried = ", ".join(f"{batch}: {_size(size)}" for batch, size in record["tried"].items())
         lines.append(

@@ -4,6 +4,7 @@ A batch is split over the axes `dcn`, `data` and `fsdp` together. Parameters, th
 are split over `fsdp` and `model`. Only gradients and scalars are therefore sent between slices.
 """
 
+import contextlib
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from tosa_jax.distributed.devices import Device
 from tosa_jax.errors import ConfigError
+from tosa_jax.ops import partitioning
 
 AXES = ("dcn", "data", "fsdp", "model")
 """Axes of the mesh, those with the slowest links first."""
@@ -105,6 +107,11 @@ def _slice(device: Device) -> int:
 
 def _place(device: Device) -> tuple[int, int, int]:
     return _slice(device), device.process_index, device.id
+
+
+def kernels_over(mesh: Mesh) -> contextlib.AbstractContextManager[None]:
+    """Kernels of programs that are traced in this context are divided over the mesh: examples, and heads."""
+    return partitioning.over(mesh, {"b": BATCH_AXES, "h": ("model",)})
 
 
 def batch_ways(mesh: Mesh) -> int:

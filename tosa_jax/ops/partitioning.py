@@ -1,36 +1,78 @@
-"""How a kernel, which the compiler cannot look into, is divided over the devices of a mesh."""
+"""How a kernel, which the compiler cannot look into, is divided over the devices of a mesh.
 
-from collections.abc import Callable
-from typing import Any
+Each device works on what it has (`jax.shard_map`). Which axes of the mesh divide which axes of arrays is said by who
+traces a program for a mesh (`over`); without that a kernel sees whole arrays, as on one device.
+"""
+
+import contextlib
+import contextvars
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import jax
-from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 
+class _Division(NamedTuple):
+    mesh: Mesh
+    axes: Mapping[str, tuple[str, ...]]
+
+    def spec(self, names: list[str], sizes: Mapping[str, int]) -> P:
+        """The sharding of an array with these axes; what the mesh does not divide evenly stays whole."""
+
+        def divides(name):
+            ways = math.prod(self.mesh.shape[axis] for axis in self.axes.get(name, ()))
+            return name in sizes and name in self.axes and sizes[name] % ways == 0
+
+        return P(*(self.axes[name] if divides(name) else None for name in names))
+
+
+_division: contextvars.ContextVar[_Division | None] = contextvars.ContextVar(
+    "division", default=None
+)
+
+
+@contextlib.contextmanager
+def over(mesh: Mesh, axes: Mapping[str, tuple[str, ...]]) -> Iterator[None]:
+    """Kernels that are traced in this context are divided over `mesh`.
+
+    axes  the axes of the mesh that divide an axis of arrays, by its letter in the rules of `divide`.
+    """
+    token = _division.set(_Division(mesh, axes))
+    try:
+        yield
+    finally:
+        _division.reset(token)
+
+
 def divide(call: Callable, rule: str, whole: tuple[str, ...]) -> Callable:
-    """`call` for arrays that are divided over a mesh: each device works on what it has.
+    """`call` for arrays that may be divided over a mesh.
 
     rule   the axes of the operands and results, a letter each, as "b q, b k -> b q". `whole` are those that no mesh
            divides: where an array comes divided along one, it is put together before.
     """
-    operands, results = (side.split(",") for side in rule.split("->"))
+    operands, results = ([side.split() for side in sides.split(",")] for sides in rule.split("->"))
 
-    def partition(mesh: Mesh, arguments: Any, outputs: Any) -> tuple:
-        def undivided(shapes, axes):
-            leaves, tree = jax.tree.flatten(shapes)
-            pairs = zip(leaves, axes, strict=True)
-            return tree.unflatten([_undivided(mesh, x.sharding, names) for x, names in pairs])
+    def divided(*arrays):
+        division = _division.get()
+        if division is None or division.mesh.size == 1:
+            return call(*arrays)
+        sizes = {
+            name: size
+            for names, x in zip(operands, arrays, strict=True)
+            for name, size in zip(names, x.shape, strict=True)
+            if name not in whole
+        }
+        specs = [division.spec(names, sizes) for names in results]
+        mapped = jax.shard_map(
+            call,
+            mesh=division.mesh,
+            in_specs=tuple(division.spec(names, sizes) for names in operands),
+            out_specs=tuple(specs) if len(specs) > 1 else specs[0],
+            check_vma=False,
+        )
+        return mapped(*arrays)
 
-        return mesh, call, undivided(outputs, results), undivided(arguments, operands)
-
-    def _undivided(mesh, sharding, names):
-        spec = dict(zip(names.split(), sharding.spec, strict=False))
-        axes = (None if name in whole else spec.get(name) for name in names.split())
-        return NamedSharding(mesh, P(*axes))
-
-    divided = custom_partitioning(lambda *arrays: call(*arrays))
-    in_order = tuple(sorted(set(whole), key=rule.index))  # the compiler wants them as they appear
-    divided.def_partition(partition, sharding_rule=rule, need_replication_factors=in_order)
     return divided

@@ -29,6 +29,7 @@ from tosa_jax.models import cost
 from tosa_jax.models.factory import abstract_model, structure
 from tosa_jax.models.params import Params
 from tosa_jax.models.vit_config import ViTConfig
+from tosa_jax.performance import tpu_cycles
 from tosa_jax.performance.collectives import collectives, totals
 from tosa_jax.tasks import TASKS, Task
 from tosa_jax.train.checkpoints import with_shardings
@@ -173,7 +174,7 @@ def _device_bytes(tree: Any) -> int:
     return sum(int(jnp.prod(jnp.asarray(shape, int))) * dtype.itemsize for shape, dtype in shards)
 
 
-def compile_program(program: Program, mesh: Mesh) -> dict[str, Any]:
+def compile_program(program: Program, mesh: Mesh, dumps: Path | None = None) -> dict[str, Any]:
     """Compiles a step and returns its record. Numbers are of one device, and by the compiler except where noted:
 
     compile_seconds      to trace and compile, by the clock.
@@ -182,6 +183,7 @@ def compile_program(program: Program, mesh: Mesh) -> dict[str, Any]:
     state_bytes          parameters, optimizer state and average, by arithmetic.
     total_bytes          arguments, temporaries, code, and results that do not reuse an argument's memory.
     collectives          by kind: executions in one run, and the bytes of their buffers.
+    estimate             `tpu_cycles.count` of the program, where `dumps`, the folder of `kernel_dumps` there, is given.
 
     If the compiler itself runs out of device memory, `fits` is False, `total_bytes` is its figure or None, and the
     other results are None.
@@ -203,6 +205,7 @@ def compile_program(program: Program, mesh: Mesh) -> dict[str, Any]:
     found: dict[str, Any] = dict.fromkeys(
         ("argument_bytes", "temp_bytes", "total_bytes", "flops", "collectives", "custom_calls")
     )
+    tpu_cycles.empty(dumps)
     start, start_cpu = time.perf_counter(), time.process_time()
     try:
         compiled = program.lower().compile()
@@ -213,6 +216,8 @@ def compile_program(program: Program, mesh: Mesh) -> dict[str, Any]:
     else:
         facts = _facts(compiled)
         found |= facts
+        if dumps is not None:
+            found["estimate"] = tpu_cycles.count(compiled.as_text() or "", dumps)
         found["fits"] = known is None or facts["total_bytes"] <= known.memory
     record["compile_seconds"] = time.perf_counter() - start
     record["compile_cpu_seconds"] = time.process_time() - start_cpu

@@ -12,7 +12,13 @@ from jax.sharding import Mesh
 
 from tosa_jax.data.pipeline import DataConfig, open_dataset
 from tosa_jax.distributed.memory import check_fits
-from tosa_jax.distributed.mesh import process_rows, replicated, to_global, tree_shardings
+from tosa_jax.distributed.mesh import (
+    kernels_over,
+    process_rows,
+    replicated,
+    to_global,
+    tree_shardings,
+)
 from tosa_jax.distributed.timing import interleaved_seconds
 from tosa_jax.models.factory import with_image_size
 from tosa_jax.models.params import Params, set_params
@@ -89,7 +95,8 @@ class Evaluator:
         def look(params, batch, first, count):
             model = with_image_size(set_params(self.graphdef, params), batch["image"].shape[1:3])
             keys = example_keys(self.seed, first, len(batch["image"]))
-            out = self.task.predict(model, batch, keys)
+            with kernels_over(self.mesh):
+                out = self.task.predict(model, batch, keys)
             return jax.tree.map(lambda x: x[:count], (dict(batch), out))
 
         # A copy on each device, so that every process can read all of it.

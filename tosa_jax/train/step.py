@@ -15,7 +15,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from tosa_jax.distributed.mesh import gather_params
+from tosa_jax.distributed.mesh import gather_params, kernels_over
 from tosa_jax.models.factory import with_image_size
 from tosa_jax.models.optim import global_norm, update_ema
 from tosa_jax.models.params import Params, set_params
@@ -135,6 +135,13 @@ def train_step(
     state: TrainState, batch: Batch, *, setup: StepSetup, mesh: Mesh
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update on a global batch. Returns the new state and float32 scalars: loss, grad_norm, learning_rate."""
+    with kernels_over(mesh):
+        return _updated(state, batch, setup, mesh)
+
+
+def _updated(
+    state: TrainState, batch: Batch, setup: StepSetup, mesh: Mesh
+) -> tuple[TrainState, dict[str, jax.Array]]:
     key = jax.random.fold_in(
         jax.random.fold_in(jax.random.key(setup.seed), setup.stage_id), state.step
     )
@@ -242,5 +249,6 @@ def eval_step(
     model trained on, where the model takes any size: its `keep_rate` is the share of the patches that they have.
     """
     model = with_image_size(build_model(graphdef, params, mesh), batch["image"].shape[1:3])
-    out = task.predict(model, batch, example_keys(seed, first, len(batch["image"])))
+    with kernels_over(mesh):
+        out = task.predict(model, batch, example_keys(seed, first, len(batch["image"])))
     return totals(task.metrics(out, batch), batch["mask"])
