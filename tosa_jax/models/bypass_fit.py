@@ -46,10 +46,11 @@ def moments(
     """
     prefix = model.config.num_prefix_tokens
     tokens, starts, found = model.embed(images), {}, {}
+    rotary = model.rotary(model.config.grid)
     for layer, block in enumerate(model.blocks):
         if layer in groups:
             starts[layer] = tokens
-        tokens, _ = block(tokens)
+        tokens, _ = block(tokens, rotary=rotary)
         for first, last in groups.items():
             if last == layer:
                 before, opening = starts[first], model.blocks[first]

@@ -89,11 +89,13 @@ def run_scanned(
     rates = jnp.asarray(drop_path_rates(config), jnp.float32).reshape(-1, period)
     drops = [train and config.drop_path_rate > 0] * period
 
+    placed = TokenState(state.tokens, grid_rotary=state.grid_rotary)
+
     def body(tokens, part):
         state, part_rates, start = part
         part_blocks, part_kinds = _gathered(nnx.merge(graphdef, state), gather_params)
         inner = _run_stretch(
-            config, part_blocks, part_kinds, TokenState(tokens), first=start, rates=part_rates,
+            config, part_blocks, part_kinds, placed._replace(tokens=tokens), first=start, rates=part_rates,
             drops=drops, key=key,
         )  # fmt: skip
         return inner.tokens, (inner.selected, inner.scores, inner.aux)

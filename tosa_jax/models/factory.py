@@ -66,7 +66,8 @@ def with_image_size(model: VisionTransformer, size: tuple[int, int]) -> VisionTr
     positions = model.positions(size)
     config = dataclasses.replace(model.config, image_size=size)
     graphdef, _ = split(nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0))))
-    resized = set_params(graphdef, get_params(model) | {"pos_embed": positions})
+    moved = {} if positions is None else {"pos_embed": positions}
+    resized = set_params(graphdef, get_params(model) | moved)
     resized.gather_params = model.gather_params
     return resized
 

@@ -15,9 +15,11 @@ from flax import nnx
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
+from tosa_jax.errors import ConfigError
 from tosa_jax.models.vit_config import ViTConfig
 from tosa_jax.ops.array_types import Heads, Images, Keys, Queries, Tokens
-from tosa_jax.ops.attention import attention
+from tosa_jax.ops.attention import attention, attention_logits
+from tosa_jax.ops.rotary import Rotary, turn
 from tosa_jax.ops.tpu_kernels import SUBLANES
 
 AttentionFn = Callable[[Heads, Heads, Heads], tuple[Heads, Any]]
@@ -91,7 +93,8 @@ class PatchEmbed(nnx.Module):
             return uniform(*args) - bound
 
         self.patch_size = config.patch_size
-        self.proj = linear(config, fan_in, config.embed_dim, rngs, kernel_init=init, bias_init=init)
+        fields = {"kernel_init": init, "bias_init": init, "use_bias": config.patch_bias}
+        self.proj = linear(config, fan_in, config.embed_dim, rngs, **fields)
 
     def __call__(self, images: Images) -> Tokens:
         b, height, width, c = images.shape
@@ -107,6 +110,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs) -> None:
         self.num_heads = config.num_heads
+        self.key_bias, self.turns = config.key_bias, bool(config.rope)
         self.qkv = linear(
             config, config.embed_dim, 3 * config.embed_dim, rngs, use_bias=config.qkv_bias
         )
@@ -117,9 +121,25 @@ class Attention(nnx.Module):
         x: Tokens,
         attention_fn: AttentionFn = plain_attention,
         key_value: Float[Array, "b k d"] | None = None,
+        rotary: Rotary | None = None,
+        key_rotary: Rotary | None = None,
     ) -> tuple[Tokens, Any]:
-        """x [b n d] attends to `key_value` [b k d], or to itself: the result [b n d], and the report."""
-        out, summary = attention_fn(*self._heads(x, key_value))
+        """x [b n d] attends to `key_value` [b k d], or to itself: the result [b n d], and the report.
+
+        rotary      positions of x, with which queries and keys are turned; a network without such positions has none.
+        key_rotary  those of `key_value`.
+
+        Raises ConfigError: the network has rotary positions, and none were given.
+        """
+        query, key, value = self._heads(x, key_value)
+        if self.turns:
+            key_rotary = rotary if key_value is None else key_rotary
+            if rotary is None or key_rotary is None:
+                raise ConfigError(
+                    "this network has rotary positions: pass rotary=state.rotary where one of its blocks is run"
+                )
+            query, key = turn(query, rotary), turn(key, key_rotary)
+        out, summary = attention_fn(query, key, value)
         return self.proj(out.reshape(x.shape)), summary
 
     def _heads(
@@ -130,6 +150,8 @@ class Attention(nnx.Module):
         kernel, bias = self.qkv.kernel[...].astype(dtype), None
         if self.qkv.bias is not None:
             bias = self.qkv.bias[...].astype(dtype)
+            if not self.key_bias:
+                bias = jnp.concatenate([bias[:d], jnp.zeros_like(bias[:d]), bias[2 * d :]])
         if (
             key_value is not None
         ):  # apart: there is no product of all three that XLA could find again
@@ -138,7 +160,7 @@ class Attention(nnx.Module):
                 columns = slice(i * d, (i + 1) * d)
                 own_bias = None if bias is None else bias[columns]
                 parts = [*parts, *project(source.astype(dtype), kernel[:, columns], own_bias, 1)]
-        elif dtype == jnp.bfloat16:
+        elif dtype == jnp.bfloat16 or not self.key_bias:
             parts = project(x.astype(dtype), kernel, bias, 3)
         else:
             parts = jnp.split(self.qkv(x), 3, axis=2)
@@ -197,7 +219,7 @@ _project.defvjp(_project_forward, _project_backward)
 
 
 class Mlp(nnx.Module):
-    """Two linear layers with GELU between, or timm's packed SwiGLU (Shazeer 2020); tokens [b n d] -> [b n d]."""
+    """Two linear layers with a form of GELU between, or timm's packed SwiGLU (Shazeer 2020); [b n d] -> [b n d]."""
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs) -> None:
         self.kind = config.mlp
@@ -211,7 +233,14 @@ class Mlp(nnx.Module):
         if self.kind == "swiglu":
             gate, x = jnp.split(x, 2, axis=-1)
             return self.fc2(jax.nn.silu(gate) * x)
+        if self.kind == "quick_gelu":
+            return self.fc2(quick_gelu(x))
         return self.fc2(jax.nn.gelu(x, approximate=True) if self.kind == "gelu_tanh" else gelu(x))
+
+
+def quick_gelu(x: Tokens) -> Tokens:
+    """The approximation of GELU in OpenAI's CLIP: `x` times the sigmoid of `1.702 x`."""
+    return x * jax.nn.sigmoid(1.702 * x)
 
 
 def gelu(x: Tokens) -> Tokens:
@@ -278,13 +307,15 @@ class Block(nnx.Module):
         x: Tokens,
         attention_fn: AttentionFn = plain_attention,
         key_value: Float[Array, "b k d"] | None = None,
+        rotary: Rotary | None = None,
+        key_rotary: Rotary | None = None,
     ) -> tuple[Tokens, Any]:
         """The update [b n d] that attention adds to `x`, and what `attention_fn` reports.
 
-        Keys and values come from `key_value` [b k d], or from `x` itself.
+        Keys and values come from `key_value` [b k d], or from `x` itself. Rotary positions as in `Attention`.
         """
         normed = None if key_value is None else self.norm1(key_value)
-        update, summary = self.attn(self.norm1(x), attention_fn, normed)
+        update, summary = self.attn(self.norm1(x), attention_fn, normed, rotary, key_rotary)
         return self.ls1(update) if self.ls1 else update, summary
 
     @jax.named_scope("mlp")
@@ -300,16 +331,19 @@ class Block(nnx.Module):
         drop_path: DropPath | None = None,
         between: Between | None = None,
         read: int | None = None,
+        rotary: Rotary | None = None,
     ) -> tuple[Float[Array, "b m d"], Any]:
         """The tokens after the layer, and what `attention_fn` reports; `between` may change both on the way.
 
-        read  how many of the first tokens are wanted: of the others the layer computes keys and values alone.
+        read    how many of the first tokens are wanted: of the others the layer computes keys and values alone.
+        rotary  the tokens' rotary positions, in a network that has some.
         """
         x = row_major(x)
         if read is None:
-            update, summary = self.attn_branch(x, attention_fn)
+            update, summary = self.attn_branch(x, attention_fn, rotary=rotary)
         else:
-            update, summary = self.attn_branch(x[:, :read], attention_fn, x)
+            of_read = None if rotary is None else rotary.first(read)
+            update, summary = self.attn_branch(x[:, :read], attention_fn, x, of_read, rotary)
             x = x[:, :read]
         x = x + (drop_path(update, 0) if drop_path else update)
         if between is not None:
@@ -329,3 +363,35 @@ class Block(nnx.Module):
     def mlp_macs(self, n: int) -> int:
         """Those of the MLP branch."""
         return n * self.mlp_weights
+
+
+class AttentionPool(nnx.Module):
+    """The head of SigLIP: one learned query reads all tokens, and an MLP follows; [b n d] -> [b d].
+
+    Named as timm's `AttentionPoolLatent`. Source: google-research/big_vision, `models/vit.py` (`MAPHead`).
+    """
+
+    def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs) -> None:
+        d = config.embed_dim
+        self.num_heads = config.num_heads
+        self.latent = nnx.Param(token_init(rngs.params(), (1, 1, d), config.param_dtype))
+        self.q = linear(config, d, d, rngs)
+        self.kv = linear(config, d, 2 * d, rngs)
+        self.proj = linear(config, d, d, rngs)
+        self.norm = layer_norm(config, rngs)
+        self.mlp = Mlp(config, rngs=rngs)
+        self.width, self.mlp_weights = d, config.mlp_weights
+
+    def __call__(self, tokens: Tokens) -> Float[Array, "b d"]:
+        b, n, d = tokens.shape
+        heads = self.num_heads, d // self.num_heads
+        latent = self.latent[...].astype(self.q.dtype)
+        query = jnp.broadcast_to(self.q(latent), (b, 1, d)).reshape(b, 1, *heads)
+        key, value = (x.reshape(b, n, *heads) for x in jnp.split(self.kv(tokens), 2, axis=2))
+        attn_map = jax.nn.softmax(attention_logits(query, key), axis=-1).astype(value.dtype)
+        pooled = self.proj(jnp.einsum("bhqk,bkhc->bqhc", attn_map, value).reshape(b, 1, d))
+        return (pooled + self.mlp(self.norm(pooled)))[:, 0]
+
+    def macs(self, n: int) -> int:
+        """Multiply-adds for one example of `n` tokens."""
+        return 2 * (1 + n) * self.width**2 + 2 * n * self.width + self.mlp_weights

@@ -20,6 +20,7 @@ from tosa_jax.models.vit_config import ViTConfig
 from tosa_jax.ops.array_types import Indices, PerExample, Scores, Tokens
 from tosa_jax.ops.attention import attention
 from tosa_jax.ops.reduction import Reduction
+from tosa_jax.ops.rotary import Rotary
 from tosa_jax.ops.token_selection import Selection
 
 
@@ -37,6 +38,7 @@ class TokenState(NamedTuple):
     intermediate   for each layer that the head reads, by its number: all tokens [b n d] after that layer.
     attention_map  float [b h m m], rows sum to 1: the map of an earlier layer, for later layers to use in place of one
                    of their own (`shared_map`). A kind hands it on in `apply`; a change of the tokens ends it.
+    grid_rotary    rotary positions of all n tokens; None: the network has none. `rotary` has those of `tokens`.
     """
 
     tokens: Tokens
@@ -48,6 +50,7 @@ class TokenState(NamedTuple):
     aux: dict[str, PerExample] = {}
     intermediate: dict[int, Tokens] = {}
     attention_map: Float[Array, "b h m m"] | None = None
+    grid_rotary: Rotary | None = None
 
     @property
     def shared_map(self) -> Float[Array, "b h m m"]:
@@ -70,6 +73,17 @@ class TokenState(NamedTuple):
         return self._last.mask if self._last else None
 
     @property
+    def rotary(self) -> Rotary | None:
+        """Rotary positions of `tokens`, for the block that runs on them: they go where the tokens go. None: none."""
+        return self._last.rotary if self._last else self.grid_rotary
+
+    def _placed(self, reduction: Reduction) -> Reduction:
+        """The reduction with the rotary positions of its tokens."""
+        if self.rotary is None:
+            return reduction
+        return reduction._replace(rotary=reduction.places(self.rotary))
+
+    @property
     def _last(self) -> Reduction | None:
         return (*self.persisting, *self.open)[-1] if self.persisting or self.open else None
 
@@ -83,7 +97,8 @@ class TokenState(NamedTuple):
                 selection; it and every reduction before it must then have a `Selection` as its source.
         """
         state = self if scores is None else self._reporting(reduction, scores)
-        return state._replace(tokens=tokens, open=(*self.open, reduction), attention_map=None)
+        opened = (*self.open, self._placed(reduction))
+        return state._replace(tokens=tokens, open=opened, attention_map=None)
 
     def reduced(
         self, tokens: Tokens, reduction: Reduction, scores: Float[Array, "b m"] | None = None
@@ -91,9 +106,8 @@ class TokenState(NamedTuple):
         """The state after a reduction whose tokens stay fewer in all later layers. Arguments are those of `opened`."""
         assert not self.open, "a reduction that persists cannot begin inside a group"
         state = self if scores is None else self._reporting(reduction, scores)
-        return state._replace(
-            tokens=tokens, persisting=(*self.persisting, reduction), attention_map=None
-        )
+        persisting = (*self.persisting, self._placed(reduction))
+        return state._replace(tokens=tokens, persisting=persisting, attention_map=None)
 
     def _reporting(self, reduction: Reduction, scores: Float[Array, "b m"]) -> "TokenState":
         """The state that reports one more selection, as indices into all n tokens."""
@@ -213,16 +227,22 @@ class LayerContext(NamedTuple):
             bias = jnp.where(mask, 0.0 if bias is None else bias, jnp.finfo(jnp.float32).min)
         return self._replace(attention_fn=lambda q, k, v: (attention(q, k, v, bias), None))
 
-    def run(self, block: Block, tokens: Tokens) -> tuple[Float[Array, "b m d"], Any]:
+    def run(
+        self, block: Block, tokens: Tokens, rotary: Rotary | None = None
+    ) -> tuple[Float[Array, "b m d"], Any]:
         """Runs the block on `tokens` [b n d]: the tokens after it, and what `attention_fn` reports.
 
-        With `read` these are the first `read` tokens.
+        With `read` these are the first `read` tokens. `rotary` are the tokens' rotary positions (`TokenState.rotary`),
+        which a network that has some needs.
         """
+        fields: dict[str, Any] = {} if rotary is None else {"rotary": rotary}
         if self.read is None:
-            return block(tokens, self.attention_fn, self.drop)
+            return block(tokens, self.attention_fn, self.drop, **fields)
         if type(block).__call__ is Block.__call__:
-            return block(tokens, self.attention_fn, self.drop, read=self.read)
-        after, summary = block(tokens, self.attention_fn, self.drop)  # a method's own block
+            return block(tokens, self.attention_fn, self.drop, read=self.read, **fields)
+        after, summary = block(
+            tokens, self.attention_fn, self.drop, **fields
+        )  # a method's own block
         return after[:, : self.read], summary
 
 

@@ -1,4 +1,4 @@
-"""The released networks by timm's names, and what each one differs in from the defaults of `ViTConfig`."""
+"""The released networks by timm's names and the hub's, and what each differs in from the defaults of `ViTConfig`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,10 @@ def _vit(size: str, patch: int = 16, image: int = 224, **fields) -> dict[str, An
         "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
         "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
         "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
+        "so400m": {"embed_dim": 1152, "depth": 27, "num_heads": 16, "mlp_ratio": 3.7362},
+        "huge": {"embed_dim": 1280, "depth": 32, "num_heads": 16},
         "giant": {"embed_dim": 1536, "depth": 40, "num_heads": 24},
+        "giantopt": {"embed_dim": 1536, "depth": 40, "num_heads": 16},
     }
     return sizes[size] | {"patch_size": patch, "image_size": image} | fields
 
@@ -24,6 +27,27 @@ def _dinov2(size: str, registers: int = 0) -> dict[str, Any]:
     registers_only = {"reg_tokens": registers, "pos_embed_prefix": False} if registers else {}
     return _vit(size, 14, 518, layer_scale=1e-5, **swiglu, **registers_only)
 
+
+def _clip(size: str, patch: int, image: int = 224, **fields) -> dict[str, Any]:
+    widths = {"base": 512, "large": 768, "huge": 1024}  # of the space that images and texts share
+    form = {"pre_norm": True, "patch_bias": False, "norm_eps": 1e-5}
+    return _vit(size, patch, image, num_classes=widths[size], **form, **fields)
+
+
+def _siglip(size: str, patch: int, image: int) -> dict[str, Any]:
+    form = {"class_token": False, "global_pool": "map", "num_classes": 0}
+    # As big_vision and transformers; timm has plain GELU for the older ones of them.
+    return _vit(size, patch, image, mlp="gelu_tanh", **form)
+
+
+def _dinov3(size: str, **fields) -> dict[str, Any]:
+    form = {"reg_tokens": 4, "pos_embed": False, "rope": "dinov3", "key_bias": False}
+    form |= {"layer_scale": 1e-5, "norm_eps": 1e-5, "num_classes": 0}
+    return _vit(size, 16, 256, **form, **fields)
+
+
+_GATED = {"mlp": "swiglu", "mlp_ratio": 8.0}  # both halves of 4 times the width
+_QUICK = {"mlp": "quick_gelu"}
 
 _DEIT3 = {"layer_scale": 1e-6, "pos_embed_prefix": False}
 
@@ -49,20 +73,101 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     # Oquab et al. 2023 (DINOv2); Darcet et al. 2023 (registers).
     **{f"vit_{s}_patch14_dinov2": _dinov2(s) for s in ("small", "base", "large", "giant")},
     **{f"vit_{s}_patch14_reg4_dinov2": _dinov2(s, 4) for s in ("small", "base", "large", "giant")},
+    # Radford et al. 2021 (CLIP; "quickgelu" is OpenAI's own), Ilharco et al. 2021 (OpenCLIP). The head is the
+    # projection to the space that images and texts share.
+    **{
+        f"vit_{s}_patch{p}_clip_{quick}{i}": _clip(s, p, i, **(_QUICK if quick else {}))
+        for s, p, i in (
+            ("base", 32, 224),
+            ("base", 16, 224),
+            ("large", 14, 224),
+            ("large", 14, 336),
+            ("huge", 14, 224),
+        )
+        for quick in ("", "quickgelu_")
+    },
+    # Zhai et al. 2023 (SigLIP); Tschannen et al. 2025 (SigLIP 2) has the same networks at fixed sizes.
+    **{
+        f"vit_{s}_patch{p}_siglip_{i}": _siglip(s, p, i)
+        for s, p, sides in (
+            ("base", 32, (256,)),
+            ("base", 16, (224, 256, 384, 512)),
+            ("large", 16, (256, 384, 512)),
+            ("so400m", 14, (224, 378)),
+            ("so400m", 16, (256, 384, 512)),
+            ("giantopt", 16, (256, 384)),
+        )
+        for i in sides
+    },
+    # Simeoni et al. 2025 (DINOv3). timm's files without biases of queries and values are read like those with ("qkvb").
+    **{
+        f"vit_{s}_patch16_dinov3{biases}": _dinov3(size, **fields)
+        for s, size, fields in (
+            ("small", "small", {}),
+            ("small_plus", "small", _GATED),
+            ("base", "base", {}),
+            ("large", "large", {}),
+            ("huge_plus", "huge", _GATED | {"num_heads": 20}),
+        )
+        for biases in ("", "_qkvb")
+    },
     # Any size, through the fields of ViTConfig.
     "vit": {},
 }
 """timm's name -> the fields of `ViTConfig` in which a released network differs from the defaults."""
 
 
+HUB_NAMES: Mapping[str, str] = {
+    **{f"facebook/deit-{s}-patch16-224": f"deit_{s}_patch16_224" for s in ("tiny", "small", "base")},
+    "facebook/deit-base-patch16-384": "deit_base_patch16_384",
+    **{f"facebook/deit-{s}-distilled-patch16-224": f"deit_{s}_distilled_patch16_224"
+       for s in ("tiny", "small", "base")},
+    "google/vit-base-patch16-224": "vit_base_patch16_224",
+    "google/vit-large-patch16-224": "vit_large_patch16_224",
+    **{f"facebook/dinov2-{s}": f"vit_{s}_patch14_dinov2" for s in ("small", "base", "large", "giant")},
+    **{f"facebook/dinov2-with-registers-{s}": f"vit_{s}_patch14_reg4_dinov2"
+       for s in ("small", "base", "large", "giant")},
+    "openai/clip-vit-base-patch32": "vit_base_patch32_clip_quickgelu_224",
+    "openai/clip-vit-base-patch16": "vit_base_patch16_clip_quickgelu_224",
+    "openai/clip-vit-large-patch14": "vit_large_patch14_clip_quickgelu_224",
+    "openai/clip-vit-large-patch14-336": "vit_large_patch14_clip_quickgelu_336",
+    "laion/CLIP-ViT-B-32-laion2B-s34B-b79K": "vit_base_patch32_clip_224",
+    "laion/CLIP-ViT-B-16-laion2B-s34B-b88K": "vit_base_patch16_clip_224",
+    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": "vit_huge_patch14_clip_224",
+    **{f"google/siglip-{end}": f"vit_{ours}"
+       for end, ours in (("base-patch16-224", "base_patch16_siglip_224"),
+                         ("base-patch16-256", "base_patch16_siglip_256"),
+                         ("base-patch16-384", "base_patch16_siglip_384"),
+                         ("base-patch16-512", "base_patch16_siglip_512"),
+                         ("large-patch16-256", "large_patch16_siglip_256"),
+                         ("large-patch16-384", "large_patch16_siglip_384"),
+                         ("so400m-patch14-224", "so400m_patch14_siglip_224"),
+                         ("so400m-patch14-384", "so400m_patch14_siglip_378"))},
+    **{f"google/siglip2-{size}-patch{patch}-{side}": f"vit_{name}_patch{patch}_siglip_{side}"
+       for size, name, patch, sides in (("base", "base", 32, (256,)), ("base", "base", 16, (224, 256, 384, 512)),
+                                        ("large", "large", 16, (256, 384, 512)),
+                                        ("so400m", "so400m", 14, (224,)), ("so400m", "so400m", 16, (256, 384, 512)),
+                                        ("giant-opt", "giantopt", 16, (256, 384)))
+       for side in sides},
+    **{f"facebook/dinov3-vit{size}16-pretrain-lvd1689m": f"vit_{name}_patch16_dinov3"
+       for size, name in (("s", "small"), ("splus", "small_plus"), ("b", "base"), ("l", "large"),
+                          ("hplus", "huge_plus"))},
+    # Of 384 pixels the patches of 14 cover 378.
+    "google/siglip2-so400m-patch14-384": "vit_so400m_patch14_siglip_378",
+    "facebook/dinov3-vitl16-pretrain-sat493m": "vit_large_patch16_dinov3",
+}  # fmt: skip
+"""The name of a repository on Hugging Face's hub -> timm's name of the network that it holds."""
+
+
 def variant_config(
     name: str, config_class: type[ViTConfig] = ViTConfig, **fields: Any
 ) -> ViTConfig:
-    """The configuration of a released variant (timm's names), or of "vit", with `fields` on top.
+    """The configuration of a released variant (timm's or the hub's names), or of "vit", with `fields` on top.
 
     A `plan` may also be the name of a layer kind, which then takes every second layer, or all where it needs no other.
     Raises ConfigError, naming what is known, for an unknown name or field.
     """
+    name = HUB_NAMES.get(name, name)
     check_choice("model name", name, VARIANTS)
     merged: dict[str, Any] = {**VARIANTS[name], **fields}
     plan = merged.get("plan") or ()

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from tosa_jax.errors import ConfigError
 from tosa_jax.models.encoder import GatherParams, run_layers, run_scanned
 from tosa_jax.models.layers import (
+    AttentionPool,
     PatchEmbed,
     layer_norm,
     linear,
@@ -20,6 +21,7 @@ from tosa_jax.models.plan import layer_specs
 from tosa_jax.models.token_state import TokenState
 from tosa_jax.models.vit_config import ViTConfig
 from tosa_jax.ops.array_types import Images, Indices, PerExample, Scores, Tokens
+from tosa_jax.ops.rotary import Rotary, axial_rotary
 
 READ_TOGETHER = 8
 """Tokens that the last layer works out for a head that reads one or two: a TPU works on as many rows at once, and with
@@ -29,8 +31,8 @@ fewer XLA would turn every array around."""
 class Output(NamedTuple):
     """What a model returns.
 
-    predictions  what the model is for, arrays by name whose first axis is the example: `logits` [b c], or `depth`
-              [b height width] at the images' size.
+    predictions  what the model is for, arrays by name whose first axis is the example: `logits` [b c], `features` [b d]
+              without classes, or `depth` [b height width] at the images' size.
     tokens    [b n d] after the final norm, prefix included, as timm's `forward_features`; that norm comes after the
               mean with `global_pool="avg"`, and they are as the last layer left them. None where they were not wanted.
     selected  a tuple with one int32 [b s] a selection: indices into the n tokens, ascending, prefix included.
@@ -49,6 +51,11 @@ class Output(NamedTuple):
     def logits(self) -> Any:
         """Floats [b c]; None for a model without classes."""
         return self.predictions.get("logits")
+
+    @property
+    def features(self) -> Any:
+        """Floats [b d], what a head would classify, of a model with `num_classes=0`; None for any other."""
+        return self.predictions.get("features")
 
     @property
     def depth(self) -> Any:
@@ -74,14 +81,18 @@ class VisionTransformer(nnx.Module):
         self.config = config
         init, dtype = token_init, config.param_dtype
         positions = config.num_tokens if config.pos_embed_prefix else config.num_patches
-        self.cls_token = nnx.Param(init(rngs.params(), (1, 1, config.embed_dim), dtype))
+        if config.class_token:
+            self.cls_token = nnx.Param(init(rngs.params(), (1, 1, config.embed_dim), dtype))
         if config.distilled:
             self.dist_token = nnx.Param(init(rngs.params(), (1, 1, config.embed_dim), dtype))
         if config.reg_tokens:
             shape = (1, config.reg_tokens, config.embed_dim)
             self.reg_token = nnx.Param(init(rngs.params(), shape, dtype))
-        self.pos_embed = nnx.Param(init(rngs.params(), (1, positions, config.embed_dim), dtype))
+        if config.pos_embed:
+            self.pos_embed = nnx.Param(init(rngs.params(), (1, positions, config.embed_dim), dtype))
         self.patch_embed = PatchEmbed(config, rngs=rngs)
+        if config.pre_norm:
+            self.norm_pre = layer_norm(config, rngs)
         specs, kinds = layer_specs(config), layer_kinds()
         self.blocks = nnx.List(kinds[name].build_block(config, rngs=rngs) for name in config.plan)
         self.kinds = nnx.List(
@@ -97,13 +108,21 @@ class VisionTransformer(nnx.Module):
     def add_head(self, rngs: nnx.Rngs) -> None:
         """Makes the modules that turn the normalised tokens into the prediction."""
         config = self.config
-        self.head = linear(config, config.embed_dim, config.num_classes, rngs)
+        if config.global_pool == "map":
+            self.attn_pool = AttentionPool(config, rngs=rngs)
+        if not config.num_classes:
+            return
+        width = config.embed_dim * (2 if config.global_pool == "token_avg" else 1)
+        self.head = linear(config, width, config.num_classes, rngs)
         if config.distilled:
             self.head_dist = linear(config, config.embed_dim, config.num_classes, rngs)
 
     def head_macs(self) -> int:
         """Multiply-adds of those modules for one example."""
-        return (1 + self.config.distilled) * self.config.embed_dim * self.config.num_classes
+        config = self.config
+        pooling = self.attn_pool.macs(config.num_tokens) if config.global_pool == "map" else 0
+        read = 1 + (config.distilled or config.global_pool == "token_avg")
+        return pooling + read * config.embed_dim * config.num_classes
 
     def macs(self) -> int:
         """Multiply-adds of one example's forward pass: patch projection, layers, what their kinds add, head."""
@@ -115,8 +134,18 @@ class VisionTransformer(nnx.Module):
         )
         return config.num_patches * patch_weights + layers + self.head_macs()
 
-    def positions(self, size: tuple[int, int]) -> Float[Array, "1 m d"]:
+    def rotary(self, grid: tuple[int, int]) -> Rotary | None:
+        """Rotary positions of all n tokens of an image of (rows, columns) patches; None: the network has none."""
+        config = self.config
+        if not config.rope:
+            return None
+        head_dim = config.embed_dim // config.num_heads
+        return axial_rotary(grid, head_dim, config.rope_base, config.num_prefix_tokens)
+
+    def positions(self, size: tuple[int, int]) -> Float[Array, "1 m d"] | None:
         """Positions for images of (height, width) pixels, of the prefix tokens too where those have some.
+
+        None: the network adds none to its tokens.
 
         Raises ConfigError for another size than the model's.
         """
@@ -125,7 +154,7 @@ class VisionTransformer(nnx.Module):
                 f"images are {size[0]}x{size[1]}, but the model was made for "
                 f"{'x'.join(map(str, self.config.image_shape))} (height x width)"
             )
-        return self.pos_embed[...]
+        return self.pos_embed[...] if self.config.pos_embed else None
 
     @jax.named_scope("embed")
     def embed(self, images: Images) -> Tokens:
@@ -138,23 +167,40 @@ class VisionTransformer(nnx.Module):
             raise ConfigError(
                 f"images have {images.shape[3]} channels, but the model was made for {config.in_chans}"
             )
-        positions = self.positions((images.shape[1], images.shape[2])).astype(dtype)
+        positions = self.positions((images.shape[1], images.shape[2]))
+        positions = None if positions is None else positions.astype(dtype)
         patches = self.patch_embed(images.astype(dtype))
-        prefix = [self.cls_token]
+        prefix = [self.cls_token] if config.class_token else []
         prefix += [self.dist_token] if config.distilled else []
         prefix += [self.reg_token] if config.reg_tokens else []
-        prefix = jnp.concatenate([token[...].astype(dtype) for token in prefix], axis=1)
-        prefix = jnp.broadcast_to(prefix, (len(patches), *prefix.shape[1:]))
-        if not config.pos_embed_prefix:
-            return jnp.concatenate([prefix, patches + positions], axis=1)
-        return jnp.concatenate([prefix, patches], axis=1) + positions
+        tokens = []
+        if prefix:
+            prefix = jnp.concatenate([token[...].astype(dtype) for token in prefix], axis=1)
+            tokens = [jnp.broadcast_to(prefix, (len(patches), *prefix.shape[1:]))]
+        if positions is not None and not config.pos_embed_prefix:
+            patches = patches + positions
+        tokens = jnp.concatenate([*tokens, patches], axis=1) if tokens else patches
+        if positions is not None and config.pos_embed_prefix:
+            tokens = tokens + positions
+        return self.norm_pre(tokens) if config.pre_norm else tokens
 
     def layers(
-        self, tokens: Tokens, *, key: jax.Array | None, train: bool, read: int | None = None
+        self,
+        tokens: Tokens,
+        *,
+        key: jax.Array | None,
+        train: bool,
+        read: int | None = None,
+        grid: tuple[int, int] | None = None,
     ) -> TokenState:
-        """Runs the plan on tokens [b n d]; `read` is how many of the first ones are read afterwards, None for all."""
+        """Runs the plan on tokens [b n d].
+
+        read  how many of the first ones are read afterwards; None: all.
+        grid  rows and columns of patches; None: those of the model's image size.
+        """
         check_key(self.config.plan, key)
-        parts = self.config, self.blocks, self.kinds, TokenState(tokens)
+        state = TokenState(tokens, grid_rotary=self.rotary(grid or self.config.grid))
+        parts = self.config, self.blocks, self.kinds, state
         fields = {"key": key, "train": train, "gather_params": self.gather_params}
         if self.config.scan_layers:
             return run_scanned(*parts, **fields)
@@ -163,11 +209,21 @@ class VisionTransformer(nnx.Module):
     @jax.named_scope("head")
     def classify(self, tokens: Tokens) -> Float[Array, "b c"]:
         """Logits of `Output.tokens` [b n d]."""
+        logits = self.head(self.pool(tokens))
+        read_two = self.config.distilled and self.config.global_pool == "token"
+        return (logits + self.head_dist(tokens[:, 1])) / 2 if read_two else logits
+
+    def pool(self, tokens: Tokens) -> Float[Array, "b e"]:
+        """What the head classifies of `Output.tokens` [b n d]: e is d, or 2d with `global_pool="token_avg"`."""
         config = self.config
+        if config.global_pool == "token":
+            return tokens[:, 0]
+        if config.global_pool == "map":
+            return self.attn_pool(tokens)
+        mean = tokens[:, config.num_prefix_tokens :].mean(axis=1)
         if config.global_pool == "avg":
-            return self.head(self.fc_norm(tokens[:, config.num_prefix_tokens :].mean(axis=1)))
-        logits = self.head(tokens[:, 0])
-        return (logits + self.head_dist(tokens[:, 1])) / 2 if config.distilled else logits
+            return self.fc_norm(mean)
+        return jnp.concatenate([tokens[:, 0], mean], axis=1)
 
     def __call__(
         self,
@@ -186,9 +242,14 @@ class VisionTransformer(nnx.Module):
         example draws does not depend on the others in its batch.
         """
         mean = self.config.global_pool == "avg"
-        read = None if tokens or mean else min(READ_TOGETHER, self.config.num_tokens)
+        first = self.config.global_pool == "token"
+        read = min(READ_TOGETHER, self.config.num_tokens) if first and not tokens else None
         state = self.layers(self.embed(images), key=key, train=train, read=read)
         last = state.tokens if mean else self.norm(state.tokens[:, :read])
-        logits = self.classify(last)
+        predictions = (
+            {"logits": self.classify(last)}
+            if self.config.num_classes
+            else {"features": self.pool(last)}
+        )
         shown = last if tokens else None
-        return Output({"logits": logits}, shown, state.selected, state.aux, state.scores)
+        return Output(predictions, shown, state.selected, state.aux, state.scores)

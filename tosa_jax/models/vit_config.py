@@ -21,6 +21,14 @@ AnyOptions = TypeVar("AnyOptions", bound=Options)
 STANDARD = "standard"
 """What plans call an ordinary transformer layer."""
 
+POOLS = {
+    "token": "the class token",
+    "avg": "the mean of the patches, normalised after it, as in MAE",
+    "token_avg": "the class token beside the mean of the patches, as DINOv2's linear heads",
+    "map": "attention pooling, as in SigLIP",
+}
+"""What the head reads, by the value of `ViTConfig.global_pool`."""
+
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}  # as in recipes
 
 
@@ -94,16 +102,23 @@ class ViTConfig(metaclass=_TakesOptions):
     embed_dim: int = 384
     depth: int = 12
     num_heads: int = 6
-    mlp: str = "gelu"  # "gelu", "gelu_tanh" or "swiglu" (packed)
+    mlp: str = "gelu"  # "gelu", "gelu_tanh", "quick_gelu" (OpenAI's CLIP) or "swiglu" (packed)
     mlp_ratio: float = 4.0
     qkv_bias: bool = True
+    key_bias: bool = True  # False: of that bias the part of the keys is held at 0, as in DINOv3
+    patch_bias: bool = True  # the patch projection has a bias; CLIP's has none
     norm_eps: float = 1e-6
     layer_scale: float = 0.0  # initial value; 0: none
+    class_token: bool = True
     reg_tokens: int = 0  # registers
     distilled: bool = False  # a distillation token, and a head of its own
+    pre_norm: bool = False  # a norm before the layers (`norm_pre`), as in CLIP
+    pos_embed: bool = True  # learned positions are added to the tokens
     pos_embed_prefix: bool = True  # positions for the prefix tokens too
     pos_resample: str = "bicubic_antialias"  # positions of another grid: one of `RESAMPLINGS`
-    global_pool: str = "token"  # the class token is classified; "avg": the patches' mean, as in MAE
+    rope: str = ""  # rotary positions of the patches: "dinov3", or "" for none (`ops/rotary.py`)
+    rope_base: float = 100.0  # the highest frequency over the lowest one, nearly
+    global_pool: str = "token"  # what is classified: one of `POOLS`
     drop_path_rate: float = 0.0  # of the last layer; rises linearly from 0
     dtype: Any = jnp.float32  # computes
     param_dtype: Any = jnp.float32  # stores
@@ -124,17 +139,18 @@ class ViTConfig(metaclass=_TakesOptions):
             if isinstance(value, str):
                 check_choice(name, value, DTYPES)
             object.__setattr__(self, name, jnp.dtype(value))
-        for name in ("patch_size", "in_chans", "num_classes", "embed_dim", "depth", "num_heads"):
+        for name in ("patch_size", "in_chans", "embed_dim", "depth", "num_heads"):
             value = getattr(self, name)
             check(value >= 1, f"{name}={value!r} must be at least 1")
+        check(self.num_classes >= 0, f"num_classes={self.num_classes} must be at least 0 (no head)")
         self._check_image_size()
+        self._check_form()
         check(
             self.embed_dim % self.num_heads == 0,
             f"num_heads={self.num_heads} does not divide embed_dim={self.embed_dim}",
         )
-        check_choice("mlp", self.mlp, ("gelu", "gelu_tanh", "swiglu"))
+        check_choice("mlp", self.mlp, ("gelu", "gelu_tanh", "quick_gelu", "swiglu"))
         check_choice("pos_resample", self.pos_resample, RESAMPLINGS)
-        check_choice("global_pool", self.global_pool, ("token", "avg"))
         check_choice("gather", self.gather, ("indices", "one_hot"))
         check_choice("remat", self.remat, ("none", "full", "dots", "dots_no_batch"))
         check_choice("budget", self.budget, ("uniform", "linear"))
@@ -155,6 +171,27 @@ class ViTConfig(metaclass=_TakesOptions):
             check(0 < rate <= 1, f"keep_rate={rate} is not in (0, 1]")
         for options in self.options:
             options.check_network(self)
+
+    def _check_form(self) -> None:
+        """The tokens that the head reads are there, and heads can be turned."""
+        check_choice("global_pool", self.global_pool, POOLS)
+        pool = self.global_pool
+        check(
+            self.class_token or (not self.distilled and pool in ("avg", "map")),
+            f"global_pool={pool!r} with class_token=False and distilled={self.distilled}: there is no class token; "
+            "use 'avg' or 'map', and no distillation token",
+        )
+        check(
+            not self.distilled or (pool in ("token", "avg") and self.num_classes > 0),
+            "distilled=True needs num_classes above 0 and global_pool='token'",
+        )
+        check_choice("rope", self.rope, ("", "dinov3"))
+        head_dim = self.embed_dim // self.num_heads
+        check(
+            not self.rope or head_dim % 4 == 0,
+            f"rope={self.rope!r} needs heads whose width 4 divides, not {head_dim}",
+        )
+        check(self.rope_base > 1, f"rope_base={self.rope_base} must be above 1")
 
     def _check_image_size(self) -> None:
         """One form for each size (a square is an int), and the patch divides it unless the network resizes."""
@@ -202,6 +239,7 @@ class ViTConfig(metaclass=_TakesOptions):
     def silent_fields(self) -> dict[str, Any]:
         """Fields that say what is computed where the shapes of parameters do not; files of weights state them."""
         names = ("num_heads", "mlp", "norm_eps", "patch_size")
+        names += ("rope", "rope_base", "key_bias") if self.rope else ()
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -227,7 +265,7 @@ class ViTConfig(metaclass=_TakesOptions):
     @property
     def num_prefix_tokens(self) -> int:
         """Class, distillation and register tokens."""
-        return 1 + self.distilled + self.reg_tokens
+        return self.class_token + self.distilled + self.reg_tokens
 
     @property
     def num_tokens(self) -> int:

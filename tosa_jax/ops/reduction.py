@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from tosa_jax.ops.array_types import Tokens
+from tosa_jax.ops.rotary import Rotary
 from tosa_jax.ops.token_matching import spread_groups, sum_groups
 from tosa_jax.ops.token_selection import Selection, gather_tokens, scatter_tokens
 
@@ -37,6 +38,7 @@ class Reduction(NamedTuple):
              old token becomes a copy of the new token that represents it.
     entered  [b s d]: the new tokens before the layer. If given, each old token gets the update (after - before) of the
              new token that represents it. Needs `before`.
+    rotary   rotary positions of the new tokens; None: there are none. `TokenState` sets it.
     """
 
     source: Selection | TokenWeights
@@ -45,6 +47,7 @@ class Reduction(NamedTuple):
     mask: Bool[Array, "b s"] | None = None
     before: Tokens | None = None
     entered: Float[Array, "b s d"] | None = None
+    rotary: Rotary | None = None
 
     def merge(self, values: Tokens) -> Float[Array, "b s d"]:
         """values [b n d] of the old tokens -> those of the new ones [b s d]."""
@@ -55,6 +58,16 @@ class Reduction(NamedTuple):
             return gather_tokens(values, self.source)
         total = sum_groups(values * self.weights[:, :, None].astype(values.dtype), self.source)
         return total / self.sizes[:, :, None].astype(values.dtype)
+
+    def places(self, rotary: Rotary) -> Rotary:
+        """Rotary positions of the old tokens -> those of the new ones: each new token has its representative's.
+
+        A selected token keeps its own place, alone or as the mean of its group. A weighted mean gets the place of the
+        token with the largest weight.
+        """
+        if isinstance(self.source, Selection):
+            return rotary.selected(self.source)
+        return rotary.at(self.source.weights.argmax(axis=2).astype(jnp.int32))
 
     def spread(self, values: Float[Array, "b s d"]) -> Tokens:
         """values [b s d] of the new tokens -> [b n d]: each old token gets those of the new one that represents it."""

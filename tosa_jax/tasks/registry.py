@@ -44,7 +44,7 @@ def create_model(
     name: str,
     *,
     keep_rate: float | tuple[float, ...] | None = None,
-    num_classes: int = 1000,
+    num_classes: int | None = None,
     image_size: int | tuple[int, int] | None = None,
     task: str = "classification",
     plan: tuple[str, ...] | str | None = None,
@@ -53,10 +53,12 @@ def create_model(
     rngs: nnx.Rngs,
     **fields: Any,
 ) -> VisionTransformer:
-    """A model by timm's name, or "vit" with sizes of your own; random weights, initialised as DeiT.
+    """A model by timm's name or the hub's, or "vit" with sizes of your own; random weights, initialised as DeiT.
 
     keep_rate  share in (0, 1] of the patches that selective layers take: one number, or one a selection.
                None, without a plan and `budget_gmacs`, makes the dense model.
+    num_classes of the head; 0: the model has none and gives `Output.features`. By default the variant's own: 1000 for
+               most, the width of the projection for CLIP, 0 for SigLIP and DINOv3.
     image_size pixels: the side of a square, or (height, width); by default the variant's own.
     task       a key of `TASKS`: "classification", or "depth", which has a decoder and does not read `num_classes`.
     plan       a layer kind for each layer, or the name of one for every second layer; by default every second
@@ -71,7 +73,9 @@ def create_model(
     >>> out.logits.shape, [s.shape for s in out.selected]
     ((1, 10), [(1, 3)])
     """
-    fields |= {"num_classes": num_classes, "dtype": dtype, "param_dtype": param_dtype}
+    fields |= {"dtype": dtype, "param_dtype": param_dtype}
+    if num_classes is not None:
+        fields["num_classes"] = num_classes
     if image_size is not None:
         fields["image_size"] = image_size
     if keep_rate is not None:

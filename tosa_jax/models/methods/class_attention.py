@@ -1,10 +1,13 @@
 """Control: tokens selected by the attention of the class token, as EViT does (Liang et al. 2022)."""
 
 import jax
+from flax import nnx
 
 from tosa_jax.models.layers import AttentionFn, Block
 from tosa_jax.models.method import Method
 from tosa_jax.models.methods.selective import SelectiveLayer
+from tosa_jax.models.token_state import LayerSpec
+from tosa_jax.models.vit_config import ViTConfig, check
 from tosa_jax.ops.array_types import Heads, Scores
 from tosa_jax.ops.attention import attention, attention_logits, column_sums, pool_heads
 
@@ -13,8 +16,12 @@ class ClassAttention(SelectiveLayer):
     """Selects the tokens that the class token attends to most in the layer before, as EViT does (Liang et al. 2022).
 
     Only the class token's row of the map is needed. It is computed separately, so that the attention of that layer can
-    run in its fastest form.
+    run in its fastest form. Raises ConfigError for a network without a class token.
     """
+
+    def __init__(self, config: ViTConfig, spec: LayerSpec, *, rngs: nnx.Rngs) -> None:
+        check(config.class_token, "the layer kind 'class_attention' needs a class token")
+        super().__init__(config, spec, rngs=rngs)
 
     def needs(self) -> AttentionFn | None:
         return self._read_class_row if self.spec.opens else None

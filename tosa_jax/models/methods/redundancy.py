@@ -92,7 +92,7 @@ class Redundancy(SelectiveLayer):
             inside = before.opened(*entered, scores)
             return inside.tokens, (summary, inside)
 
-        run = block(state.tokens, attend, context.drop, between, context.read)
+        run = block(state.tokens, attend, context.drop, between, context.read, state.rotary)
         tokens, (summary, state) = run
         if context.read is not None:
             return state.cut_off(tokens, summary)

@@ -33,7 +33,7 @@ class Standard(LayerKind):
     def apply(self, block: Block, state: TokenState, context: LayerContext) -> TokenState:
         """The state after the block ran on all its tokens. Sizes weigh in attention, and masked tokens are not read."""
         context = context.weighing(state.sizes if self.proportional else None, state.mask)
-        tokens, summary = context.run(block, state.tokens)
+        tokens, summary = context.run(block, state.tokens, state.rotary)
         if context.read is not None:
             return state.cut_off(tokens, summary)
         return state._replace(tokens=tokens, summary=summary)

@@ -101,7 +101,8 @@ class SelectiveFit(Selective):
             # What the next layer needs is reported by the attention it asked for.
             return out, (context.attention_fn(query, key, value)[1], sums)
 
-        tokens, (summary, sums) = context._replace(attention_fn=attend).run(block, state.tokens)
+        comparing = context._replace(attention_fn=attend)
+        tokens, (summary, sums) = comparing.run(block, state.tokens, state.rotary)
         n = tokens.shape[1]
         scores = {name: pool_heads(sums[name], self.head_pool) for name in ("true", "found", "own")}
 

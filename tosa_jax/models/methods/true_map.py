@@ -22,7 +22,7 @@ class TrueMap(Previous):
 
     def apply(self, block: Block, state: TokenState, context: LayerContext) -> TokenState:
         if self.spec.opens:
-            _, sums = block.attn_branch(state.tokens, self._sum_columns)
+            _, sums = block.attn_branch(state.tokens, self._sum_columns, rotary=state.rotary)
             state = state._replace(summary=sums)
         return super().apply(block, state, context)
 

@@ -49,12 +49,13 @@ class WorstBypass(SelectiveLayer):
         assert reduction.before is not None  # what bypassed tokens rejoin as
         return jnp.linalg.norm((moved - reduction.before).astype(jnp.float32), axis=-1)
 
-    def expected(self, block: Block, tokens: Tokens) -> Scores:
+    def expected(self, block: Block, state: TokenState) -> Scores:
         """The scores [b n]: here the true error, for which the layer runs densely."""
-        return self.missed(block, tokens, block(tokens)[0])
+        moved, _ = block(state.tokens, rotary=state.rotary)
+        return self.missed(block, state.tokens, moved)
 
     def apply(self, block: Block, state: TokenState, context: LayerContext) -> TokenState:
-        summary = self.expected(block, state.tokens)
+        summary = self.expected(block, state)
         return super().apply(block, state._replace(summary=summary), context)
 
 
@@ -70,9 +71,9 @@ class PredictedBypass(WorstBypass):
         zeros = nnx.initializers.zeros_init()
         self.miss = linear(config, config.embed_dim, 1, rngs, kernel_init=zeros)
 
-    def expected(self, block: Block, tokens: Tokens) -> Scores:
+    def expected(self, block: Block, state: TokenState) -> Scores:
         """The predicted logarithm of the error, float32 [b n]."""
-        return self.miss(block.norm1(tokens))[:, :, 0].astype(jnp.float32)
+        return self.miss(block.norm1(state.tokens))[:, :, 0].astype(jnp.float32)
 
     def linear_fits(self) -> tuple[LinearFit, ...]:
         """Those of the bypass, then the map to the logarithm of what that bypass leaves."""

@@ -48,6 +48,8 @@ class DepthConfig(ViTConfig):
         check_choice("decoder", self.decoder, ("light", "dpt"))
         check(self.decoder_dim >= 2, f"decoder_dim={self.decoder_dim} must be at least 2")
         check_choice("readout", self.readout, ("project", "ignore"))
+        check(self.class_token or self.decoder == "light" or self.readout == "ignore",
+              "readout='project' needs a class token, which this network has not: use 'ignore'")  # fmt: skip
         check_choice("depth_estimation_type", self.depth_estimation_type, ("metric", "relative"))
         check(self.decoder == "dpt" or self.depth_estimation_type == "metric",
               "depth_estimation_type='relative' needs decoder='dpt': the light decoder predicts metres")  # fmt: skip

@@ -33,8 +33,11 @@ class DepthTransformer(VisionTransformer):
     def head_macs(self) -> int:
         return self.decoder.macs(self.config.grid)
 
-    def positions(self, size: tuple[int, int]) -> Float[Array, "1 m d"]:
-        config, own = self.config, self.pos_embed[...]
+    def positions(self, size: tuple[int, int]) -> Float[Array, "1 m d"] | None:
+        config = self.config
+        if not config.pos_embed:
+            return None
+        own = self.pos_embed[...]
         grid = config.grid_of(size)
         if grid == config.grid:
             return own
@@ -59,7 +62,7 @@ class DepthTransformer(VisionTransformer):
         config, size = self.config, (images.shape[1], images.shape[2])
         patch, grid = config.patch_size, config.grid_of(size)
         covered = resize(images, (grid[0] * patch, grid[1] * patch))
-        state = self.layers(self.embed(covered), key=key, train=train)
+        state = self.layers(self.embed(covered), key=key, train=train, grid=grid)
         taps = state.intermediate
         if config.decoder_norm:
             taps = {layer: self.norm(tokens) for layer, tokens in taps.items()}

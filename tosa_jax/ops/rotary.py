@@ -1,0 +1,74 @@
+"""Rotary positions: the place of a token turns its queries and keys (Su et al. 2021, arXiv 2104.09864).
+
+A token's sine and cosine are arrays of their own beside the tokens, so that they go wherever the token goes.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int32
+
+from tosa_jax.ops.array_types import Heads
+from tosa_jax.ops.token_selection import Selection, gather_tokens
+
+
+class Rotary(NamedTuple):
+    """Cosine and sine of the angles of each token, float32 [b n c] for heads of 2c channels.
+
+    b is 1 where all examples have the same places. Angle j turns the channels j and c + j of a head.
+    """
+
+    cos: Float[Array, "b n c"]
+    sin: Float[Array, "b n c"]
+
+    def first(self, count: int) -> "Rotary":
+        """Those of the first `count` tokens."""
+        return Rotary(self.cos[:, :count], self.sin[:, :count])
+
+    def selected(self, selection: Selection) -> "Rotary":
+        """Those of the selected tokens, [b s c]."""
+        examples = len(selection.indices)
+        both = jnp.concatenate([self.cos, self.sin], axis=2)
+        both = jnp.broadcast_to(both, (examples, *both.shape[1:]))
+        return Rotary(*jnp.split(gather_tokens(both, selection), 2, axis=2))
+
+    def at(self, places: Int32[Array, "b s"]) -> "Rotary":
+        """Those of the tokens at `places`, in any order and as often as they are named."""
+
+        def take(values):
+            values = jnp.broadcast_to(values, (len(places), *values.shape[1:]))
+            return jnp.take_along_axis(values, places[:, :, None], axis=1)
+
+        return Rotary(take(self.cos), take(self.sin))
+
+
+def axial_rotary(
+    grid: tuple[int, int], head_dim: int, base: float, num_prefix_tokens: int
+) -> Rotary:
+    """The places of a grid of (rows, columns) patches as in DINOv3; prefix tokens come first and are not turned.
+
+    The centre of a patch is between -1 and 1 on both axes, whatever the size of the image. The first half of the angles
+    is of rows, the second half of columns; an axis turns once over half its length at the highest frequency, and
+    frequencies fall geometrically towards 1 / base of it. `head_dim` is a multiple of 4. Source: DINOv3
+    (facebookresearch/dinov3, `rope_position_encoding.py`).
+    """
+    frequencies = base ** -np.arange(0, 1, 4 / head_dim)
+    rows, columns = (2 * (np.arange(side) + 0.5) / side - 1 for side in grid)
+    by_row, by_column = (2 * np.pi * axis[:, None] * frequencies for axis in (rows, columns))
+    shape = (*grid, len(frequencies))
+    angles = [np.broadcast_to(by_row[:, None], shape), np.broadcast_to(by_column[None], shape)]
+    patches = np.concatenate(angles, axis=-1).reshape(-1, head_dim // 2)
+    angles = np.concatenate([np.zeros((num_prefix_tokens, head_dim // 2)), patches])[None]
+    cos, sin = (jnp.asarray(f(angles), jnp.float32) for f in (np.cos, np.sin))
+    return Rotary(cos, sin)
+
+
+@jax.named_scope("rotary")
+def turn(heads: Heads, rotary: Rotary) -> Heads:
+    """Queries or keys [b n h 2c], turned by the angles of their tokens; computed in float32."""
+    cos, sin = rotary.cos[:, :, None], rotary.sin[:, :, None]
+    first, second = jnp.split(heads.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(heads.dtype)
