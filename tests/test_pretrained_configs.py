@@ -25,7 +25,7 @@ def hf_folder(path: Path, **changes) -> Path:
     ({"num_attention_heads": 4}, r"pass num_heads=4 to create_model \(it has num_heads=2\)"),
     ({"hidden_act": "gelu_pytorch_tanh"}, "pass mlp='gelu_tanh'"),
     ({"layer_norm_eps": 1e-3}, "pass norm_eps=0.001"),
-    ({"hidden_act": "quick_gelu"}, "says hidden_act='quick_gelu', which no model here .*; known: gelu, "),
+    ({"hidden_act": "relu"}, "says hidden_act='relu', which no model here .*; known: gelu, "),
     ({"model_type": "vit_mae", "num_attention_heads": 4}, "pass num_heads=4"),
 ])  # fmt: skip
 def test_a_config_of_another_function_names_the_field(changes, match, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ WEIGHTS_FORMAT = "tosa_jax weights"  # under "format" in the header of what `sav
 # transformers' `hidden_act` -> `ViTConfig.mlp`.
 _ACTIVATIONS = {
     **dict.fromkeys(("gelu", "gelu_python"), "gelu"),
+    "quick_gelu": "quick_gelu",
     **dict.fromkeys(
         ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh"),
         "gelu_tanh",
@@ -24,7 +25,15 @@ _ACTIVATIONS = {
 }
 # LayerNorm's epsilon where a config.json leaves it out, by `model_type`.
 _DEFAULT_EPS = {"vit": 1e-12, "deit": 1e-12, "vit_mae": 1e-12, "dpt": 1e-12}
-_DEFAULT_EPS |= {"dinov2": 1e-6, "dinov2_with_registers": 1e-6}
+_DEFAULT_EPS |= {"dinov2": 1e-6, "dinov2_with_registers": 1e-6, "dinov3_vit": 1e-5}
+_DEFAULT_EPS |= {"clip_vision_model": 1e-5, "siglip_vision_model": 1e-6}
+# What else a config.json may leave out, where it is not as in ViT.
+_DEFAULTS = {
+    "clip_vision_model": {"hidden_act": "quick_gelu", "patch_size": 32},
+    "siglip_vision_model": {"hidden_act": "gelu_pytorch_tanh"},
+}
+# `model_type` of a network for images and texts -> that of its image tower, `vision_config` in its config.json.
+_TOWERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
 
 
 def check_fit(path: str, arrays: Mapping[str, np.ndarray], own: Mapping[str, Any]) -> None:
@@ -77,18 +86,26 @@ def stated_fields(file: WeightFile) -> dict[str, Any]:
 
 def _transformers_fields(path: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """What the config.json of a ViT of transformers states; {} for that of another model."""
+    if tower := _TOWERS.get(config.get("model_type", "")):
+        config = {**config.get("vision_config", {}), "model_type": tower}
     if config.get("model_type") not in _DEFAULT_EPS:
         return {}
+    config = {**_DEFAULTS.get(config["model_type"], {}), **config}
     # transformers writes every field; the defaults are those of its versions that did not.
     activation = config.get("hidden_act", "gelu")
-    if activation not in _ACTIVATIONS and not config.get("use_swiglu_ffn"):
+    gated = config.get("use_swiglu_ffn") or (config.get("use_gated_mlp") and activation == "silu")
+    if not gated and (activation not in _ACTIVATIONS or config.get("use_gated_mlp")):
         raise WeightsError(
             f"{path}: the config.json beside it says hidden_act={activation!r}, which no model "
-            f"here computes; known: {', '.join(_ACTIVATIONS)}"
+            f"here computes; known: {', '.join(_ACTIVATIONS)}, and silu in a gated MLP"
         )
-    return {
+    rotary = {}
+    if config["model_type"] == "dinov3_vit":
+        rotary = {"rope": "dinov3", "rope_base": config.get("rope_theta", 100.0)}
+        rotary |= {"key_bias": config.get("key_bias", False)}
+    return rotary | {
         "num_heads": config.get("num_attention_heads", 12),
-        "mlp": "swiglu" if config.get("use_swiglu_ffn") else _ACTIVATIONS[activation],
+        "mlp": "swiglu" if gated else _ACTIVATIONS[activation],
         "norm_eps": config.get("layer_norm_eps", _DEFAULT_EPS[config["model_type"]]),
         "patch_size": config.get("patch_size", 16),
     }

@@ -21,7 +21,7 @@ from tosa_jax.errors import WeightsError
 from tosa_jax.models.params import Params, get_params, nest
 from tosa_jax.models.vit import VisionTransformer
 from tosa_jax.models.vit_config import ViTConfig
-from tosa_jax.models.weights import names
+from tosa_jax.models.weights import names, towers
 from tosa_jax.models.weights.checks import (
     WEIGHTS_FORMAT,
     check_config,
@@ -40,6 +40,7 @@ def load_pretrained(
     path: str | Path | None = None,
     *,
     selectors: str | Path | None = None,
+    head: str | Path | None = None,
     on_message: Say = print,
 ) -> VisionTransformer:
     """Loads released weights into `model`, in place, and returns it.
@@ -52,6 +53,8 @@ def load_pretrained(
                 `save_weights`; a work directory of a run, or one of its checkpoints;
                 `hf:owner/name[/file]`.
     selectors   a file of `save_selectors`.
+    head        a file with the weight and bias of a linear head alone, as DINOv2's "_linear_head.pth" for a model with
+                `global_pool="token_avg"`.
     on_message  gets a line for everything that was not copied as it is: a head that stays random
                 because the file's has another number of classes, a decoder that the file lacks,
                 positions that were resampled, parts that only pretraining uses.
@@ -62,13 +65,17 @@ def load_pretrained(
     Raises WeightsError and leaves the model as it was: the file cannot be read; parameters are missing, left over or of
     another shape; config.json describes another computation (the message names the field of `create_model` to pass).
     """
-    if path is None and selectors is None:
-        raise WeightsError("load_pretrained needs a path to weights, or selectors=, or both")
+    if path is None and selectors is None and head is None:
+        raise WeightsError(
+            "load_pretrained needs a path to weights, selectors= or head=, or several"
+        )
     params: Params = {}
     if path is not None:
         params |= pretrained_params(model, path, on_message=on_message)
     if selectors is not None:
         params |= selector_params(model, selectors)
+    if head is not None:
+        params |= head_params(model, head)
     own = get_params(model)
 
     def place(name, value):
@@ -132,10 +139,27 @@ def _to_ours(arrays: names.Arrays, config: ViTConfig, say: Say) -> names.Arrays:
     if any("/" in name for name in arrays):
         return arrays
     decoder, arrays = split_decoder(arrays)
-    arrays, unused = names.to_timm(arrays)
+    if towers.whose(arrays):
+        arrays, unused = towers.tower_to_timm(arrays)
+        arrays, why = names.fuse(arrays), "left out, as only texts need them"
+    else:
+        arrays, unused = names.to_timm(arrays)
+        why = "left out, as only pretraining uses them"
     if unused:
-        say(f"left out, as only pretraining uses them: {', '.join(unused)}")
-    return names.to_ours(arrays) | decoder
+        say(f"{why}: {', '.join(unused)}")
+    return _with_zero_biases(names.to_ours(arrays), config) | decoder
+
+
+def _with_zero_biases(arrays: names.Arrays, config: ViTConfig) -> names.Arrays:
+    """The arrays with biases of 0 where a file of a DINOv3 has none of queries, keys and values (timm)."""
+    if not (config.rope and config.qkv_bias):
+        return arrays
+    kernels = {name: x for name, x in arrays.items() if name.endswith("/attn/qkv/kernel")}
+    zeros = {
+        name[: -len("kernel")] + "bias": np.zeros(x.shape[1], x.dtype)
+        for name, x in kernels.items()
+    }
+    return zeros | arrays
 
 
 def _kept_head(arrays: Mapping[str, np.ndarray], own: Params, say: Say) -> set[str]:
@@ -151,7 +175,10 @@ def _kept_head(arrays: Mapping[str, np.ndarray], own: Params, say: Say) -> set[s
         elif arrays[kernel].ndim != 2 or arrays[kernel].shape[0] not in (width, 2 * width):
             continue  # a network of another width, which check_fit reports
         elif arrays[kernel].shape[0] == 2 * width:
-            reasons.append("the file's reads the class token and the mean of the patches")
+            reasons.append(
+                "the file's reads the class token and the mean of the patches; pass global_pool='token_avg' to "
+                "create_model for it"
+            )
         else:
             reasons.append(f"the file's has {arrays[kernel].shape[1]} classes, the model {classes}")
         kept |= {kernel, bias}
@@ -193,7 +220,7 @@ def _other_heads(arrays: Mapping[str, np.ndarray], own: Params, say: Say) -> set
         return {name for name in names if name.startswith(f"{part}/")}
 
     # A head_dist that a classifier lacks is another variant, which is refused.
-    heads = ("decoder",) if of(own, "head") else ("head", "head_dist", "decoder")
+    heads = ("decoder",) if of(own, "head") else ("head", "head_dist", "decoder", "attn_pool")
     unused = {p: of(arrays, p) for p in heads if not of(own, p)}
     if any(unused.values()):
         say(f"its {' and '.join(p for p in unused if unused[p])} is not used: the model has none")
@@ -264,6 +291,28 @@ def selector_params(model: VisionTransformer, path: str | Path) -> dict[str, np.
         )
     check_fit(file.path, file.arrays, own)
     return {name: x.astype(own[name].dtype) for name, x in file.arrays.items()}
+
+
+def head_params(model: VisionTransformer, path: str | Path) -> dict[str, np.ndarray]:
+    """The parameters of a file of a linear head alone, checked against the model's.
+
+    Raises WeightsError: another kind of file, or a head of another size.
+    """
+    file = read_weights(path)
+    parts = {name.rpartition(".")[2]: x for name, x in file.arrays.items()}
+    if parts.keys() != {"weight", "bias"} or parts["weight"].ndim != 2:
+        raise WeightsError(
+            f"{file.path} holds no linear head alone (weight and bias); pass it as path, beside head"
+        )
+    own = {name: x for name, x in get_params(model).items() if name.startswith("head/")}
+    arrays = {"head/kernel": parts["weight"].T, "head/bias": parts["bias"]}
+    if model.config.embed_dim * 5 == len(arrays["head/kernel"]):
+        raise WeightsError(
+            f"{file.path} reads four layers of the network, which no head here does; take the head of one layer "
+            "(_linear_head.pth)"
+        )
+    check_fit(file.path, arrays, own)
+    return {name: x.astype(own[name].dtype) for name, x in arrays.items()}
 
 
 def _selectors_of(model: VisionTransformer) -> Params:

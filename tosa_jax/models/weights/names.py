@@ -2,7 +2,8 @@
 
 PyTorch's names first become timm's. Those are this project's attribute names, so only transposes remain. Sources:
 timm `vision_transformer.py` (`checkpoint_filter_fn`, `_convert_dinov2`), facebookresearch/{deit, dinov2, mae},
-transformers `models/{vit,deit,dinov2,dinov2_with_registers}` and its `conversion_mapping.py`.
+transformers `models/{vit,deit,dinov2,dinov2_with_registers,dinov3_vit}` and its `conversion_mapping.py`;
+facebookresearch/dinov3 and timm `eva.py` for DINOv3. CLIP and SigLIP are in `towers`.
 
 Google's ViT (`.npz` files of ViT and AugReg; google-research/vision_transformer, `models_vit.py`) has Flax's layouts:
 kernels are [in, out] as here, but heads and the sides of a patch are axes of their own.
@@ -16,6 +17,7 @@ import numpy as np
 
 from tosa_jax.models.positions import resample_positions
 from tosa_jax.models.vit_config import ViTConfig
+from tosa_jax.models.weights import towers
 
 Arrays = dict[str, np.ndarray]
 
@@ -25,6 +27,9 @@ _UNUSED = re.compile(
     r"(?:embeddings\.)?(mask_token)$|(dino_head|ibot_head|decoder)\.|(pooler)\.dense\."
     r"|(decoder)_(?:embed|pos_embed|blocks|norm|pred)\b"
 )
+
+# The periods of rotary positions, which the model works out.
+_BUFFER = re.compile(r"rope(_embed)?\.periods$")
 
 _WRAPPER_PREFIX = re.compile(r"^(module\.|_orig_mod\.|backbone\.)+")
 _HF_PREFIX = re.compile(
@@ -38,8 +43,8 @@ _HF = [
     (r"^embeddings\.distillation_token$", "dist_token"),
     (r"^embeddings\.register_tokens$", "reg_token"),
     (r"^embeddings\.position_embeddings$", "pos_embed"),
-    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-    (r"^(?:encoder\.)?layers?\.(\d+)\.", r"blocks.\1."),
+    (r"^embeddings\.patch_embeddings\.(?:projection\.)?", "patch_embed.proj."),
+    (r"^(?:encoder\.|model\.)?layers?\.(\d+)\.", r"blocks.\1."),
     (r"\.attention\.attention\.(query|key|value)\.", r".attn.\1."),
     (r"\.attention\.([qkv])_proj\.", r".attn.\1."),
     (r"\.attn\.([qkv])(?:uery|ey|alue)\.", r".attn.\1."),
@@ -58,7 +63,8 @@ _HF = [
 
 # The original repositories, where they differ from timm.
 _ORIGINAL = [
-    (r"^register_tokens$", "reg_token"),  # DINOv2
+    (r"^(?:register|storage)_tokens$", "reg_token"),  # DINOv2, DINOv3
+    (r"^linear_head\.", "head."),  # DINOv2 with its linear head
     (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),  # DINOv2: chunk, then the number among all blocks
     (r"\.mlp\.w12\.", ".mlp.fc1."),  # DINOv2's SwiGLU
     (r"\.mlp\.w3\.", ".mlp.fc2."),
@@ -69,6 +75,8 @@ _ORIGINAL = [
 _FUSED = [
     ("attn.qkv", ("attn.q", "attn.k", "attn.v")),
     ("mlp.fc1", ("mlp.gate_proj", "mlp.up_proj")),
+    ("mlp.fc1", ("mlp.w1", "mlp.w2")),  # DINOv3's own
+    ("mlp.fc1", ("mlp.fc1_g", "mlp.fc1_x")),  # timm's `eva.py`
 ]
 
 
@@ -89,8 +97,9 @@ _GOOGLE_QUERY = "Transformer/encoderblock_0/MultiHeadDotProductAttention_1/query
 
 
 def is_hugging_face(arrays: Arrays) -> bool:
-    """Whether the names are transformers'."""
-    return any(name.endswith("embeddings.position_embeddings") for name in arrays)
+    """Whether the names are transformers', of ViT, DeiT or a DINO."""
+    ends = ("embeddings.position_embeddings", "embeddings.register_tokens")
+    return any(name.endswith(ends) for name in arrays)
 
 
 def resampling_of(arrays: Arrays, config: ViTConfig) -> tuple[str, str] | None:
@@ -98,6 +107,10 @@ def resampling_of(arrays: Arrays, config: ViTConfig) -> tuple[str, str] | None:
 
     None for names that say nothing of it, such as timm's and DeiT's.
     """
+    if not config.pos_embed:
+        return None
+    if tower := towers.whose(arrays):
+        return ("bicubic" if tower == "transformers" else "bicubic_antialias"), tower
     if "dpt.embeddings.position_embeddings" in arrays:
         return "bilinear", "transformers"
     if is_hugging_face(arrays):
@@ -116,14 +129,38 @@ def to_timm(arrays: Arrays) -> tuple[Arrays, list[str]]:
         if match := _UNUSED.match(name):
             unused.update(filter(None, match.groups()))
             continue
+        if _BUFFER.match(name):
+            continue
         for pattern, replacement in rules:
             name = re.sub(pattern, replacement, name)
         renamed[name] = array
-    return _fuse(renamed), sorted(unused)
+    return fuse(with_key_biases(renamed)), sorted(unused)
 
 
-def _fuse(arrays: Arrays) -> Arrays:
-    """Joins the linear layers of `_FUSED` along their outputs."""
+def with_key_biases(arrays: Arrays) -> Arrays:
+    """timm's names, in which a bias that the keys alone do not have is 0 there.
+
+    transformers has biases of queries and values for DINOv3, timm the same beside the whole kernel, and Facebook's
+    code a mask for the bias of all three.
+    """
+    done = dict(arrays)
+    for name, array in arrays.items():
+        stem, _, last = name.rpartition(".")
+        if last == "q_bias" and f"{stem}.v_bias" in done:
+            parts = done.pop(name), np.zeros_like(array), done.pop(f"{stem}.v_bias")
+            done[f"{stem}.qkv.bias"] = np.concatenate(parts)
+            done.pop(f"{stem}.k_bias", None)
+        elif name.endswith(".attn.q.bias"):
+            done.setdefault(name.replace(".q.", ".k."), np.zeros_like(array))
+        elif last == "bias_mask":
+            mask = done.pop(name)
+            bias = done.get(f"{stem}.bias", np.zeros_like(mask))
+            done[f"{stem}.bias"] = np.where(np.arange(len(mask)) // (len(mask) // 3) == 1, 0, bias)
+    return done
+
+
+def fuse(arrays: Arrays) -> Arrays:
+    """Joins the linear layers of `_FUSED` along their outputs; what is left of `up_proj` is a layer of its own."""
     fused = dict(arrays)
     for whole, parts in _FUSED:
         firsts = [name for name in arrays if f".{parts[0]}." in name]
@@ -132,7 +169,7 @@ def _fuse(arrays: Arrays) -> Arrays:
             if all(name in fused for name in names):
                 joined = [fused.pop(name) for name in names]
                 fused[first.replace(f".{parts[0]}.", f".{whole}.")] = np.concatenate(joined)
-    return fused
+    return {name.replace(".mlp.up_proj.", ".mlp.fc1."): array for name, array in fused.items()}
 
 
 def to_ours(arrays: Arrays) -> Arrays:
@@ -170,10 +207,9 @@ def fit_positions(arrays: Arrays, config: ViTConfig) -> tuple[Arrays, str]:
     own = wanted + (config.num_prefix_tokens if config.pos_embed_prefix else 0)
     if count == own:
         return arrays, ""
-    tokens = (
-        ["cls_token"] + ["dist_token"] * config.distilled + ["reg_token"] * bool(config.reg_tokens)
-    )
-    known = {0, 1 + config.distilled} | (
+    tokens = ["cls_token"] * config.class_token + ["dist_token"] * config.distilled
+    tokens += ["reg_token"] * bool(config.reg_tokens)
+    known = {0, config.class_token + config.distilled} | (
         {config.num_prefix_tokens} if config.pos_embed_prefix else set()
     )
     prefix = [k for k in sorted(known) if count > k and math.isqrt(count - k) ** 2 == count - k]

@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from tosa_jax.models.variants import HUB_NAMES
 from tosa_jax.models.weights.names import is_google
 from tosa_jax.models.weights.readers import WeightFile
 
@@ -55,6 +56,17 @@ FAMILIES = {
     # facebookresearch/dinov2, `data/transforms.py`: 256 -> 224. timm 1.0, whose weights are for 518 pixels, takes the
     # whole there.
     "dinov2": Family(r"vit_.*dinov2", {0: 0.875, 384: 1.0}),
+    # openai/CLIP, `clip.py`: the short side to the image size, then the centre. timm 1.0 has .9 for some.
+    "clip": Family(
+        r"vit_.*clip",
+        {0: 1.0},
+        (0.48145466, 0.4578275, 0.40821073),
+        (0.26862954, 0.26130258, 0.27577711),
+    ),
+    # timm 1.0: pixels in [-1, 1]. big_vision and transformers squeeze the whole image into the square.
+    "siglip": Family(r"vit_.*siglip", {0: 1.0}, (0.5,), (0.5,)),
+    # timm 1.0, `eva.py`. facebookresearch/dinov3 and transformers squeeze the whole image into the square.
+    "dinov3": Family(r"vit_.*dinov3", {0: 1.0}),
     # timm 1.0, `vision_transformer.py`: pixels in [-1, 1]. Google's own code squeezes the whole image into the square;
     # timm's accuracies are meant.
     "augreg": Family(r"vit_", {0: 0.9, 384: 1.0}, (0.5,), (0.5,)),
@@ -69,9 +81,10 @@ FAMILIES = {
 def preprocessing_of(name: str, image_size: int, file: WeightFile | None = None) -> Preprocessing:
     """The preprocessing of a variant's weights at an image size in pixels.
 
-    name  a key of `VARIANTS`, or any other: DeiT's.
+    name  a key of `VARIANTS` or `HUB_NAMES`, or any other: DeiT's.
     file  the weights: what they state themselves comes first, then the table.
     """
+    name = HUB_NAMES.get(name, name)
     family = next(x for x in FAMILIES.values() if re.match(x.names, name))
     if file is not None and family is FAMILIES["augreg"] and _is_mae(file):
         family = FAMILIES["mae"]
