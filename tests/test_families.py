@@ -258,6 +258,16 @@ def test_the_config_json_of_another_function_is_refused(
     assert_refused(model_of(case, **fields), released(tmp_path, case, **changes), says)
 
 
+def test_a_predictor_without_classes_gives_features_and_says_that_it_classifies_nothing() -> None:
+    predictor = tosa_jax.Predictor(model_of("SiglipModel", plan="previous", keep_rate=0.5))
+    picture = np.zeros((40, 50, 3), np.uint8)
+    assert predictor(predictor.prepare(picture)[None]).features.shape == (1, 32)
+    with pytest.raises(
+        ConfigError, match=r"no classes \(num_classes=0\): call the Predictor for the features"
+    ):
+        predictor.classify([picture])
+
+
 def test_a_linear_head_of_both_says_which_pool_it_needs(tmp_path) -> None:
     case, said = "Dinov2ForImageClassification", []
     load_pretrained(

@@ -220,9 +220,9 @@ class Predictor:
     def top(self, prediction: Prediction, k: int = 5) -> list[list[Guess]]:
         """The `k` classes of highest probability for each image, highest first; fewer if the model has fewer.
 
-        Raises ConfigError if the model is not a classifier.
+        Raises ConfigError if the model is not a classifier, or has no head.
         """
-        self._check_task("classification", "classes", "depth")
+        self._check_classes()
         rows = []
         for row in prediction.probabilities:
             best = np.argsort(-row, kind="stable")[:k]
@@ -231,7 +231,7 @@ class Predictor:
 
     def classify(self, images: Iterable[Picture], k: int = 5) -> list[list[Guess]]:
         """The `k` classes of highest probability for each image: `prepare`, a call and `top`, with their errors."""
-        self._check_task("classification", "classes", "depth")
+        self._check_classes()
         return self.top(self(np.stack([self.prepare(image) for image in images])), k)
 
     def depth(self, images: Iterable[Picture]) -> list[np.ndarray]:
@@ -296,6 +296,13 @@ class Predictor:
             images.dtype == np.uint8 and fits and (config.resizes or images.shape[1:3] == size),
             f"images are {images.dtype} {list(images.shape)}, but must be uint8 [b, {size[0]}, {size[1]}, "
             f"{config.in_chans}]: Predictor.prepare makes them",
+        )
+
+    def _check_classes(self) -> None:
+        self._check_task("classification", "classes", "depth")
+        check(
+            self.config.num_classes > 0,
+            "this model has no classes (num_classes=0): call the Predictor for the features of its images",
         )
 
     def _check_task(self, task: str, what: str, instead: str) -> None:

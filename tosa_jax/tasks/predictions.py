@@ -32,6 +32,11 @@ class Prediction(NamedTuple):
         return self.predictions.get("logits")
 
     @property
+    def features(self) -> np.ndarray | None:
+        """float32 [b d], what a head would classify, of a model made with `num_classes=0`; None for any other."""
+        return self.predictions.get("features")
+
+    @property
     def depth(self) -> np.ndarray | None:
         """float32 [b height width] in metres; None for a model that predicts none."""
         return self.predictions.get("depth")
