@@ -5,6 +5,7 @@ Most tests need no PyTorch; those that do are skipped without it.
 
 import math
 import os
+import re
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -21,13 +22,23 @@ from tosa_jax.models.variants import VARIANTS, variant_config
 from tosa_jax.performance import benchmark, torch_baselines
 from tosa_jax.performance.candidates import Candidate
 
-NAMES = sorted(VARIANTS.keys() - {"vit"})
+OTHERS = {name for name in VARIANTS if re.search("clip|siglip|dinov3", name)}
+NAMES = sorted(VARIANTS.keys() - {"vit"} - OTHERS)
 
 
 def fails_with(argv, says, capsys):
     assert bench.main(argv) == 2
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_base_patch32_clip_224", "vit_base_patch16_siglip_224", "vit_small_patch16_dinov3"]
+)
+def test_a_network_that_transformers_parts_do_not_make_is_not_compared_with_another(name, capsys):
+    fails_with(
+        [f"--model={name}", "--against=transformers"], f"has no network like {name!r}", capsys
+    )
 
 
 @pytest.mark.parametrize("missing", ["torch", "transformers"])

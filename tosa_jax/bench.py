@@ -29,6 +29,7 @@ from tosa_jax.distributed.devices import describe_device, versions
 from tosa_jax.errors import ConfigError
 from tosa_jax.models.method import controls
 from tosa_jax.models.options import OPTIONS
+from tosa_jax.models.variants import variant_config
 from tosa_jax.paths import as_path, write_atomically
 from tosa_jax.performance import results, torch_baselines
 from tosa_jax.performance.benchmark import measure, measure_batch_sizes, passes_in_flight
@@ -136,6 +137,7 @@ def measure_networks(argv: Sequence[str], args: argparse.Namespace) -> list[dict
     """Measures every batch size and returns the records; with --sweep it also writes the files."""
     if args.estimate:
         return estimate_networks(argv, args)
+    _check_likeness(args.model, args.against)
     names = ("task", "dtype", "map_chunk", "gather", "scan_layers", "remat", *OPTIONS)
     names += ("train", "rounds", "controls", "against", "torch_compile")
     fields = {name: getattr(args, name) for name in names}
@@ -161,6 +163,16 @@ def measure_networks(argv: Sequence[str], args: argparse.Namespace) -> list[dict
     for path in results.write(as_path(args.out), name, result):
         print(f"wrote {path}", file=sys.stderr)
     return rows
+
+
+def _check_likeness(model: str, against: Sequence[str]) -> None:
+    """Raise a ConfigError where the network made of transformers' parts would be another one than the model."""
+    config = variant_config(model)
+    unlike = config.rope or config.pre_norm or not config.class_token
+    if "transformers" in against and unlike:
+        raise ConfigError(
+            f"--against=transformers has no network like {model!r}, which is no ViT, DeiT or DINOv2; --against=timm has"
+        )
 
 
 def estimate_networks(argv: Sequence[str], args: argparse.Namespace) -> list[dict[str, Any]]:
