@@ -200,6 +200,14 @@ def test_the_linear_head_of_dinov2_is_read_with_the_network_and_alone(tmp_path) 
         assert_refused(apart, None, says, head=path)
 
 
+@pytest.mark.parametrize("case", ["CLIPModel", "SiglipModel"])
+def test_timms_names_are_read(case, tmp_path) -> None:
+    whole = load_pretrained(model_of(case), released(tmp_path, case), on_message=lambda line: None)
+    path = write(tmp_path / "timm", plain_timm(get_params(whole)))
+    said: list[str] = []
+    assert same(load_pretrained(model_of(case), path, on_message=said.append), whole) and not said
+
+
 def test_openclips_names_are_read(tmp_path) -> None:
     case = "CLIPVisionModelWithProjection"
     whole = load_pretrained(model_of(case), released(tmp_path, case), on_message=lambda line: None)
