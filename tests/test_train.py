@@ -232,7 +232,8 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_checkpoint(digit
 def test_newest_and_best_are_kept_and_a_damaged_one_is_passed_over(tmp_path):
     checkpoints = Checkpoints(tmp_path, "acc1")
     for step, acc1 in ((1, 0.5), (2, 0.9), (3, 0.1), (4, 0.2)):
-        checkpoints.save(step, {"x": np.full(3, step)}, {"steps": step}, {"acc1": acc1})
+        checkpoints.save(step, {"x": np.full(3, step)}, {"steps": step})
+        checkpoints.score(step, {"acc1": acc1})
     checkpoints.wait()
     assert sorted(checkpoints.manager.all_steps()) == [2, 4]
     checkpoints.close()

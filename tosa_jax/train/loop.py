@@ -231,14 +231,13 @@ def train_stage(
     writer.truncate(stage.name, first)
     if restored and first == stage.total_steps:
         return state, facts
-
     update = Updates(stage, shardings, mesh, run.batch_size)
     chrono = Chrono(first, stage.total_steps, run.batch_size)
     seconds_before = facts.get("seconds", 0.0)
     batches = stage_batches(run, stage.setup, mesh, first)
     trace = StepTrace(profile_range(run.profile_steps), stage.profile_dir)
-    bar = Progress(stage.name, first, stage.total_steps, main_process=is_main())
-    with contextlib.closing(batches), bar as progress, trace:
+    progress = Progress(stage.name, first, stage.total_steps, main_process=is_main())
+    with contextlib.closing(batches), progress, trace:
         peak_share = stage.flops_per_image / peak_flops(mesh.devices.ravel().tolist())
         log = Log(stage.name, writer, progress, chrono, peak_share)
         for step in range(first, stage.total_steps + 1):
@@ -249,6 +248,7 @@ def train_stage(
                 log.flush(everything=True)
                 with chrono.pause("evaluate"):
                     metrics = evaluate(stage, step, trained_params(state), writer)
+                    checkpoints.score(step, metrics)
                 progress.message(f"{stage.name} step {step}: {summary_line(metrics)}")
                 facts["before" if step == 0 else "after"] = metrics
             if fresh and (stage.is_due(step, stage.checkpoint_steps) or stopped_by):
@@ -256,7 +256,7 @@ def train_stage(
                 facts |= {"steps": step, "seconds": seconds_before + chrono.elapsed_seconds}
                 with chrono.pause("checkpoint"):
                     writer.flush()
-                    checkpoints.save(step, saved_tree(state), facts, metrics)
+                    checkpoints.save(step, saved_tree(state), facts)
             if stopped_by:
                 checkpoints.wait()
                 raise Stopped(stopped_by)

@@ -17,9 +17,14 @@ import safetensors
 import safetensors.numpy
 
 from tosa_jax.errors import WeightsError
+from tosa_jax.models.weights.digests import digest_arrays
 from tosa_jax.models.weights.run_checkpoints import find_checkpoint, read_params, workdir_of
 from tosa_jax.models.weights.torch_pickle import LEGACY_START, read_torch_file
 from tosa_jax.paths import as_path, write_atomically
+
+_DIGEST = (
+    "tosa_jax.sha256"  # its place in the metadata of a `.safetensors` that this project writes
+)
 
 # Files that a folder of transformers, timm or the hub may have, in order of preference.
 _FOLDER_FILES = (
@@ -135,10 +140,14 @@ def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]
     try:
         with safetensors.safe_open(path, "numpy") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}
-            return arrays, dict(file.metadata() or {})
+            metadata = dict(file.metadata() or {})
     except (safetensors.SafetensorError, OSError, TypeError) as error:
         reason = str(error).splitlines()[0][:160]
         raise WeightsError(f"{path} is damaged or cut short ({reason}); get it again") from error
+    written = metadata.pop(_DIGEST, None)  # files of other projects have none
+    if written is not None and written != digest_arrays(arrays, metadata):
+        raise WeightsError(f"{path} is damaged (it does not fit its digest); get or make it again")
+    return arrays, metadata
 
 
 def _read_shards(index: Path, config: dict[str, Any]) -> WeightFile:
@@ -166,10 +175,14 @@ def _read_json(path: Path) -> dict[str, Any]:
 def write_safetensors(
     path: str | os.PathLike, arrays: dict[str, np.ndarray], metadata: dict[str, str]
 ) -> None:
-    """Writes a `.safetensors` file atomically, and makes its folder if there is none."""
+    """Writes a `.safetensors` file atomically, and makes its folder if there is none.
+
+    A digest of the arrays and the metadata is added to the metadata; `read_weights` compares it.
+    """
     path = as_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     contiguous = {name: np.ascontiguousarray(x).reshape(x.shape) for name, x in arrays.items()}
+    metadata = metadata | {_DIGEST: digest_arrays(contiguous, metadata)}
     write_atomically(path, safetensors.numpy.save(contiguous, metadata))
 
 

@@ -4,16 +4,24 @@ A work directory holds `checkpoints/<stage>/<step>/` with the items `state` and 
 writes.
 """
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from tosa_jax.errors import WeightsError
+from tosa_jax.models.weights.digests import DIGESTS, find_damage
 from tosa_jax.paths import AnyPath
 
 FOLDER = "checkpoints"
 STATE, FACTS = "state", "facts"
 """The items of a checkpoint: the training state, and what the report says of the stage (JSON)."""
+
+FORMAT = 2
+"""The form of the checkpoints that this version writes. Form 1, of earlier versions, has no digests."""
+
+_FORMAT_FIELD = "format"
 
 _STAGES = (
     "finetune",
@@ -36,6 +44,47 @@ def saved_steps(stage: AnyPath) -> list[int]:
 def has_checkpoint(workdir: AnyPath) -> bool:
     """Whether any stage of a run has a finished checkpoint."""
     return any(saved_steps(stage) for stage in workdir.glob(f"{FOLDER}/*"))
+
+
+def mark_format(facts: dict[str, Any]) -> dict[str, Any]:
+    """The facts of a checkpoint with the form in which it is written."""
+    return facts | {_FORMAT_FIELD: FORMAT}
+
+
+def take_format(facts: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    """The facts without the form, and the form."""
+    return {k: v for k, v in facts.items() if k != _FORMAT_FIELD}, facts.get(_FORMAT_FIELD, 1)
+
+
+def checkpoint_damage(checkpoint: AnyPath) -> str:
+    """What is wrong with the folder of a checkpoint; "" if it is whole.
+
+    Of form 1, which has no digests, only what is there and its facts are looked at.
+
+    Raises WeightsError: a later version wrote it.
+    """
+    try:
+        if not checkpoint.is_dir():
+            return "it is a file, not a folder"
+        if not (checkpoint / STATE).is_dir():
+            return f"{STATE} is missing"
+        facts = json.loads((checkpoint / FACTS / "metadata").read_bytes())
+        form = facts.get(_FORMAT_FIELD, 1)
+        has_digests = (checkpoint / DIGESTS).exists()
+    except OSError as error:
+        return f"it cannot be read: {error.strerror or error}"
+    except (ValueError, AttributeError):
+        return f"{FACTS}/metadata is damaged"
+    if form == 1 and not has_digests:
+        return ""
+    # A damaged number is damage, and no sign of another version: so the digests come first.
+    damage = find_damage(checkpoint)
+    if not damage and form != FORMAT:
+        raise WeightsError(
+            f"{checkpoint} has form {form}, which a later version of tosa_jax wrote (this one reads up to "
+            f"{FORMAT}): use that version"
+        )
+    return damage
 
 
 def workdir_of(checkpoint: Path) -> Path:
@@ -67,9 +116,14 @@ def read_params(checkpoint: Path) -> dict[str, np.ndarray]:
 
     The optimizer's state and the teacher are not read. `train.step.trained_params` follows the same rule.
 
-    Raises WeightsError: the checkpoint cannot be read.
+    Raises WeightsError: the checkpoint is damaged or cannot be read.
     """
     import orbax.checkpoint as ocp  # slow to import, and only needed here
+
+    if damage := checkpoint_damage(checkpoint):
+        others = [step for step in saved_steps(checkpoint.parent) if str(step) != checkpoint.name]
+        advice = f"; give another step: {checkpoint.parent / str(others[-1])}" if others else ""
+        raise WeightsError(f"{checkpoint} is damaged ({damage}){advice}")
 
     state = (checkpoint / STATE).absolute()
     try:
