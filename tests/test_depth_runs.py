@@ -204,7 +204,8 @@ def test_distilling_from_a_network_without_a_decoder_is_refused(nyu, tmp_path, c
 def test_the_best_checkpoint_is_that_of_lowest_error(tmp_path, lower, kept):
     checkpoints = Checkpoints(tmp_path, "abs_rel", lower)
     for step, value in ((1, 0.3), (2, 0.1), (3, 0.2)):
-        checkpoints.save(step, {"x": np.zeros(1)}, {}, {"abs_rel": value})
+        checkpoints.save(step, {"x": np.zeros(1)}, {})
+        checkpoints.score(step, {"abs_rel": value})
         checkpoints.wait()
     assert sorted(checkpoints.manager.all_steps()) == kept
     checkpoints.close()

@@ -107,8 +107,9 @@ def test_a_checkpoint_gives_the_average_over_the_trained_over_the_frozen(tmp_pat
     state = TrainState(jnp.int32(7), params, frozen, opt, ema, {"a": jnp.ones(2)})
     checkpoints = Checkpoints(tmp_path / "checkpoints" / "finetune", "acc1")
     # The best and the newest are kept: it is the newest that counts.
-    checkpoints.save(4, state._replace(ema=params), {"done": False}, {"acc1": 0.9})
-    checkpoints.save(7, state, {"done": True}, {"acc1": 0.1})
+    checkpoints.save(4, state._replace(ema=params), {"done": False})
+    checkpoints.score(4, {"acc1": 0.9})
+    checkpoints.save(7, state, {"done": True})
     checkpoints.wait()
     checkpoints.close()
     stage = tmp_path / "checkpoints" / "finetune"

@@ -6,6 +6,7 @@ where it is set. A duration is given in `epochs` or in `steps`; the other of the
 
 import dataclasses
 import difflib
+import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -153,6 +154,10 @@ class RunConfig:
     batch_size: int = 256
     accumulate: int = 1  # parts of a batch, one after the other: less memory, the same result
     log_steps: int = 50
+    checkpoint_minutes: float = (
+        10.0  # a checkpoint is due when the last is so long ago; 0: time does not count
+    )
+    keep_checkpoints: int = 2  # the newest ones of each stage that are kept, beside the best
     profile_steps: str = ""  # "100:105": steps of each stage whose trace goes to WORKDIR/profile
     init_from: str = ""  # weights to start from: whatever `load_pretrained` reads
     bypass_fit_images: int = 256  # a low-rank bypass is fitted on these, after the selector stage
@@ -167,8 +172,13 @@ class RunConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulate", "log_steps", "bypass_fit_images"):
+        counts = ("batch_size", "accumulate", "log_steps", "bypass_fit_images", "keep_checkpoints")
+        for name in counts:
             check(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        check(
+            0 <= self.checkpoint_minutes < math.inf,
+            f"checkpoint_minutes={self.checkpoint_minutes} must be 0 or more",
+        )
         for stage in ("pretrain", "selector"):
             check(
                 not getattr(self, stage).keep_rates,
@@ -305,6 +315,8 @@ def _check_fields(where: str, values: Mapping[str, Any], template: Mapping[str, 
 
 
 MAY_CHANGE = {
+    "checkpoint_minutes",
+    "keep_checkpoints",
     "accumulate",
     "log_steps",
     "profile_steps",

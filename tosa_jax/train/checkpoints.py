@@ -7,7 +7,8 @@ Precedence when a run starts: the newest whole checkpoint of the stage, else wha
 import contextlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -60,6 +61,31 @@ class NewestAndBest:
         scored = [step for step in steps if step in self.scores]
         kept = {*steps[-self.newest :], *sorted(scored, key=lambda s: self.scores[s])[-1:]}
         return [info.step in kept for info in checkpoints]
+
+
+class Timer:
+    """Whether a time is over, by the clock of process 0, the same in all processes.
+
+    seconds  0: it never is.
+    steps    where there are several processes, they ask at every so many steps: an answer takes messages.
+    """
+
+    def __init__(
+        self, seconds: float, steps: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.seconds, self.steps, self.clock = seconds, steps, clock
+        self.restart()
+
+    def restart(self) -> None:
+        """Counts from now on."""
+        self.started = self.clock()
+
+    def is_over(self, step: int) -> bool:
+        """Whether it is over before this step. Every process asks at every step."""
+        if not self.seconds or (are_several() and step % self.steps):
+            return False
+        over = is_main() and self.clock() - self.started >= self.seconds
+        return bool(first_said("over" if over else ""))
 
 
 class Checkpoints(contextlib.AbstractContextManager):
@@ -156,13 +182,24 @@ class Checkpoints(contextlib.AbstractContextManager):
             if failures:
                 self._agree("")
                 self.manager.reload()
+            self._forget_after(step)
             facts, form = take_format(restored[FACTS])
             if form == 1:  # saved after its evaluation, which its facts tell
                 self.scores.setdefault(step, facts.get("after") or facts.get("before") or {})
             return restored[STATE], facts
         if failures:
             raise _none_is_whole(self.folder, failures)
+        self._forget_after(-1)
         return None
+
+    def kept(self) -> str:
+        """Which checkpoint the next start goes on from, as a part of a sentence."""
+        step = self.manager.latest_step()
+        return (
+            "no checkpoint was written"
+            if step is None
+            else f"the checkpoint of step {step} is kept"
+        )
 
     def wait(self) -> None:
         """Waits until everything is on disk. Raises WorkdirError: the checkpoint could not be written."""
@@ -189,6 +226,12 @@ class Checkpoints(contextlib.AbstractContextManager):
         for folder in self.folder.iterdir():
             if folder.name == names[0] or folder.name.startswith(names[1]):
                 write_digests(folder)
+
+    def _forget_after(self, step: int) -> None:
+        """Drops the scores of steps that are done again."""
+        for scores in (self.scores, self.ranks):
+            for later in [s for s in scores if s > step]:
+                del scores[later]
 
     def _rank(self, step: int, metrics: Mapping[str, float]) -> None:
         value = metrics.get(self.best_metric)

@@ -1,8 +1,9 @@
-"""The training loop of one stage. Its order is fixed: evaluate, checkpoint, next batch, step."""
+"""The training loop of one stage. Its order is fixed: checkpoint, evaluate, next batch, step."""
 
 import contextlib
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -25,7 +26,8 @@ from tosa_jax.distributed.preemption import Stopped, StopRequest
 from tosa_jax.errors import NonFiniteLossError
 from tosa_jax.models.params import Params
 from tosa_jax.tasks.task import Batch, HostBatch
-from tosa_jax.train.checkpoints import Checkpoints, with_shardings
+from tosa_jax.train.checkpoints import Checkpoints, Timer, with_shardings
+from tosa_jax.train.finite import ADVICE, check_metrics, check_state
 from tosa_jax.train.metric_writer import MetricWriter
 from tosa_jax.train.profiling import StepTrace
 from tosa_jax.train.progress import Chrono, Progress
@@ -53,6 +55,7 @@ class Log:
     """Fetches the metrics of steps one interval late, so that the device never waits for the log.
 
     peak_share  the operations that training on one image takes, as a share of what all devices do in a second.
+    kept        says which checkpoint is left, for errors.
     """
 
     def __init__(
@@ -62,7 +65,9 @@ class Log:
         progress: Progress,
         chrono: Chrono,
         peak_share: float,
+        kept: Callable[[], str],
     ) -> None:
+        self.kept = kept
         self.stage, self.writer, self.progress, self.chrono = stage, writer, progress, chrono
         self.peak_share = peak_share
         self.fresh: list[tuple[int, dict]] = []
@@ -88,8 +93,7 @@ class Log:
         for (step, _), step_metrics in zip(due, values, strict=True):
             if not math.isfinite(step_metrics["loss"]):
                 raise NonFiniteLossError(
-                    f"{self.stage}: the loss of step {step} is {step_metrics['loss']}; the last good checkpoint "
-                    "is kept. Lower the learning rate or set clip_norm, and start again in a new --workdir"
+                    f"{self.stage}: the loss of step {step} is {step_metrics['loss']}; {self.kept()}. {ADVICE}"
                 )
         last = due[-1][0]
         record = {name: float(x) for name, x in values[-1].items()}
@@ -188,6 +192,7 @@ def evaluate(stage: StageRun, step: int, params: Params, writer: MetricWriter) -
     writer.write(stage.name, step, {f"val/{k}": x for k, x in metrics.items()})
     for name, figure in stage.draw(params).items() if stage.draw else ():
         writer.image(stage.name, step, name, figure)
+    writer.flush()
     return metrics
 
 
@@ -213,6 +218,45 @@ def stage_batches(run: RunConfig, setup: StepSetup, mesh: Mesh, first: int = 0) 
     )
 
 
+class Saver:
+    """Saves the states of one stage: when it is asked to, and when the last checkpoint is too long ago.
+
+    seconds  that the stage took before this start, which its facts count in.
+    """
+
+    def __init__(
+        self,
+        stage: StageRun,
+        run: RunConfig,
+        checkpoints: Checkpoints,
+        writer: MetricWriter,
+        chrono: Chrono,
+        seconds: float,
+    ) -> None:
+        self.stage, self.checkpoints, self.writer, self.chrono = stage, checkpoints, writer, chrono
+        self.seconds = seconds
+        self.timer = Timer(60 * run.checkpoint_minutes, run.log_steps)
+
+    def is_due(self, step: int) -> bool:
+        """Whether a state is saved before the next step: so many steps or minutes after the last one, and at the end.
+
+        It is due before each evaluation but that of step 0 too: an evaluation that fails costs no training.
+        """
+        scored = step > 0 and self.stage.evaluates_at(step)
+        planned = self.stage.is_due(step, self.stage.checkpoint_steps)
+        return self.timer.is_over(step) or planned or scored
+
+    def __call__(self, step: int, state: TrainState, facts: dict[str, Any]) -> None:
+        """Starts writing, with the facts of this moment. Raises NonFiniteLossError: the state is not worth it."""
+        tree = saved_tree(state)
+        facts |= {"steps": step, "seconds": self.seconds + self.chrono.elapsed_seconds}
+        with self.chrono.pause("checkpoint"):
+            check_state(self.stage.name, step, tree, self.checkpoints.kept())
+            self.writer.flush()
+            self.checkpoints.save(step, tree, facts)
+        self.timer.restart()
+
+
 def train_stage(
     stage: StageRun,
     run: RunConfig,
@@ -224,42 +268,41 @@ def train_stage(
     """Trains a stage to its end, from its newest checkpoint if there is one.
 
     Returns the state and what the report tells of the stage: `steps`, `seconds`, and the metrics `before` and `after`.
-    Raises Stopped (a signal) or NonFiniteLossError after a checkpoint; DeviceError (too large) at the first step.
+    Raises Stopped (a signal) after a checkpoint; NonFiniteLossError, which saves nothing; DeviceError (too large) at
+    the first step.
     """
     shardings, state, facts, restored = restore_or_init(stage, mesh, checkpoints)
     first = int(state.step)
-    writer.truncate(stage.name, first)
-    if restored and first == stage.total_steps:
+    writer.truncate(stage.name, first, with_scores=first in checkpoints.scores)
+    if checkpoints.scores.get(first):
+        facts[score_name(first)] = checkpoints.scores[first]
+    if restored and first == stage.total_steps and first in checkpoints.scores:
         return state, facts
+
     update = Updates(stage, shardings, mesh, run.batch_size)
     chrono = Chrono(first, stage.total_steps, run.batch_size)
-    seconds_before = facts.get("seconds", 0.0)
+    save = Saver(stage, run, checkpoints, writer, chrono, facts.get("seconds", 0.0))
     batches = stage_batches(run, stage.setup, mesh, first)
     trace = StepTrace(profile_range(run.profile_steps), stage.profile_dir)
-    progress = Progress(stage.name, first, stage.total_steps, main_process=is_main())
-    with contextlib.closing(batches), progress, trace:
+    bar = Progress(stage.name, first, stage.total_steps, main_process=is_main())
+    with contextlib.closing(batches), bar as progress, trace:
         peak_share = stage.flops_per_image / peak_flops(mesh.devices.ravel().tolist())
-        log = Log(stage.name, writer, progress, chrono, peak_share)
+        log = Log(stage.name, writer, progress, chrono, peak_share, checkpoints.kept)
         for step in range(first, stage.total_steps + 1):
             trace.at(step, state)
-            fresh = not restored or step > first  # else evaluated and saved before the restart
-            metrics, stopped_by = None, stop.agreed()
-            if fresh and stage.evaluates_at(step):
+            stopped_by = stop.agreed()
+            if (step > first or not restored) and (save.is_due(step) or stopped_by):
                 log.flush(everything=True)
-                with chrono.pause("evaluate"):
-                    metrics = evaluate(stage, step, trained_params(state), writer)
-                    checkpoints.score(step, metrics)
-                progress.message(f"{stage.name} step {step}: {summary_line(metrics)}")
-                facts["before" if step == 0 else "after"] = metrics
-            if fresh and (stage.is_due(step, stage.checkpoint_steps) or stopped_by):
-                log.flush(everything=True)
-                facts |= {"steps": step, "seconds": seconds_before + chrono.elapsed_seconds}
-                with chrono.pause("checkpoint"):
-                    writer.flush()
-                    checkpoints.save(step, saved_tree(state), facts)
+                save(step, state, facts)
             if stopped_by:
                 checkpoints.wait()
                 raise Stopped(stopped_by)
+            scores = stage.evaluates_at(step) and step not in checkpoints.scores
+            if scores:
+                log.flush(everything=True)
+                with chrono.pause("evaluate"):
+                    line = score(stage, step, trained_params(state), facts, checkpoints, writer)
+                progress.message(line)
             if step == stage.total_steps:
                 break
             with chrono.data_wait():
@@ -267,12 +310,36 @@ def train_stage(
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, step_metrics = update(step, state, batch)
             log.add(step + 1, step_metrics)
-            if step == first and metrics is None:
+            if step == first and not scores:
                 stage.evaluator.check(trained_params(state))  # not after all of the training
             if (step + 1) % run.log_steps == 0:
                 log.flush()
     checkpoints.wait()
     return state, facts
+
+
+def score_name(step: int) -> str:
+    """Under which name the facts of a stage have the metrics of a step."""
+    return "before" if step == 0 else "after"
+
+
+def score(
+    stage: StageRun,
+    step: int,
+    params: Params,
+    facts: dict[str, Any],
+    checkpoints: Checkpoints,
+    writer: MetricWriter,
+) -> str:
+    """Evaluates, and writes down what came out, so that it is not done again. Returns a line that tells it.
+
+    Raises NonFiniteLossError: a metric is not finite; DeviceError or DataError, as the evaluator.
+    """
+    metrics = evaluate(stage, step, params, writer)
+    check_metrics(f"{stage.name} step {step}", metrics, params, checkpoints.kept())
+    facts[score_name(step)] = metrics
+    checkpoints.score(step, metrics)
+    return f"{stage.name} step {step}: {summary_line(metrics)}"
 
 
 def summary_line(metrics: dict[str, float]) -> str:

@@ -81,8 +81,10 @@ class MetricWriter(contextlib.AbstractContextManager):
             picture = tensorboardX.summary.image(name, hwc_uint8, dataformats="HWC")
             self._show(stage, step, picture)
 
-    def truncate(self, stage: str, step: int) -> None:
+    def truncate(self, stage: str, step: int, with_scores: bool = True) -> None:
         """Removes the records of `stage` after `step`, because a resumed run writes them again.
+
+        with_scores=False removes those of the evaluation at `step` too.
 
         Lines that are no records are removed too. TensorBoard hides the events after `step`.
         """
@@ -92,7 +94,7 @@ class MetricWriter(contextlib.AbstractContextManager):
             self._boards.pop(stage).close()
         self._purge_steps[stage] = step + 1
         lines = self._path.read_bytes().splitlines(keepends=True)
-        kept = [line for line in lines if _is_record_until(line, stage, step)]
+        kept = [line for line in lines if _is_record_until(line, stage, step, with_scores)]
         write_atomically(self._path, b"".join(kept))
 
     def flush(self) -> None:
@@ -131,9 +133,11 @@ class MetricWriter(contextlib.AbstractContextManager):
         return self._boards[stage]
 
 
-def _is_record_until(line: bytes, stage: str, step: int) -> bool:
+def _is_record_until(line: bytes, stage: str, step: int, with_scores: bool) -> bool:
     try:
         record = json.loads(line)
-        return record["stage"] != stage or record["step"] <= step
+        of_evaluation = any(name.startswith("val/") for name in record)
+        last = step if with_scores or not of_evaluation else step - 1
+        return record["stage"] != stage or record["step"] <= last
     except (ValueError, KeyError, TypeError):
         return False

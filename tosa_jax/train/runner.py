@@ -32,6 +32,7 @@ from tosa_jax.reporting import figures, page, report
 from tosa_jax.tasks.task import FrozenTeacher
 from tosa_jax.train.checkpoints import Checkpoints
 from tosa_jax.train.evaluate import Evaluator, shard, throughput
+from tosa_jax.train.finite import check_metrics
 from tosa_jax.train.loop import stage_batches, train_stage
 from tosa_jax.train.metric_writer import MetricWriter
 from tosa_jax.train.stage_run import StageBuilder, StageRun
@@ -89,7 +90,9 @@ class Runner:
         stage_run = self.stage_run(stage)
         task = stage_run.setup.task
         folder = stage_folder(self.workdir, stage.name)
-        with Checkpoints(folder, task.best_metric, task.lower_is_better) as checkpoints:
+        with Checkpoints(
+            folder, task.best_metric, task.lower_is_better, self.run.keep_checkpoints
+        ) as checkpoints:
             state, facts = train_stage(
                 stage_run, self.run, self.mesh, checkpoints, writer, self.stop
             )
@@ -132,6 +135,9 @@ class Runner:
             params = self.row_params(row)
             scored = row.stage != INIT or self.init_is_trained
             metrics, count = evaluator(params) if scored else ({}, self.builder.dataset.num_eval)
+            check_metrics(
+                f"the closing row {row.name}", metrics, params, "all checkpoints are kept"
+            )
             result = {
                 "name": row.name,
                 "keep_rate": _single_number(row.keep_rate),

@@ -1,0 +1,168 @@
+"""When a stage is saved: before anything that can fail, after so many minutes, and only if its numbers are finite."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small import runs_on_one_device, small_run
+
+from tosa_jax.distributed.preemption import StopRequest
+from tosa_jax.errors import ConfigError, DataError, NonFiniteLossError
+from tosa_jax.models.weights.run_checkpoints import saved_steps
+from tosa_jax.train import checkpoints as train_checkpoints
+from tosa_jax.train import loop
+from tosa_jax.train.checkpoints import Checkpoints, Timer
+from tosa_jax.train.evaluate import Evaluator
+from tosa_jax.train.finite import first_not_finite
+from tosa_jax.train.metric_writer import MetricWriter
+from tosa_jax.train.runner import Runner
+from tosa_jax.train.stages import plan_stages
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def small(digits_dir, tmp_path_factory):
+    """A runner and a stage of four steps."""
+    run = small_run(digits_dir, pretrain={"steps": STEPS}, log_steps=1, eval={"figure_images": 0})
+    with runs_on_one_device():
+        runner = Runner(run, tmp_path_factory.mktemp("runner"), StopRequest())
+    return runner, runner.stage_run(plan_stages(run)[0][0])
+
+
+@pytest.fixture
+def train(small, tmp_path):
+    """Trains the stage in a folder of this test, from its newest checkpoint."""
+    runner, stage = small
+
+    def start(keep=2, stage_fields=(), **run_fields):
+        run = dataclasses.replace(runner.run, **run_fields)
+        with (
+            Checkpoints(tmp_path / "stage", "acc1", keep=keep) as checkpoints,
+            MetricWriter(tmp_path) as writer,
+        ):
+            changed = dataclasses.replace(stage, **dict(stage_fields))
+            return loop.train_stage(changed, run, runner.mesh, checkpoints, writer, StopRequest())
+
+    return start
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_an_evaluation_that_fails_costs_no_training(train, tmp_path, monkeypatch):
+    def fail(self, params):
+        raise DataError("validation image 7 is empty")
+
+    with monkeypatch.context() as patch, pytest.raises(DataError, match="image 7 is empty"):
+        patch.setattr(Evaluator, "__call__", fail)
+        train()
+    assert saved_steps(tmp_path / "stage") == [STEPS]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Updates, "__call__", None)  # nothing is trained again
+        state, facts = train()
+    assert int(state.step) == facts["steps"] == STEPS and 0 <= facts["after"]["acc1"] <= 1
+    assert [r["step"] for r in records(tmp_path) if "val/acc1" in r] == [STEPS]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluator, "__call__", fail)  # nor evaluated again
+        again = train()
+    jax.tree.map(np.testing.assert_array_equal, again[0], state)
+    assert again[1] == facts
+
+
+def test_a_kill_after_the_record_of_an_evaluation_leaves_it_there_once(
+    train, tmp_path, monkeypatch
+):
+    def killed(self, step, metrics):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Checkpoints, "score", killed)
+        train()
+    train()
+    rows = [(r["step"], "val/acc1" in r) for r in records(tmp_path)]
+    assert rows == [*((step, False) for step in range(1, STEPS + 1)), (STEPS, True)]
+
+
+def test_time_makes_a_checkpoint_due_and_the_newest_are_kept(train, tmp_path):
+    train(keep=3, checkpoint_minutes=1e-9)
+    assert saved_steps(tmp_path / "stage") == [2, 3, 4]
+
+
+def test_a_timer_starts_again_and_may_be_off():
+    now = [100.0]
+    timer = Timer(60, 5, clock=lambda: now[0])
+    now[0] = 159.0
+    assert not timer.is_over(1)
+    now[0] = 160.0
+    assert timer.is_over(2) and timer.is_over(3)
+    timer.restart()
+    assert not timer.is_over(4)
+    off = Timer(0, 5, clock=lambda: now[0])
+    now[0] = 1e9
+    assert not off.is_over(5)
+
+
+def test_several_processes_ask_the_first_ones_clock_now_and_then(monkeypatch):
+    asked = []
+    monkeypatch.setattr(train_checkpoints, "are_several", lambda: True)
+    monkeypatch.setattr(train_checkpoints, "is_main", lambda: False)
+    monkeypatch.setattr(train_checkpoints, "first_said", lambda text: asked.append(text) or "over")
+    timer = Timer(60, 5)
+    assert [step for step in range(11) if timer.is_over(step)] == [0, 5, 10]
+    assert asked == [""] * 3
+
+
+def test_parameters_that_are_not_finite_are_not_saved(train, tmp_path, monkeypatch):
+    update = loop.Updates.__call__
+
+    def break_the_last(self, step, state, batch):
+        state, metrics = update(self, step, state, batch)
+        if step == STEPS - 1:
+            state.params["head/kernel"] = state.params["head/kernel"].at[0, 0].set(jnp.inf)
+        return state, metrics
+
+    monkeypatch.setattr(loop.Updates, "__call__", break_the_last)
+    line = (
+        "params/head/kernel holds NaN or infinity after step 4.*; the checkpoint of step 2 is kept"
+    )
+    with pytest.raises(NonFiniteLossError, match=line):
+        train(stage_fields={"checkpoint_steps": 2})
+    assert saved_steps(tmp_path / "stage") == [2]
+
+
+def test_an_evaluation_that_is_not_finite_is_told_and_the_checkpoint_is_there(
+    train, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        Evaluator, "__call__", lambda self, params: ({"acc1": 0.5, "loss": math.nan}, 360)
+    )
+    line = r"pretrain step 4: .*loss=nan \(all parameters are finite\); the checkpoint of step 4 is kept"
+    for _ in range(2):  # the next start says the same
+        with pytest.raises(NonFiniteLossError, match=line):
+            train()
+    assert saved_steps(tmp_path / "stage") == [4]
+
+
+def test_the_path_of_an_array_that_is_not_finite():
+    tree = {"step": jnp.int32(3), "b": {"c": jnp.ones(3)}, "d": jnp.array([1.0, jnp.nan])}
+    assert first_not_finite(tree) == "d"
+    assert first_not_finite({**tree, "d": jnp.zeros(2, jnp.bfloat16)}) == ""
+    assert first_not_finite({"step": 3 * jnp.ones(2, int)}) == ""
+
+
+def test_fields_of_saving_are_checked(digits_dir):
+    for fields, text in (
+        ({"checkpoint_minutes": -1.0}, "checkpoint_minutes=-1.0"),
+        ({"checkpoint_minutes": math.nan}, "checkpoint_minutes=nan"),
+        ({"keep_checkpoints": 0}, "keep_checkpoints=0"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            small_run(digits_dir, **fields)

@@ -1,0 +1,52 @@
+"""Numbers that are not finite: looked for before they are saved or reported, and told in one line."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tosa_jax.errors import NonFiniteLossError
+
+ADVICE = "Lower the learning rate or set clip_norm, and start again in a new --workdir"
+
+
+def first_not_finite(tree: Any) -> str:
+    """The path of the first array that holds NaN or infinity, such as "params/head/kernel"; "" if there is none.
+
+    tree  arrays of any types, on one mesh. One program looks at all of them where they are.
+    """
+    flat = [
+        (jax.tree_util.keystr(path, simple=True, separator="/"), x)
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+        if jnp.issubdtype(x.dtype, jnp.floating)
+    ]
+    if not flat:
+        return ""
+    finite = np.asarray(_are_finite([x for _, x in flat]))
+    return "" if finite.all() else flat[int(finite.argmin())][0]
+
+
+@jax.jit
+def _are_finite(arrays: list[jax.Array]) -> jax.Array:
+    return jnp.stack([jnp.isfinite(x).all() for x in arrays])
+
+
+def check_state(stage: str, step: int, tree: Any, kept: str) -> None:
+    """Raises NonFiniteLossError if an array of a state is not finite. kept  says which checkpoint is left."""
+    if path := first_not_finite(tree):
+        raise NonFiniteLossError(
+            f"{stage}: {path} holds NaN or infinity after step {step}, so this state is not saved; {kept}. {ADVICE}"
+        )
+
+
+def check_metrics(what: str, metrics: Mapping[str, float], params: Any, kept: str) -> None:
+    """Raises NonFiniteLossError if a metric is not finite. what  was evaluated: "pretrain step 40"."""
+    bad = [name for name, x in metrics.items() if not np.isfinite(x)]
+    if bad:
+        path = first_not_finite(params)
+        why = f"{path} holds NaN or infinity" if path else "all parameters are finite"
+        raise NonFiniteLossError(
+            f"{what}: the evaluation gives {bad[0]}={metrics[bad[0]]} ({why}); {kept}. {ADVICE}"
+        )
