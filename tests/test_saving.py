@@ -1,8 +1,10 @@
 """When a stage is saved: before anything that can fail, after so many minutes, and only if its numbers are finite."""
 
 import dataclasses
+import errno
 import json
 import math
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -166,3 +168,16 @@ def test_fields_of_saving_are_checked(digits_dir):
     ):
         with pytest.raises(ConfigError, match=text):
             small_run(digits_dir, **fields)
+
+
+def test_output_that_fails_stops_no_training(train, tmp_path, monkeypatch):
+    def broken(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    (tmp_path / "metrics.jsonl").mkdir()
+    (tmp_path / "tensorboard").write_text("a file where a folder should be")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.stderr, "write", broken)
+        state, facts = train()
+    assert int(state.step) == STEPS and 0 <= facts["after"]["acc1"] <= 1
+    assert saved_steps(tmp_path / "stage") == [STEPS]

@@ -14,6 +14,7 @@ import sys
 from tosa_jax.cli import flags
 from tosa_jax.cli.command import configure_jax, run_command
 from tosa_jax.distributed.initialisation import join
+from tosa_jax.distributed.messages import say
 from tosa_jax.distributed.preemption import Stopped
 from tosa_jax.paths import AnyPath
 
@@ -31,7 +32,7 @@ def _main(argv: list[str]) -> int:
     try:
         _train(config, workdir)
     except Stopped as stopped:
-        print(f"{stopped}; start the same command again to go on", file=sys.stderr)
+        say(f"{stopped}; start the same command again to go on")
         return 128 + stopped.signum
     return 0
 
@@ -50,8 +51,11 @@ def _train(config, workdir: AnyPath) -> None:
     with open_workdir(workdir, run):
         table = report.format_table(run_stages(run, workdir))
         if coordination.is_main():
-            print(table)
-            print(f"\nreport, metrics, checkpoints and the figure of selected tokens: {workdir}")
+            say(table, sys.stdout)
+            say(
+                f"\nreport, metrics, checkpoints and the figure of selected tokens: {workdir}",
+                sys.stdout,
+            )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """How a command runs: its exit status, one line on standard error for a user's mistake, JAX's settings."""
 
+import errno
 import os
 import sys
 import traceback
@@ -11,6 +12,7 @@ from absl import flags, logging
 
 from tosa_jax.distributed import coordination
 from tosa_jax.distributed.devices import has_only_cpus
+from tosa_jax.distributed.messages import let_go_of_broken_streams, say
 from tosa_jax.errors import DeviceError, UserError
 
 CACHE_DIR = "~/.cache/tosa_jax/compiled"
@@ -36,7 +38,8 @@ def run_command(command: Callable[[], int]) -> int:
     """Runs a command and returns its exit status.
 
     A UserError becomes one line on standard error and status 2. So does what JAX says of a missing device or a full
-    memory. Any other error is a defect of this project and keeps its traceback.
+    memory, and what the system says of a full disk, of permissions, or of a disk that fails.
+    Any other error is a defect of this project and keeps its traceback.
 
     In a run of several processes an error here ends the other processes too. Where libtpu is installed without a TPU,
     JAX does not start it, unless the environment variable JAX_PLATFORMS says so.
@@ -50,15 +53,18 @@ def run_command(command: Callable[[], int]) -> int:
     try:
         status = command()
     except BaseException as error:
-        user_error = error if isinstance(error, UserError) else _device_error(error)
+        user_error = error if isinstance(error, UserError) else None
+        user_error = user_error or _device_error(error) or _system_error(error)
         if user_error is not None:
-            print(f"error: {user_error}", file=sys.stderr)
+            say(f"error: {user_error}")
+            let_go_of_broken_streams()
             return coordination.end_all(2, str(user_error))
         if not coordination.are_several():
             raise
         sys.stderr.write(coordination.explain(error))
         return coordination.end_all(1, str(error) or type(error).__name__)
     coordination.finish()
+    let_go_of_broken_streams()
     return status
 
 
@@ -80,3 +86,24 @@ def _device_error(error: BaseException) -> UserError | None:
             "devices along --config.mesh.fsdp"
         )
     return None
+
+
+_SYSTEM_ERRORS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+)
+
+
+def _system_error(error: BaseException) -> UserError | None:
+    """An error of the system about space, permissions or a failing disk as a UserError; None if it is anything else."""
+    if not isinstance(error, OSError) or error.errno not in _SYSTEM_ERRORS:
+        return None
+    where = error.filename or "a file"
+    return UserError(
+        f"{where}: {error.strerror}; mend that, and start the same command again. What was saved before is whole"
+    )

@@ -3,11 +3,11 @@
 import contextlib
 import os
 import sys
-from typing import TextIO
+from typing import Any
 
 
-def say(text: str, stream: TextIO | None = None) -> bool:
-    """Prints a line to a stream, standard error if None. Returns whether that was possible."""
+def say(text: str, stream: Any = None) -> bool:
+    """Prints a line to a text stream, standard error if None. Returns whether that was possible."""
     stream = sys.stderr if stream is None else stream
     try:
         print(text, file=stream, flush=True)
@@ -18,6 +18,40 @@ def say(text: str, stream: TextIO | None = None) -> bool:
     ):  # ValueError: closed; AttributeError: there is none
         return False
     return True
+
+
+class Hushed:
+    """A text stream that turns silent for good when the stream below takes nothing more.
+
+    stream  None: silent from the start.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """Writes, or drops the text. Returns its length."""
+        try:
+            if self.stream is not None:
+                self.stream.write(text)
+        except (OSError, ValueError):
+            self.stream = None
+        return len(text)
+
+    def flush(self) -> None:
+        """Flushes the stream below."""
+        try:
+            if self.stream is not None:
+                self.stream.flush()
+        except (OSError, ValueError):
+            self.stream = None
+
+    def isatty(self) -> bool:
+        """Whether the stream below is a terminal."""
+        return self.stream is not None and self.stream.isatty()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["stream"], name)
 
 
 def let_go_of_broken_streams() -> None:

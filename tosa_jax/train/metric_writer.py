@@ -13,6 +13,7 @@ import tensorboardX.summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2, summary_pb2
 
+from tosa_jax.distributed.messages import say
 from tosa_jax.paths import Mirror, as_path, write_atomically
 
 # Protocol buffers make these classes at run time, where type checkers do not see them.
@@ -24,7 +25,8 @@ class MetricWriter(contextlib.AbstractContextManager):
     """Appends records to `metrics.jsonl` and scalars to `tensorboard/<stage>` of a work directory.
 
     Each method writes to the disk before it returns: a killed run loses no record, and TensorBoard shows a running
-    stage. For a work directory in a bucket, files grow in a local folder and are copied every minute and by `flush`.
+    stage. Training can do without both: what cannot be written is left out, and a line on standard error says so.
+    For a work directory in a bucket, files grow in a local folder and are copied every minute and by `flush`.
 
     Args:
         workdir: the work directory; made if missing.
@@ -39,10 +41,16 @@ class MetricWriter(contextlib.AbstractContextManager):
             self._files = Mirror(as_path(workdir))
             self._files.fetch("metrics.jsonl")
             self._path = self._files.folder / "metrics.jsonl"
+            self._missing = 0  # records that could not be written, one after the other
+            self._torn_at: int | None = None  # where a line began that was cut
+            self._no_board = False
             # A killed process may leave half a line; the next record would be glued to it.
-            with self._path.open("ab+") as file:
-                file.seek(0)
-                file.truncate(file.read().rfind(b"\n") + 1)
+            try:
+                with self._path.open("ab+") as file:
+                    file.seek(0)
+                    file.truncate(file.read().rfind(b"\n") + 1)
+            except OSError as error:
+                _say_left_out(self._path.name, error)
 
     def write(
         self, stage: str, step: int, metrics: Mapping[str, SupportsFloat], **extra: Any
@@ -65,15 +73,14 @@ class MetricWriter(contextlib.AbstractContextManager):
             raise ValueError(f"the record has {sorted(twice)} twice")
         record |= {name: finite.get(name) for name in values} | extra
         line = json.dumps(record, allow_nan=False) + "\n"
-        with self._path.open("a", encoding="utf-8") as file:  # closing it flushes the line
-            file.write(line)
+        self._append(line.encode())
         if finite:
             scalars = [
                 _SUMMARY.Summary.Value(tag=name, simple_value=value)
                 for name, value in finite.items()
             ]
             self._show(stage, step, _SUMMARY.Summary(value=scalars))
-        self._files.push(now=False)
+        self._push(now=False)
 
     def image(self, stage: str, step: int, name: str, hwc_uint8: np.ndarray) -> None:
         """Shows a picture, uint8 [height, width, 1 or 3], in TensorBoard."""
@@ -93,29 +100,78 @@ class MetricWriter(contextlib.AbstractContextManager):
         if stage in self._boards:
             self._boards.pop(stage).close()
         self._purge_steps[stage] = step + 1
-        lines = self._path.read_bytes().splitlines(keepends=True)
-        kept = [line for line in lines if _is_record_until(line, stage, step, with_scores)]
-        write_atomically(self._path, b"".join(kept))
+        try:
+            lines = self._path.read_bytes().splitlines(keepends=True)
+            kept = [line for line in lines if _is_record_until(line, stage, step, with_scores)]
+            if kept != lines:
+                self._replace(b"".join(kept))
+        except OSError as error:
+            _say_left_out(self._path.name, error)
 
     def flush(self) -> None:
         """Copies everything to the bucket. Due before each checkpoint: what came before it is not written again."""
         if self._main_process:
-            self._files.push()
+            self._push()
 
     def close(self) -> None:
         """Flushes and closes everything."""
         while self._boards:
-            self._boards.popitem()[1].close()
+            with contextlib.suppress(OSError, ValueError):
+                self._boards.popitem()[1].close()
         if self._main_process:
-            self._files.close()
+            self._push()
+            with contextlib.suppress(Exception):  # `_push` has told it
+                self._files.close()
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _append(self, line: bytes) -> None:
+        """Writes a whole line, or none."""
+        try:
+            if self._torn_at is not None:
+                os.truncate(self._path, self._torn_at)
+                self._torn_at = None
+            with self._path.open("ab") as file:  # closing it flushes the line
+                self._torn_at = file.tell()
+                file.write(line)
+            self._torn_at = None
+        except OSError as error:
+            if not self._missing:
+                _say_left_out(self._path.name, error)
+            self._missing += 1
+            return
+        if self._missing:
+            say(f"{self._path.name} is written again; {self._missing} of its records are missing")
+            self._missing = 0
+
+    def _replace(self, content: bytes) -> None:
+        """Writes the file anew with less in it: atomically, or in place where there is no room for another one."""
+        try:
+            write_atomically(self._path, content)
+        except OSError:
+            with self._path.open("r+b") as file:
+                file.write(content)
+                file.truncate()
+
+    def _push(self, *, now: bool = True) -> None:
+        try:
+            self._files.push(now=now)
+        except (
+            Exception
+        ) as error:  # clients of buckets have errors of their own; the next push tries again
+            _say_left_out("the copy of metrics in the bucket", error)
+
     def _show(self, stage: str, step: int, summary: Any) -> None:
-        board = self._board(stage)
-        board.write_event(_EVENT.Event(step=int(step), wall_time=time.time(), summary=summary))
-        board.flush()
+        if self._no_board:
+            return
+        try:
+            board = self._board(stage)
+            board.write_event(_EVENT.Event(step=int(step), wall_time=time.time(), summary=summary))
+            board.flush()
+        except (OSError, ValueError) as error:
+            self._no_board = True  # until the next start: each try would leave another empty file
+            _say_left_out("tensorboard", error)
 
     def _board(self, stage: str) -> EventsWriter:
         """The event file of a stage. tensorboardX's `SummaryWriter` queues events, and its flush leaves them there."""
@@ -131,6 +187,11 @@ class MetricWriter(contextlib.AbstractContextManager):
                 )
             self._boards[stage] = board
         return self._boards[stage]
+
+
+def _say_left_out(what: str, error: Exception) -> None:
+    why = getattr(error, "strerror", None) or error
+    say(f"{what} cannot be written ({why}); training goes on without it")
 
 
 def _is_record_until(line: bytes, stage: str, step: int, with_scores: bool) -> bool:

@@ -11,6 +11,7 @@ from typing import TextIO, cast
 import rich.console
 import rich.progress
 
+from tosa_jax.distributed.messages import Hushed
 from tosa_jax.reporting.report import format_seconds
 
 Clock = Callable[[], float]
@@ -116,7 +117,7 @@ class Chrono:
 
 
 class Progress(contextlib.AbstractContextManager):
-    """A progress bar on a terminal, plain lines elsewhere.
+    """A progress bar on a terminal, plain lines elsewhere. A stream that takes nothing more is let go without a word.
 
     Args:
         stage: name of the stage.
@@ -137,7 +138,7 @@ class Progress(contextlib.AbstractContextManager):
         self._stage = stage
         self._total_steps = total_steps
         # To type checkers no class of `io` is a TextIO, which is what others ask for.
-        self._stream = sys.stderr if stream is None else cast(TextIO, stream)
+        self._stream = cast(TextIO, Hushed(sys.stderr if stream is None else stream))
         self._main_process = main_process
         self._bar: rich.progress.Progress | None = None
         console = rich.console.Console(file=self._stream)

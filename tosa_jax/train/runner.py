@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import re
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +16,7 @@ from tosa_jax.data.pipeline import open_dataset
 from tosa_jax.distributed import coordination, memory
 from tosa_jax.distributed.devices import describe_device, versions
 from tosa_jax.distributed.mesh import make_mesh, to_global, to_host
+from tosa_jax.distributed.messages import say
 from tosa_jax.distributed.preemption import StopRequest, catch_signals
 from tosa_jax.errors import ConfigError
 from tosa_jax.models import cost
@@ -159,7 +159,10 @@ class Runner:
             return
         drawn = draw(self.row_params(row))
         for name, figure in drawn.items() if coordination.is_main() else ():
-            figures.write_png(self.workdir / f"{name}.png", figure)
+            try:
+                figures.write_png(self.workdir / f"{name}.png", figure)
+            except OSError as error:
+                say(f"{name}.png cannot be written ({error.strerror or error})")
             writer.image("eval", 0, name, figure)
 
 
@@ -177,13 +180,17 @@ def load_init(run: RunConfig) -> tuple[Params, bool]:
     """
     if not (run.init_from or run.init_selectors):
         return {}, False
+
+    def tell(line: str) -> None:
+        say(line)
+
     model = build(run.model, rngs=nnx.Rngs(run.seed))
     fresh = get_params(model)
     load_pretrained(
         model,
         run.init_from or None,
         selectors=run.init_selectors or None,
-        on_message=lambda line: print(line, file=sys.stderr),
+        on_message=tell,
     )
     params = get_params(model)
     wanted = r"^kinds/" if not run.init_from else "." if run.init_selectors else r"^(?!kinds/)"
@@ -214,6 +221,16 @@ def run_stages(run: RunConfig, workdir: AnyPath) -> dict[str, Any]:
         "results": results,
     }
     if coordination.is_main():
+        write_reports(workdir, result)
+    return result
+
+
+def write_reports(workdir: AnyPath, result: dict[str, Any]) -> None:
+    """Writes `report.json` and its page. Without room for them a line says so: checkpoints have what they tell."""
+    try:
         report.write_report(workdir, result)
         page.write_page(workdir, result)
-    return result
+    except OSError as error:
+        say(
+            f"the report cannot be written ({error.strerror or error}); mend that, and the same command writes it"
+        )

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 import uuid
@@ -17,6 +16,7 @@ import fsspec
 
 from tosa_jax.config import RunConfig, differences, from_json, to_json
 from tosa_jax.distributed import coordination
+from tosa_jax.distributed.messages import say
 from tosa_jax.errors import ConfigError, WorkdirError
 from tosa_jax.models.weights.run_checkpoints import has_checkpoint
 from tosa_jax.paths import AnyPath, as_path, is_remote, write_atomically
@@ -144,7 +144,7 @@ def lease(workdir: AnyPath, beat: float = BEAT_SECONDS) -> Iterator[None]:
     def keep() -> None:
         while not stop.wait(beat):
             if not is_ours():
-                print(f"error: {workdir} was taken by another run; stopping", file=sys.stderr)
+                say(f"error: {workdir} was taken by another run; stopping")
                 signal.raise_signal(signal.SIGTERM)
                 return
             write("overwrite")
@@ -169,9 +169,7 @@ def _outlast(fs: fsspec.AbstractFileSystem, path: str, workdir: AnyPath, beat: f
         return content
 
     found, end = read(), time.monotonic() + 3 * beat
-    print(
-        f"{workdir}: a lease is there; waiting {3 * beat:.0f} s for a sign of life", file=sys.stderr
-    )
+    say(f"{workdir}: a lease is there; waiting {3 * beat:.0f} s for a sign of life")
     while time.monotonic() < end:
         time.sleep(beat / 4)
         if read() != found:
