@@ -4,7 +4,9 @@ import dataclasses
 import errno
 import json
 import math
+import signal
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +14,14 @@ import numpy as np
 import pytest
 from small import runs_on_one_device, small_run
 
-from tosa_jax.distributed.preemption import StopRequest
+from tosa_jax import main as entry
+from tosa_jax.cli.command import run_command
+from tosa_jax.distributed.preemption import Stopped, StopRequest
 from tosa_jax.errors import ConfigError, DataError, NonFiniteLossError
 from tosa_jax.models.weights.run_checkpoints import saved_steps
 from tosa_jax.train import checkpoints as train_checkpoints
 from tosa_jax.train import loop
+from tosa_jax.train import runner as train_runner
 from tosa_jax.train.checkpoints import Checkpoints, Timer
 from tosa_jax.train.evaluate import Evaluator
 from tosa_jax.train.finite import first_not_finite
@@ -181,3 +186,38 @@ def test_output_that_fails_stops_no_training(train, tmp_path, monkeypatch):
         state, facts = train()
     assert int(state.step) == STEPS and 0 <= facts["after"]["acc1"] <= 1
     assert saved_steps(tmp_path / "stage") == [STEPS]
+
+
+def test_a_page_that_is_missing_is_made_again_from_the_report(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_runner, "Runner", None)  # nothing is trained
+    report = {"config": {}, "device": "cpu", "versions": {}, "stages": {}, "results": []}
+    text = json.dumps(report)
+    (tmp_path / "report.json").write_text(text)
+    for _ in range(2):
+        assert train_runner.run_stages(small[0].run, tmp_path) == report
+        assert "</html>" in (tmp_path / "report.html").read_text()
+        assert (tmp_path / "report.json").read_text() == text
+        (tmp_path / "report.html").unlink()
+
+
+def test_a_signal_between_the_rows_of_the_report_stops_the_run(small, monkeypatch):
+    runner, _ = small
+    monkeypatch.setattr(runner, "stop", StopRequest(signal.SIGINT))
+    with pytest.raises(Stopped) as stopped:
+        runner.compare(plan_stages(runner.run)[1])
+    assert stopped.value.signum == signal.SIGINT
+
+
+def test_an_interrupt_in_the_closing_part_is_one_line_and_status_130(tmp_path, monkeypatch, capsys):
+    def interrupted(run, workdir):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_runner, "run_stages", interrupted)
+    (tmp_path / "digits.py").write_bytes(
+        (Path(__file__).parents[1] / "configs/digits.py").read_bytes()
+    )
+    assert entry.main([f"--config={tmp_path}/digits.py", f"--workdir={tmp_path}/run"]) == 130
+    said = capsys.readouterr().err
+    assert said == "stopped by SIGINT; start the same command again to go on\n"
+    assert run_command(lambda: interrupted(None, None)) == 130  # and that of any other command
+    assert capsys.readouterr().err == "stopped by SIGINT\n"

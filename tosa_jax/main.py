@@ -9,6 +9,7 @@ trains. On Cloud TPU, Slurm and Open MPI they find each other without --coordina
 process failed, 2 bad input, 130 or 143 stopped by SIGINT or SIGTERM after a checkpoint was written.
 """
 
+import signal
 import sys
 
 from tosa_jax.cli import flags
@@ -30,7 +31,10 @@ def _main(argv: list[str]) -> int:
     configure_jax()
     join(cluster)
     try:
-        _train(config, workdir)
+        try:
+            _train(config, workdir)
+        except KeyboardInterrupt:  # a second one while training, or the first before or after it
+            raise Stopped(signal.SIGINT) from None
     except Stopped as stopped:
         say(f"{stopped}; start the same command again to go on")
         return 128 + stopped.signum

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -39,7 +40,7 @@ def run_command(command: Callable[[], int]) -> int:
 
     A UserError becomes one line on standard error and status 2. So does what JAX says of a missing device or a full
     memory, and what the system says of a full disk, of permissions, or of a disk that fails.
-    Any other error is a defect of this project and keeps its traceback.
+    SIGINT (Ctrl-C) is one line and status 130. Any other error is a defect of this project and keeps its traceback.
 
     In a run of several processes an error here ends the other processes too. Where libtpu is installed without a TPU,
     JAX does not start it, unless the environment variable JAX_PLATFORMS says so.
@@ -59,6 +60,10 @@ def run_command(command: Callable[[], int]) -> int:
             say(f"error: {user_error}")
             let_go_of_broken_streams()
             return coordination.end_all(2, str(user_error))
+        if isinstance(error, KeyboardInterrupt):
+            say("stopped by SIGINT")
+            let_go_of_broken_streams()
+            return coordination.end_all(128 + signal.SIGINT, "stopped by SIGINT")
         if not coordination.are_several():
             raise
         sys.stderr.write(coordination.explain(error))

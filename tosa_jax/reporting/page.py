@@ -12,6 +12,8 @@ from tosa_jax.paths import AnyPath, as_path, write_atomically
 from tosa_jax.reporting import charts, series
 from tosa_jax.reporting.report import averages, format_seconds, table_columns
 
+FILE = "report.html"
+
 _GROUPS = {
     "pretrain": ("Pretraining", "The dense network, from random weights."),
     "selector": (
@@ -42,7 +44,7 @@ def write_page(workdir: str | os.PathLike, report: Mapping[str, Any]) -> None:
         charts.read_metrics(workdir),
         _picture(workdir),
     )
-    write_atomically(workdir / "report.html", page.encode())
+    write_atomically(workdir / FILE, page.encode())
 
 
 def make_page(

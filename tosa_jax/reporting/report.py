@@ -12,6 +12,8 @@ from tosa_jax.models.optim import start_share
 from tosa_jax.paths import as_path, write_atomically
 from tosa_jax.reporting.series import PRETRAINED, row_label, row_order
 
+FILE = "report.json"
+
 _TABLE_WIDTH = 100
 _GAP = "  "
 
@@ -27,7 +29,7 @@ def write_report(workdir: str | os.PathLike, report: Mapping[str, Any]) -> None:
         ValueError: a number is not finite, which JSON cannot store.
     """
     text = json.dumps(report, indent=2, allow_nan=False, default=lambda scalar: scalar.item())
-    write_atomically(as_path(workdir) / "report.json", (text + "\n").encode())
+    write_atomically(as_path(workdir) / FILE, (text + "\n").encode())
 
 
 def read_report(workdir: str | os.PathLike) -> dict[str, Any] | None:
@@ -36,7 +38,7 @@ def read_report(workdir: str | os.PathLike) -> dict[str, Any] | None:
     Raises:
         WorkdirError: the file is not a report.
     """
-    path = as_path(workdir) / "report.json"
+    path = as_path(workdir) / FILE
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -17,7 +17,7 @@ from tosa_jax.distributed import coordination, memory
 from tosa_jax.distributed.devices import describe_device, versions
 from tosa_jax.distributed.mesh import make_mesh, to_global, to_host
 from tosa_jax.distributed.messages import say
-from tosa_jax.distributed.preemption import StopRequest, catch_signals
+from tosa_jax.distributed.preemption import Stopped, StopRequest, catch_signals
 from tosa_jax.errors import ConfigError
 from tosa_jax.models import cost
 from tosa_jax.models.bypass_fit import fit_bypass
@@ -127,10 +127,15 @@ class Runner:
         return shard(structure(row.model).select(self.params[row.stage]), self.mesh)
 
     def compare(self, rows: list[Row]) -> list[dict[str, Any]]:
-        """The rows of the report, scored and timed. A model with a random head has a cost and a speed, but no score."""
+        """The rows of the report, scored and timed. A model with a random head has a cost and a speed, but no score.
+
+        Raises Stopped: a signal, before the next row; NonFiniteLossError: a score is not finite.
+        """
         results: list[dict[str, Any]] = []
         candidates: list[tuple[Evaluator, Params]] = []
         for row in rows:
+            if (signum := self.stop.agreed()) is not None:
+                raise Stopped(signum)
             evaluator = self.builder.evaluator(row.model, self.builder.task)
             params = self.row_params(row)
             scored = row.stage != INIT or self.init_is_trained
@@ -199,8 +204,13 @@ def load_init(run: RunConfig) -> tuple[Params, bool]:
 
 
 def run_stages(run: RunConfig, workdir: AnyPath) -> dict[str, Any]:
-    """A whole run in its work directory; goes on where an earlier one stopped. Returns the report."""
+    """A whole run in its work directory; goes on where an earlier one stopped. Returns the report.
+
+    Raises Stopped: a signal, after a checkpoint.
+    """
     if (done := report.read_report(workdir)) is not None:
+        if coordination.is_main() and not (workdir / page.FILE).exists():
+            write_reports(workdir, done)
         return done
     stages, rows = plan_stages(run)
     with catch_signals() as stop, MetricWriter(workdir, coordination.is_main()) as writer:
@@ -228,7 +238,8 @@ def run_stages(run: RunConfig, workdir: AnyPath) -> dict[str, Any]:
 def write_reports(workdir: AnyPath, result: dict[str, Any]) -> None:
     """Writes `report.json` and its page. Without room for them a line says so: checkpoints have what they tell."""
     try:
-        report.write_report(workdir, result)
+        if not (workdir / report.FILE).exists():
+            report.write_report(workdir, result)
         page.write_page(workdir, result)
     except OSError as error:
         say(
