@@ -7,7 +7,7 @@
 recipe, its sources and published accuracies: configs/deit_recipe.py. Not run on ImageNet yet: there is no result file.
 """
 
-from configs.deit_recipe import deit
+from deit_recipe import deit
 
 
 def get_config(variant: str = ""):

@@ -1,6 +1,7 @@
 """From a recipe to frozen dataclasses: every knob is live, and what is wrong is said in one line."""
 
 import json
+from pathlib import Path
 
 import pytest
 from small import SIZES, small_run
@@ -34,6 +35,16 @@ def recipe(**model):
         ),
         (lambda c: c.eval.update(controls=("skipp",)), "did you mean 'skip'"),
         (lambda c: c.update(batch_size=0), "batch_size=0 must be at least 1"),
+        (lambda c: c.update(seed=-1), "seed=-1 must be from 0"),
+        (lambda c: c.update(seed=10**23), "must be from 0 to 2**32 - 1"),
+        (lambda c: c.inputs.update(std=(0.0,)), "config.inputs: std=(0.0,) must be"),
+        (lambda c: c.inputs.update(mean=(float("nan"),)), "config.inputs: mean=(nan,) must be"),
+        (lambda c: c.inputs.update(mean=(0.5, 0.5)), "inputs.mean has 2 values, but images have"),
+        (lambda c: c.finetune.update(weight_decay=-0.1), "finetune: weight_decay=-0.1 must be"),
+        (lambda c: c.finetune.update(learning_rate=float("inf")), "learning_rate=inf must be"),
+        (lambda c: c.finetune.update(drop_path_rate=1.0), "drop_path_rate=1.0 is not in [0, 1)"),
+        (lambda c: c.eval.update(batch_size=0), "config.eval: batch_size=0 must be at least 1"),
+        (lambda c: c.eval.update(figure_images=-1), "figure_images=-1 must be 0 or more"),
         (lambda c: c.data.update(augment="shfit"), "did you mean 'shift'"),
         (lambda c: c.pretrain.update(epochs=1.0, steps=3), "config.pretrain: set epochs or steps"),
     ],
@@ -65,6 +76,40 @@ def write_recipe(tmp_path):
         "    return config\n"
     )
     return path
+
+
+def test_a_recipe_finds_its_neighbours_beside_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # another folder, with another package of that name
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/__init__.py").write_text("")
+    text = "from shared import fill\ndef get_config():\n    return fill()\n"
+    for name in ("mine", "copied"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "recipe.py").write_text(text)
+        (tmp_path / name / "shared.py").write_text(
+            "from tosa_jax.config import default_config\n"
+            f"def fill():\n    config = default_config()\n    config.data.name = {name!r}\n    return config\n"
+        )
+        assert parse("", [f"--config={name}/recipe.py"])[0].data.name == name
+    repository = Path(__file__).parents[1] / "configs"
+    assert parse("", [f"--config={repository}/deit_s.py"])[0].model.name == "deit_small_patch16_224"
+
+
+def test_flags_may_stand_beside_their_values(tmp_path):
+    path = write_recipe(tmp_path)
+    config, workdir = parse("", ["--config", f"{path}:digits", "--config.seed=3"])
+    assert (config.data.name, config.seed, str(workdir)) == ("digits", 3, "runs/mine_digits")
+    assert str(parse("", ["--config", str(path), "--workdir", "here"])[1]) == "here"
+    with pytest.raises(ConfigError, match="absent.py: no such file"):
+        parse("", ["--config", "absent.py"])
+
+
+@pytest.mark.parametrize("text", ["def get_config(:", "import nowhere_at_all", "x = 1 / 0"])
+def test_a_recipe_that_fails_is_one_line(tmp_path, text):
+    (tmp_path / "bad.py").write_text(text)
+    with pytest.raises(ConfigError) as error:
+        parse("", [f"--config={tmp_path}/bad.py"])
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
 
 
 def test_command_line_sets_fields_and_names_the_nearest(tmp_path):

@@ -221,3 +221,9 @@ def test_an_interrupt_in_the_closing_part_is_one_line_and_status_130(tmp_path, m
     assert said == "stopped by SIGINT; start the same command again to go on\n"
     assert run_command(lambda: interrupted(None, None)) == 130  # and that of any other command
     assert capsys.readouterr().err == "stopped by SIGINT\n"
+
+
+def test_a_type_that_a_cpu_does_not_multiply_is_refused(digits_dir, tmp_path):
+    run = small_run(digits_dir, pretrain={"steps": 1}, model={"dtype": "float16"})
+    with pytest.raises(ConfigError, match="dtype='float16': a CPU does not"):
+        Runner(run, tmp_path, StopRequest())

@@ -69,11 +69,16 @@ class StageConfig:
             0 <= self.label_smoothing < 1,
             f"label_smoothing={self.label_smoothing} is not in [0, 1)",
         )
+        check(
+            0 <= self.drop_path_rate < 1, f"drop_path_rate={self.drop_path_rate} is not in [0, 1)"
+        )
         check(0 <= self.ema_decay < 1, f"ema_decay={self.ema_decay} is not in [0, 1)")
         check_choice("schedule", self.schedule, SCHEDULES)
         check_choice("schedule_per", self.schedule_per, PERIODS)
         check(self.head_lr_scale > 0, f"head_lr_scale={self.head_lr_scale} must be above 0")
-        check(self.learning_rate >= 0, f"learning_rate={self.learning_rate} is negative")
+        for name, value in vars(self).items():
+            if isinstance(value, int | float):
+                check(0 <= value < math.inf, f"{name}={value} must be finite and not below 0")
         for rate in self.keep_rates:
             check(0 < rate <= 1, f"keep_rates={self.keep_rates}: {rate} is not in (0, 1]")
         self.mixing  # noqa: B018  # its own checks
@@ -127,6 +132,8 @@ class EvalConfig:
     figure_images: int = 6
 
     def __post_init__(self) -> None:
+        check(self.batch_size >= 1, f"batch_size={self.batch_size} must be at least 1")
+        check(self.figure_images >= 0, f"figure_images={self.figure_images} must be 0 or more")
         for control in self.controls:
             check_choice("eval.controls", control, controls())
         for rate in self.keep_rates:
@@ -135,10 +142,17 @@ class EvalConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class InputConfig:
-    """Mean and standard deviation of a channel's pixels in [0, 1]; one value serves all channels."""
+    """Mean and standard deviation of a channel's pixels in [0, 1]; one value serves all channels.
+
+    Raises ConfigError: a mean that is not finite, or a standard deviation that is not above 0.
+    """
 
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        check(all(map(math.isfinite, self.mean)), f"mean={self.mean} must be finite")
+        check(all(0 < x < math.inf for x in self.std), f"std={self.std} must be finite and above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +189,16 @@ class RunConfig:
         counts = ("batch_size", "accumulate", "log_steps", "bypass_fit_images", "keep_checkpoints")
         for name in counts:
             check(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        # JAX's keys hold 32 bits of a seed: a larger one would draw as a smaller one does.
+        check(0 <= self.seed < 2**32, f"seed={self.seed} must be from 0 to 2**32 - 1")
+        channels = self.model.in_chans
+        for name in ("mean", "std"):
+            values = getattr(self.inputs, name)
+            check(
+                len(values) in (1, channels),
+                f"config.inputs.{name} has {len(values)} values, but images have {channels} channels "
+                f"(model.in_chans): give 1 or {channels}",
+            )
         check(
             0 <= self.checkpoint_minutes < math.inf,
             f"checkpoint_minutes={self.checkpoint_minutes} must be 0 or more",

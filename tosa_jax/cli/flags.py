@@ -4,14 +4,17 @@ Every mistake raises a ConfigError of one line.
 """
 
 import argparse
+import contextlib
 import os
+import sys
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from tosa_jax.distributed.initialisation import Cluster
-from tosa_jax.errors import ConfigError
+from tosa_jax.errors import ConfigError, UserError
 from tosa_jax.paths import AnyPath, as_path
 
 
@@ -26,6 +29,35 @@ class ArgumentParser(argparse.ArgumentParser):
         raise ConfigError(f"command line: {message}; see --help")
 
 
+@contextlib.contextmanager
+def neighbours_of(recipe: str) -> Iterator[None]:
+    """In this context a recipe's `import` finds the files beside it first, whatever the current folder is.
+
+    What it imported from there is forgotten, so that a recipe elsewhere finds its own neighbours.
+    """
+    folder, before = os.path.dirname(os.path.abspath(recipe)), set(sys.modules)
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(folder)
+        for name in set(sys.modules) - before:
+            if os.path.dirname(getattr(sys.modules[name], "__file__", None) or "") == folder:
+                del sys.modules[name]
+
+
+def _joined(argv: list[str]) -> list[str]:
+    """The arguments with `--config FILE` and `--workdir DIR` as one each, so that all readers see the same."""
+    joined: list[str] = []
+    for argument in argv:
+        if joined and joined[-1] in ("--config", "-config", "--workdir", "-workdir"):
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
+
+
 def parse(usage: str | None, argv: list[str]) -> tuple[ConfigDict, AnyPath]:
     """Parses `--config=FILE[:ARG] [--workdir=DIR] [--config.FIELD=VALUE ...]`.
 
@@ -36,6 +68,7 @@ def parse(usage: str | None, argv: list[str]) -> tuple[ConfigDict, AnyPath]:
 
     Raises ConfigError for wrong arguments or a recipe that cannot be loaded, SystemExit after `--help`.
     """
+    argv = _joined(argv)
     values = flags.FlagValues()
     config_flag = config_flags.DEFINE_config_file(
         "config",
@@ -52,17 +85,20 @@ def parse(usage: str | None, argv: list[str]) -> tuple[ConfigDict, AnyPath]:
         print((usage or "").strip())
         raise SystemExit(0)
     given = [a.partition("=")[2] for a in argv if a.lstrip("-").startswith("config=")]
-    path, _, argument = given[0].partition(":") if given else ("", "", "")
+    path, _, argument = given[-1].partition(":") if given else ("", "", "")
     if given and not os.path.isfile(path):
         raise ConfigError(
             f"--config={path}: no such file; give the path of a recipe, e.g. --config=configs/digits.py"
         )
     try:
-        rest = values(["tosa_jax", *argv])
-        # ml_collections loads the recipe, and raises its errors, only when the value is read.
-        if config_flag.value is not None:
-            config_flag.value.to_dict()
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        with neighbours_of(path):
+            rest = values(["tosa_jax", *argv])
+            # ml_collections loads the recipe, and raises its errors, only when the value is read.
+            if config_flag.value is not None:
+                config_flag.value.to_dict()
+    except UserError:
+        raise  # a recipe may say itself what is wrong
+    except Exception as error:  # a recipe is a program, and may fail in any way
         raise ConfigError(f"command line: {_one_line(error)}") from error
     if len(rest) > 1:
         raise ConfigError(f"command line: unexpected argument {rest[1]!r}; see --help")

@@ -62,6 +62,10 @@ class Runner:
     def __init__(self, run: RunConfig, workdir: AnyPath, stop: StopRequest) -> None:
         self.run, self.workdir, self.stop = run, workdir, stop
         self.mesh: Mesh = make_mesh(run.mesh)
+        if run.model.dtype == "float16" and self.mesh.devices.flat[0].platform == "cpu":
+            raise ConfigError(
+                "config.model.dtype='float16': a CPU does not multiply matrices of that type; set bfloat16 or float32"
+            )
         memory.keep_freed_memory()
         dataset = coordination.together(lambda: open_dataset(run.data).facts)
         coordination.check_same({"data set": dataclasses.asdict(dataset)})
