@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from small import runs_on_one_device, small_run
 
 from tosa_jax import main as entry
 from tosa_jax.cli.command import run_command
+from tosa_jax.distributed.mesh import MeshConfig, make_mesh
 from tosa_jax.distributed.preemption import Stopped, StopRequest
 from tosa_jax.errors import ConfigError, DataError, NonFiniteLossError
 from tosa_jax.models.weights.run_checkpoints import saved_steps
@@ -23,7 +25,7 @@ from tosa_jax.train import checkpoints as train_checkpoints
 from tosa_jax.train import loop
 from tosa_jax.train import runner as train_runner
 from tosa_jax.train.checkpoints import Checkpoints, Timer
-from tosa_jax.train.evaluate import Evaluator
+from tosa_jax.train.evaluate import Evaluator, shard
 from tosa_jax.train.finite import first_not_finite
 from tosa_jax.train.metric_writer import MetricWriter
 from tosa_jax.train.runner import Runner
@@ -162,6 +164,11 @@ def test_the_path_of_an_array_that_is_not_finite():
     tree = {"step": jnp.int32(3), "b": {"c": jnp.ones(3)}, "d": jnp.array([1.0, jnp.nan])}
     assert first_not_finite(tree) == "d"
     assert first_not_finite({**tree, "d": jnp.zeros(2, jnp.bfloat16)}) == ""
+    mesh = make_mesh(MeshConfig(fsdp=8, data=1))
+    parts = jax.device_put(
+        jnp.arange(16.0).at[13].set(jnp.nan), NamedSharding(mesh, PartitionSpec("fsdp"))
+    )
+    assert first_not_finite({"a": shard({"x": np.ones(3)}, mesh), "b": parts}) == "b"
     assert first_not_finite({"step": 3 * jnp.ones(2, int)}) == ""
 
 

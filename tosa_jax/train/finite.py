@@ -1,12 +1,15 @@
 """Numbers that are not finite: looked for before they are saved or reported, and told in one line."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from tosa_jax.distributed.mesh import replicated
 from tosa_jax.errors import NonFiniteLossError
 
 ADVICE = "Lower the learning rate or set clip_norm, and start again in a new --workdir"
@@ -24,13 +27,19 @@ def first_not_finite(tree: Any) -> str:
     ]
     if not flat:
         return ""
-    finite = np.asarray(_are_finite([x for _, x in flat]))
+    mesh = getattr(getattr(flat[0][1], "sharding", None), "mesh", None)
+    finite = np.asarray(_looker(mesh)([x for _, x in flat]))
     return "" if finite.all() else flat[int(finite.argmin())][0]
 
 
-@jax.jit
-def _are_finite(arrays: list[jax.Array]) -> jax.Array:
-    return jnp.stack([jnp.isfinite(x).all() for x in arrays])
+@functools.cache
+def _looker(mesh: Mesh | None) -> jax.stages.Wrapped:
+    """The jitted arrays -> whether each is finite. On a mesh every process gets the whole answer."""
+
+    def look(arrays):
+        return jnp.stack([jnp.isfinite(x).all() for x in arrays])
+
+    return jax.jit(look) if mesh is None else jax.jit(look, out_shardings=replicated(mesh))
 
 
 def check_state(stage: str, step: int, tree: Any, kept: str) -> None:
