@@ -24,10 +24,10 @@ from tosa_jax.ops.array_types import Keys, Queries
 from tosa_jax.ops.partitioning import divide
 from tosa_jax.ops.tpu_kernels import (
     LANES,
-    MIXED_ROWS,
     SUBLANES,
     backward_kernel,
     forward_kernel,
+    mixed_rows,
 )
 
 # Bytes a grid step may hold; a TPU core's kernels may have 16 MiB without asking.
@@ -82,15 +82,15 @@ def selector_blocks(
 
     hidden  channels between the selector's layers.
     """
-    width = _round_up(heads * head_dim, LANES)
-    for tiles in range(1, 1 + math.ceil(queries / MIXED_ROWS)):
-        rows = _round_up(math.ceil(queries / tiles), MIXED_ROWS)
+    width, together = _round_up(heads * head_dim, LANES), mixed_rows(heads)
+    for tiles in range(1, 1 + math.ceil(queries / together)):
+        rows = _round_up(math.ceil(queries / tiles), together)
         # Operands twice; logits, their rounded copy and weights; what a group of rows is mixed into, and the matrices
         # that mix it.
         operands = 2 * 2 * width * 2 * (rows + keys)
-        mixed = MIXED_ROWS * (4 * heads + 6 * hidden)
+        mixed = together * (4 * heads + 6 * hidden)
         maps = _round_up(keys, LANES) * (10 * heads * rows + mixed)
-        operands += 2 * 2 * 2 * MIXED_ROWS**2 * heads * hidden
+        operands += 2 * 2 * 2 * together**2 * heads * hidden
         if operands + maps <= _VMEM:
             return Blocks(heads, rows)
     return None
@@ -162,9 +162,9 @@ class _Call(NamedTuple):
 
 
 def _forward(query, key, value, *bias, summed: bool, mixing: tuple[jax.Array, ...] = ()):
-    hidden = len(mixing[0]) // MIXED_ROWS if mixing else None
-    call = _Call.of(query, key, value, bool(bias), hidden)
     b, queries, heads, _ = query.shape
+    hidden = len(mixing[0]) // mixed_rows(heads) if mixing else None
+    call = _Call.of(query, key, value, bool(bias), hidden)
     keys, block = key.shape[1], call.blocks.heads
     in_specs = list(call.specs)
     if bias:
@@ -222,8 +222,8 @@ def _divided(biased: bool, summed: bool = False, backward: bool = False) -> Call
 @functools.cache
 def _selected_divided() -> Callable:
     """The kernel with a selector, which mixes heads: they are not divided."""
-    rule = "b q h c, b k h c, b k h c, e r, e s, u v, u w -> b q h c, b h k"
-    return divide(_selected, rule, ("q", "h", "c", "k", "e", "r", "s", "u", "v", "w"))
+    rule = "b q h c, b k h c, b k h c, e r, e s, u v -> b q h c, b h k"
+    return divide(_selected, rule, ("q", "h", "c", "k", "e", "r", "s", "u", "v"))
 
 
 @jax.custom_vjp
@@ -268,15 +268,22 @@ attention_and_column_sums.defvjp(_sums_forward, _sums_backward)
 
 
 def _for_groups(
-    kernel: Float[Array, "h f"],
-    bias: Float[Array, " f"],
+    expand: Float[Array, "h f"],
+    expand_bias: Float[Array, " f"],
+    contract: Float[Array, "f h"],
     dtype: jax.typing.DTypeLike = jnp.bfloat16,
 ) -> tuple[jax.Array, ...]:
-    """A layer that mixes heads, as a matrix for `MIXED_ROWS` rows of all heads at once, and its bias as a column."""
-    identity = jnp.eye(MIXED_ROWS, dtype=jnp.float32)
-    matrix = jnp.kron(kernel.T.astype(jnp.float32), identity)
-    column = jnp.repeat(bias.astype(jnp.float32), MIXED_ROWS)[:, None]
-    return matrix.astype(dtype), column
+    """A selector's layers for `mixed_rows` rows of all heads at once: two matrices, between them a bias as a column.
+
+    The second one is scaled for exponentials of base 2, which is what the chip has.
+    """
+    together = mixed_rows(len(expand))
+    identity = jnp.eye(together, dtype=jnp.float32)
+    column = jnp.repeat(expand_bias.astype(jnp.float32), together)[:, None]
+    first, second = (
+        jnp.kron(kernel.T.astype(jnp.float32), identity) for kernel in (expand, contract)
+    )
+    return first.astype(dtype), column, (second * math.log2(math.e)).astype(dtype)
 
 
 def _selected(query, key, value, *layers):
@@ -299,7 +306,8 @@ def attention_and_selector_sums(
     For shapes that `supports` and `selector_blocks` name. The selector's two layers mix heads in bfloat16 and add up in
     float32; no gradient passes through the sums.
     """
-    layers = (*_for_groups(expand, expand_bias), *_for_groups(contract, contract_bias))
+    del contract_bias  # it is the same for all keys of a row, and softmax takes it out again
+    layers = _for_groups(expand, expand_bias, contract)
     out, sums = _selected_divided()(query, key, value, *layers)
     return out, sums
 

@@ -14,8 +14,13 @@ from jax.experimental import pallas as pl
 LANES, SUBLANES = 128, 8
 """Columns and rows of a vector register of a TPU: blocks of columns begin at multiples of the first."""
 
-MIXED_ROWS = 16
-"""Query rows that a selector works on at a time: those of all heads lie below one another, and a product mixes them."""
+
+def mixed_rows(heads: int) -> int:
+    """Query rows that a selector works on at a time: those of all heads lie one below another; a product mixes them.
+
+    As many as fill the 128 rows of the matrix unit; of whole registers, 8 to 32.
+    """
+    return max(rows for rows in (8, 16, 32) if rows == 8 or rows * heads <= LANES)
 
 
 def _dot(a: jax.Array, b: jax.Array, over_a: int, over_b: int) -> jax.Array:
@@ -81,7 +86,7 @@ def forward_kernel(
     """
     query_ref, key_ref, value_ref, *rest = refs
     bias_ref = rest.pop(0) if biased else None
-    mixing = [rest.pop(0)[...] for _ in range(4 if mixed else 0)]
+    mixing = [rest.pop(0)[...] for _ in range(3 if mixed else 0)]
     out_ref, sums_ref = rest if summed else (rest[0], None)
     tile = pl.program_id(2)
     groups = _groups(heads, head_dim)
@@ -119,25 +124,26 @@ def _join_rows(rows: Iterable[jax.Array]) -> jax.Array:
 def _sums_of_prediction(logits: list[jax.Array], mixing, tile: jax.Array, queries: int):
     """Column sums [heads keys] of the map that a selector predicts from logits [rows keys], one array a head.
 
-    mixing  the two layers of `_for_groups`, each with its bias.
+    mixing  the layers of `for_groups`.
     """
-    expand, expand_bias, contract, contract_bias = mixing
+    expand, expand_bias, contract = mixing
     heads, rows = len(logits), logits[0].shape[0]
+    together = mixed_rows(heads)
     rounded = [x.astype(expand.dtype) for x in logits]
     total = jnp.zeros((heads, logits[0].shape[1]), jnp.float32)
-    for first in range(0, rows, MIXED_ROWS):
-        group = _join_rows(x[first : first + MIXED_ROWS] for x in rounded)
+    for first in range(0, rows, together):
+        group = _join_rows(x[first : first + together] for x in rounded)
         hidden = jax.nn.relu(_dot(expand, group, 1, 0) + expand_bias)
-        found = _dot(contract, hidden.astype(contract.dtype), 1, 0) + contract_bias
-        found = jnp.exp(found - found.max(axis=1, keepdims=True))
+        found = _dot(contract, hidden.astype(contract.dtype), 1, 0)
+        found = jnp.exp2(found - found.max(axis=1, keepdims=True))
         scale = 1 / found.sum(axis=1, keepdims=True)
         if queries % rows:
             place = jax.lax.broadcasted_iota(jnp.int32, scale.shape, 0)
-            row = tile * rows + first + jax.lax.rem(place, MIXED_ROWS)
+            row = tile * rows + first + jax.lax.rem(place, together)
             scale = jnp.where(row < queries, scale, 0)
         found = found * scale
         total += _join_rows(
-            found[h * MIXED_ROWS : (h + 1) * MIXED_ROWS].sum(axis=0, keepdims=True)
+            found[h * together : (h + 1) * together].sum(axis=0, keepdims=True)
             for h in range(heads)
         )
     return total
