@@ -62,6 +62,7 @@ def write_recipe(tmp_path):
         "def get_config():\n"
         "    config = default_config()\n"
         "    config.data.name = 'digits'\n"
+        "    config.inputs.update(mean=(.5,), std=(.5,))\n"
         f"    config.model.update(plan='norm_of_order', norm_order=3.0, **{SIZES!r})\n"
         "    return config\n"
     )

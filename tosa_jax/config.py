@@ -196,8 +196,8 @@ class RunConfig:
             values = getattr(self.inputs, name)
             check(
                 len(values) in (1, channels),
-                f"config.inputs.{name} has {len(values)} values, but images have {channels} channels "
-                f"(model.in_chans): give 1 or {channels}",
+                f"config.inputs.{name} has {len(values)} values, which is neither 1 nor the number of channels, "
+                f"model.in_chans={channels}",
             )
         check(
             0 <= self.checkpoint_minutes < math.inf,

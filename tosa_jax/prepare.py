@@ -14,16 +14,21 @@ import sys
 
 from tosa_jax.cli import flags
 from tosa_jax.cli.command import configure_jax, run_command
+from tosa_jax.distributed.messages import say
 
 _OVERWRITE = "--overwrite"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line `argv` (without the program's name); returns the exit status."""
+    return run_command(lambda: _main(sys.argv[1:] if argv is None else argv))
+
+
+def _main(argv: list[str]) -> int:
     try:
-        return run_command(lambda: _prepare(sys.argv[1:] if argv is None else argv))
+        return _prepare(argv)
     except KeyboardInterrupt:
-        print("stopped; start the same command again to go on", file=sys.stderr)
+        say("stopped by SIGINT; start the same command again to go on")
         return 130
 
 
