@@ -43,13 +43,13 @@ def test_a_budget_that_cannot_be_met_says_what_can():
     assert small_model(budget_gmacs=99.0).config.keep_rate == 1.0
 
 
-def redundancy_run(data_dir, **model):
+def redundancy_run(data_dir, keep_rates=(0.7, 0.5), **model):
     return small_run(
         data_dir,
         model=model,
         pretrain={"steps": 2},
         finetune={"steps": 2},
-        eval={"controls": ("redundancy",), "keep_rates": (0.7, 0.5), "figure_images": 0},
+        eval={"controls": ("redundancy",), "keep_rates": keep_rates, "figure_images": 0},
     )
 
 
@@ -66,12 +66,10 @@ def test_redundancy_stands_beside_tosa_at_its_cost(digits_dir):
 
 
 def test_redundancy_is_fine_tuned_and_reported_at_the_budgets_of_tosa(digits_dir, tmp_path):
-    results = run_stages(redundancy_run(digits_dir), tmp_path)["results"]
+    results = run_stages(redundancy_run(digits_dir, keep_rates=(0.5,)), tmp_path)["results"]
     cost = {(row["name"], row["keep_rate"]): row["gmacs"] for row in results}
-    assert list(cost)[1:] == [
-        ("tosa", 0.7), ("tosa", 0.5), ("redundancy", 0.7), ("redundancy", 0.5)
-    ]  # fmt: skip
-    assert cost["redundancy", 0.5] < cost["redundancy", 0.7] <= cost["tosa", 0.7]
+    assert list(cost)[1:] == [("tosa", 0.5), ("redundancy", 0.5)]
+    assert cost["redundancy", 0.5] <= cost["tosa", 0.5]
     assert all(0 < row["metrics"]["acc1"] < 1 for row in results)
 
 

@@ -58,7 +58,7 @@ WAYS = {
 # The last two plans have between them all that "selective" has: a selector, and gathered tokens.
 @pytest.mark.parametrize(
     ("plan", "way"),
-    [("selective", "scan"), *((plan, way) for plan in ("selective_fit", "random") for way in WAYS)],
+    [("selective", "scan"), ("selective_fit", "both"), ("random", "scan"), ("random", "remat")],
 )
 def test_outputs_and_gradients_are_those_of_plain_layers(plan, way):
     params, expected = plain(plan)
