@@ -39,7 +39,10 @@ def recipe(**model):
         (lambda c: c.update(seed=10**23), "must be from 0 to 2**32 - 1"),
         (lambda c: c.inputs.update(std=(0.0,)), "config.inputs: std=(0.0,) must be"),
         (lambda c: c.inputs.update(mean=(float("nan"),)), "config.inputs: mean=(nan,) must be"),
-        (lambda c: c.inputs.update(mean=(0.5, 0.5)), "inputs.mean has 2 values, which is neither 1 nor"),
+        (
+            lambda c: c.inputs.update(mean=(0.5, 0.5)),
+            "inputs.mean has 2 values, which is neither 1 nor",
+        ),
         (lambda c: c.finetune.update(weight_decay=-0.1), "finetune: weight_decay=-0.1 must be"),
         (lambda c: c.finetune.update(learning_rate=float("inf")), "learning_rate=inf must be"),
         (lambda c: c.finetune.update(drop_path_rate=1.0), "drop_path_rate=1.0 is not in [0, 1)"),
