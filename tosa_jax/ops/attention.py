@@ -54,10 +54,12 @@ def _xla_attention(query, key, value, key_bias=None):
 
 @functools.cache
 def _has_cuda() -> bool:
+    """Whether this process has NVIDIA GPUs, of the kinds that these kernels and cuDNN's need: Ampere or later."""
     try:
-        return bool(jax.devices("cuda"))
+        devices = jax.devices("cuda")
     except RuntimeError:
         return False
+    return all(float(device.compute_capability) >= 8 for device in devices)
 
 
 def attention_logits(query: Queries, key: Keys) -> AttnLogits:
