@@ -71,8 +71,11 @@ def test_a_broken_stream_is_let_go_before_the_end(tmp_path, monkeypatch):
     stream = os.fdopen(into, "w")
     stream.write("nobody reads this")
     monkeypatch.setattr(sys, "stdout", stream)
+    with pytest.raises(OSError):
+        stream.flush()
     let_go_of_broken_streams()
     stream.flush()  # as Python does at its end
+    assert os.fstat(into).st_rdev == os.stat(os.devnull).st_rdev
     stream.close()
 
 

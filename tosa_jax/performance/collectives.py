@@ -6,13 +6,14 @@ XLA offers no other public way. A collective in the body of a loop counts once f
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+from tosa_jax.performance import hlo
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 """XLA's names of the instructions that exchange data between devices."""
 
-_HEADER = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
 _COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\((.*)$")
 _SHAPE = re.compile(r"\b(pred|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.-]+)")
@@ -20,7 +21,6 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}")
 _RESHAPED = re.compile(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)")
 _ON_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ class Collective:
     runs: int
 
 
-def collectives(hlo: str) -> list[Collective]:
-    """The collectives of a program; `hlo` is `compiled.as_text()`."""
-    computations = dict(_computations(hlo))
-    runs = _runs(computations, hlo)
+def collectives(text: str) -> list[Collective]:
+    """The collectives of a program, given as `compiled.as_text()`."""
+    computations, entry = hlo.computations(text)
+    runs = _runs(computations, entry)
     found: dict[str, Collective] = {}
     for name, lines in computations.items():
         for number, line in enumerate(lines):
@@ -66,43 +66,18 @@ def totals(found: Iterable[Collective]) -> dict[str, dict[str, int]]:
     return {kind: row for kind, row in table.items() if row["count"]}
 
 
-def _computations(hlo: str) -> Iterator[tuple[str, list[str]]]:
-    name, lines = "", []
-    for line in hlo.splitlines():
-        if match := _HEADER.match(line):
-            name, lines = match.group(1), []
-        elif line.startswith("}") and name:
-            yield name, lines
-            name = ""
-        else:
-            lines.append(line)
-
-
-def _runs(computations: dict[str, list[str]], hlo: str) -> dict[str, int]:
-    """Number of runs of each computation. In the text, a computation comes before its callers."""
-    entry = re.search(r"^ENTRY %?([\w.-]+) ", hlo, re.MULTILINE)
-    runs: dict[str, int] = defaultdict(int)
-    if entry:
-        runs[entry.group(1)] = 1
+def _runs(computations: dict[str, list[str]], entry: str) -> dict[str, int]:
+    """Number of runs of each computation. A loop of unknown rounds counts once."""
+    runs: dict[str, int] = defaultdict(int, {entry: 1})
     for name in reversed(computations):
         for line in computations[name]:
             called = _CALLED.findall(line)
             for branches in _BRANCHES.findall(line):
                 called += [branch.strip().lstrip("%") for branch in branches.split(",")]
-            trips = _trips(line, computations) if called and " while(" in line else 1
+            trips = (hlo.rounds(line, computations) or 1) if called and " while(" in line else 1
             for other in called:
                 runs[other] += runs[name] * trips
     return runs
-
-
-def _trips(line: str, computations: dict[str, list[str]]) -> int:
-    """Number of iterations of a loop: XLA's annotation, or on a TPU the constant that its counter is compared with."""
-    if match := _TRIPS.search(line):
-        return int(match.group(1))
-    condition = re.search(r"condition=%?([\w.-]+)", line)
-    lines = "\n".join(computations.get(condition.group(1), ()) if condition else ())
-    ends = re.findall(r"= s32\[\]\S* constant\((\d+)\)", lines)
-    return int(ends[0]) if len(ends) == 1 and "direction=LT" in lines else 1
 
 
 def _collective(match: re.Match, computation: str, runs: int) -> Collective:

@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from tosa_jax.models.vit_config import check
+from tosa_jax.performance import hlo
 
 PARTS = ("selector", "selection", "attention", "mlp", "embed", "head")
 """Scopes that models name (`jax.named_scope`); where they lie within one another the first of these counts."""
 
 _CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
 _NAME = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = .*? ([a-z][a-z\-]*)\(")
-_COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _OP = re.compile(r'op_name="([^"]*)"')
 _CONFIG = re.compile(r"backend_config=(.*)$")
 _BUNDLE = re.compile(r"^\s*0x[0-9a-f]+\s*(?:\w+)?\s*:\s*(>*)")
@@ -65,7 +65,7 @@ def count(text: str, dumps: Path) -> dict[str, Any]:
 
     Raises ConfigError: kernels that were not written into `dumps`.
     """
-    computations, entry = _computations(text)
+    computations, entry = hlo.computations(text)
     parts: collections.Counter[str] = collections.Counter()
     # The compiler writes a kernel once, under the name of its first call.
     first_call: dict[str, str] = {}
@@ -79,7 +79,7 @@ def count(text: str, dumps: Path) -> dict[str, Any]:
                 continue
             name, operation = found.groups()
             if operation in ("while", "call"):
-                rounds = _rounds(line, computations)
+                rounds = hlo.rounds(line, computations) if operation == "while" else 1
                 uncounted += times * (rounds is None)
                 waiting.append((_called(line), times * (rounds or 1)))
             elif estimated := _CYCLES.search(line):
@@ -101,36 +101,9 @@ def count(text: str, dumps: Path) -> dict[str, Any]:
     }
 
 
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """The lines of each computation of a program by its name, and the name of the program itself."""
-    found: dict[str, list[str]] = {}
-    entry = name = ""
-    for line in text.splitlines():
-        if head := _COMPUTATION.match(line):
-            name = head.group(2)
-            found[name] = []
-            entry = name if head.group(1) else entry
-        elif name:
-            found[name].append(line)
-    return found, entry
-
-
 def _called(line: str) -> str:
     (name,) = re.findall(r"(?:body|to_apply)=%?([\w.\-]+)", line)
     return name
-
-
-def _rounds(line: str, computations: dict[str, list[str]]) -> int | None:
-    """How often a loop goes round: a scan counts from 0 to the number that its condition compares with. Calls: once.
-
-    None where that depends on data, as in drawing a number by rejection.
-    """
-    if not (condition := re.search(r"condition=%?([\w.\-]+)", line)):
-        return 1
-    lines = computations[condition.group(1)]
-    bounds = [x for text in lines for x in re.findall(r" s32\[\]\S* constant\((\d+)\)", text)]
-    counts = len(bounds) == 1 and any("direction=LT" in text for text in lines)
-    return int(bounds[0]) if counts else None
 
 
 def _part(line: str) -> str:
