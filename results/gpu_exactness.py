@@ -47,8 +47,7 @@ def kernel_errors(heads: int, tokens: int) -> dict:
     with jax.default_matmul_precision("highest"):
         wanted = reference(*(x.astype(jnp.float32) for x in arrays), *layers)
     sums = jax.jit(forms.attention_and_column_sums)(*arrays)
-    zeros = jnp.zeros(heads)
-    selected = jax.jit(gpu_attention.attention_and_selector_sums)(*arrays, *layers, zeros)
+    selected = jax.jit(gpu_attention.attention_and_selector_sums)(*arrays, *layers)
     plain = jax.jit(forms.attention)(*arrays)
     found = {"attention": (plain, wanted[0]), "column_sums": (sums[1], wanted[1])}
     found["selector_sums"] = selected[1], wanted[2]

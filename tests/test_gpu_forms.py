@@ -149,7 +149,7 @@ def test_kernels_work_on_divided_arrays(as_gpu):
     """Examples over four devices, heads over two, which a selector mixes: the results are those of one device."""
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, model=2))
     arrays = [normal(i, 4, 16, 4, 16, dtype=jnp.bfloat16) for i in range(3)]
-    layers = normal(3, 4, 8), normal(4, 8), normal(5, 8, 4), normal(6, 4)
+    layers = normal(3, 4, 8), normal(4, 8), normal(5, 8, 4)
     divided = jax.device_put(arrays, NamedSharding(mesh, P(BATCH_AXES, None, "model")))
 
     @jax.jit
@@ -167,7 +167,7 @@ def test_kernels_work_on_divided_arrays(as_gpu):
 def test_huge_logits_stay_finite(interpreted):
     """Beyond what half precision holds, they are cut off there."""
     arrays = [1e4 * normal(i, 1, 9, 2, 16) for i in range(3)]
-    layers = normal(3, 2, 4), normal(4, 4), normal(5, 4, 2), normal(6, 2)
+    layers = normal(3, 2, 4), normal(4, 4), normal(5, 4, 2)
     out, sums = gpu_attention.attention_and_selector_sums(
         *(x.astype(jnp.bfloat16) for x in arrays), *layers
     )

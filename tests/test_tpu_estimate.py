@@ -24,7 +24,7 @@ dumps = tpu_cycles.kernel_dumps()
 device = tpu_estimate.tpu_devices("v5e:2x2")[0]
 def arrays(count):
     heads = [jax.ShapeDtypeStruct((64, 197, count, 64), jnp.bfloat16)] * 3
-    shapes = (count, 2 * count), (2 * count,), (2 * count, count), (count,)
+    shapes = (count, 2 * count), (2 * count,), (2 * count, count)
     return heads, heads + [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
 
 heads, selected = arrays(6)

@@ -140,7 +140,7 @@ def test_kernels_work_on_divided_arrays(as_tpu):
     arrays = [normal(i, 4, 16, 4, 64, dtype=jnp.bfloat16) for i in range(3)]
     divided = jax.device_put(arrays, NamedSharding(mesh, P(BATCH_AXES, None, "model")))
 
-    layers = normal(3, 4, 8), normal(4, 8), normal(5, 8, 4), normal(6, 4)
+    layers = normal(3, 4, 8), normal(4, 8), normal(5, 8, 4)
 
     def loss(*arrays):
         out, sums = attention_and_column_sums(*arrays)

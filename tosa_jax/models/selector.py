@@ -87,11 +87,12 @@ class TokenSelector(nnx.Module):
         self.macs_per_entry = 2 * size * config.num_heads * hidden
         self.size, self.hidden = size, hidden
 
-    def layers(self) -> tuple[Array, Array, Array, Array]:
-        """Kernel [h f] and bias [f], then kernel [f h] and bias [h], of a selector of width 1."""
-        both = (self.conv1, self.conv2)
-        first, second = ((conv.kernel[...][0], conv.bias[...]) for conv in both)
-        return (*first, *second)
+    def layers(self) -> tuple[Array, Array, Array]:
+        """Kernel [h f] and bias [f], then kernel [f h], of a selector of width 1.
+
+        The second bias is the same for all keys of a row, and log-softmax takes it out again.
+        """
+        return self.conv1.kernel[...][0], self.conv1.bias[...], self.conv2.kernel[...][0]
 
     @jax.named_scope("selector")
     def __call__(self, logits: AttnLogits) -> Float[Array, "b h q k"]:

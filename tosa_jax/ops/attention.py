@@ -150,7 +150,7 @@ def attention_and_selector_sums(
     query: Queries,
     key: Keys,
     value: Keys,
-    layers: tuple[Array, Array, Array, Array],
+    layers: tuple[Array, Array, Array],
     walked: Callable[..., tuple[Queries, Float[Array, "b h k"]]],
 ) -> tuple[Queries, Float[Array, "b h k"]]:
     """Attention, and how much each token is paid in the map that a selector of width 1 predicts, float32 [b h k].
@@ -158,7 +158,7 @@ def attention_and_selector_sums(
     A kernel where the program is compiled for a TPU or an NVIDIA GPU and the shapes fit; else `walked(query, key,
     value, *layers)`, which is the same by XLA.
 
-    layers  of the selector: kernel [h f], bias [f], kernel [f h], bias [h].
+    layers  of the selector: kernel [h f], bias [f], kernel [f h].
     """
     forms = {}
     if tpu_attention.supports_selector(query, key, layers[0].shape[1]):

@@ -221,14 +221,12 @@ def attention_and_selector_sums(
     expand: Float[Array, "h f"],
     expand_bias: Float[Array, " f"],
     contract: Float[Array, "f h"],
-    contract_bias: Float[Array, " h"],
 ) -> tuple[Queries, Float[Array, "b h k"]]:
     """Attention, and the column sums [b h k] of the map that a selector of width 1 predicts from its logits.
 
     For arrays that `supports_selector` names. The selector mixes heads in half precision and adds up in float32; no
     gradient passes through the sums.
     """
-    del contract_bias  # it is the same for all keys of a row, and softmax takes it out again
     if is_short(query, key):
         out, logits = _divided_attention("logits")(query, key, value)
     else:
@@ -238,7 +236,7 @@ def attention_and_selector_sums(
 
 def _selected_forward(query, key, value, *layers):
     out, pullback = _training(query, key, value)
-    sums = _divided_sums(key.shape[1])(_divided_logits()(query, key), *layers[:3])
+    sums = _divided_sums(key.shape[1])(_divided_logits()(query, key), *layers)
     return (out, sums), (pullback, layers)
 
 
@@ -288,7 +286,7 @@ def _selector_sums(logits, expand, expand_bias, contract, keys):
     programs = pl.cdiv(queries * block, cut.slots * _STEPS)
     kernel = functools.partial(
         selector_kernel,
-        sizes=Heads(queries, keys, 0), heads=heads, block=block, slots=cut.slots, steps=_STEPS,
+        queries=queries, keys=keys, heads=heads, block=block, slots=cut.slots, steps=_STEPS,
         widths=cut.widths,
     )  # fmt: skip
     found = pl.pallas_call(

@@ -136,7 +136,7 @@ def for_steps(
 
 def selector_kernel(
     logits_ref: Any, spread_ref: Any, bias_ref: Any, gather_ref: Any, out_ref: Any,
-    *, sizes: Heads, heads: int, block: int, slots: int, steps: int, widths: Sequence[int],
+    *, queries: int, keys: int, heads: int, block: int, slots: int, steps: int, widths: Sequence[int],
 ) -> None:  # fmt: skip
     """The sums over `steps` steps of the softmax of mixed logits, for each of the `slots` rows of a step.
 
@@ -149,17 +149,17 @@ def selector_kernel(
 
     def step(i, sums):
         at = first + i * slots
-        valid = (at + slot < sizes.queries * block) & (slot % block < heads)
+        valid = (at + slot < queries * block) & (slot % block < heads)
         maps = []
         for start, width in pieces:
-            is_key = start + jnp.arange(width) < sizes.keys
+            is_key = start + jnp.arange(width) < keys
             at_keys = pl.ds(at, slots), pl.ds(start, width)
             inside = valid[:, None] & is_key[None]
             logits = plgpu.load(logits_ref.at[at_keys], mask=inside, other=0)
             # Keys are rows from here on: a product's result is the next one's left side as it lies in registers.
             channels = plgpu.dot(logits.T, spread).astype(jnp.float16) + bias[None]
             x = plgpu.dot(jnp.clip(channels, 0, _LARGEST), gather)
-            within = start + width <= sizes.keys
+            within = start + width <= keys
             maps.append(x if within else jnp.where(is_key[:, None], x, -jnp.inf))
         largest = functools.reduce(jnp.maximum, (x.max(axis=0) for x in maps))
         maps = [jnp.exp2(x - largest[None]) for x in maps]

@@ -299,14 +299,12 @@ def attention_and_selector_sums(
     expand: Float[Array, "h f"],
     expand_bias: Float[Array, " f"],
     contract: Float[Array, "f h"],
-    contract_bias: Float[Array, " h"],
 ) -> tuple[Queries, Float[Array, "b h k"]]:
     """Attention, and the column sums [b h k] of the map that a selector of width 1 predicts from its logits.
 
     For shapes that `supports` and `selector_blocks` name. The selector's two layers mix heads in bfloat16 and add up in
     float32; no gradient passes through the sums.
     """
-    del contract_bias  # it is the same for all keys of a row, and softmax takes it out again
     layers = _for_groups(expand, expand_bias, contract)
     out, sums = _selected_divided()(query, key, value, *layers)
     return out, sums
