@@ -118,10 +118,13 @@ def test_backward_is_that_of_attention_for_odd_numbers_too(call, tokens, interpr
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
-@pytest.mark.parametrize("plan", ["selective", "previous"])
-def test_a_model_of_kernels_chooses_and_learns_as_without_them(plan, as_gpu, monkeypatch):
+@pytest.mark.parametrize(
+    ("plan", "own"),
+    [("selective", {}), ("selective", {"selector_query_stride": 2}), ("previous", {})],
+)
+def test_a_model_of_kernels_chooses_and_learns_as_without_them(plan, own, as_gpu, monkeypatch):
     """In bfloat16: logits and gradients as near to float32's as those of the plain form, and nearly the same tokens."""
-    fields = {"plan": plan, "keep_rate": 0.5, "embed_dim": 64, "depth": 2}
+    fields = {"plan": plan, "keep_rate": 0.5, "embed_dim": 64, "depth": 2} | own
     images = random_images(2)
 
     def run(dtype):

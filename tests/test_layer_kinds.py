@@ -119,25 +119,34 @@ def test_task_loss_leaves_selectors_alone_and_selector_loss_leaves_the_rest_alon
                 assert not has_grad, name
 
 
-def test_fit_layers_report_the_divergence_and_recall_of_whole_maps():
-    model = noisy(small_model(plan="selective_fit", keep_rate=0.5))
+def first_layers(model, images, count):
+    """The logits [b h q k] of the first layers, as in a textbook."""
+    found = []
+
+    def record(query, key, value):
+        logits = jnp.einsum("bqhc,bkhc->bhqk", query, key) / query.shape[-1] ** 0.5
+        found.append(logits)
+        return jnp.einsum("bhqk,bkhc->bqhc", jax.nn.softmax(logits), value), None
+
+    tokens = model.embed(images)
+    for block in model.blocks[:count]:
+        tokens, _ = block(tokens, record)
+    return found
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_fit_layers_report_the_divergence_and_recall_of_whole_maps(stride):
+    """With a stride, the recall of the scores that selection would use."""
+    fields = {"keep_rate": 0.5, "selector_query_stride": stride}
+    model = noisy(small_model(plan="selective_fit", **fields))
     chunked = VisionTransformer(dataclasses.replace(model.config, map_chunk=5), rngs=nnx.Rngs(0))
     chunked = set_params(split(chunked)[0], get_params(model))
     images = random_images()
     out = forward(model, images)
     chex.assert_trees_all_close(out.aux, forward(chunked, images).aux, atol=1e-5)
 
-    maps, logits = [], []
-
-    def record(query, key, value):
-        attn_logits = jnp.einsum("bqhc,bkhc->bhqk", query, key) / query.shape[-1] ** 0.5
-        logits.append(attn_logits)
-        maps.append(jax.nn.softmax(attn_logits))
-        return jnp.einsum("bhqk,bkhc->bqhc", maps[-1], value), None
-
-    tokens = model.embed(images)
-    for block in model.blocks[:2]:
-        tokens, _ = block(tokens, record)
+    logits = first_layers(model, images, 2)
+    maps = [jax.nn.softmax(x) for x in logits]
     found = model.kinds[1].selector(logits[0])
     divergence = (maps[1] * (jnp.log(maps[1]) - found)).sum(-1).mean((1, 2))
     np.testing.assert_allclose(out.aux["selector/kl/1"], divergence, atol=1e-6)
@@ -146,9 +155,30 @@ def test_fit_layers_report_the_divergence_and_recall_of_whole_maps():
         return [set(np.argsort(-row)[:8]) for row in np.asarray(scores)[:, 1:]]
 
     truth = best(maps[1].sum(2).mean(1))
-    for name, scores in (("selector", jnp.exp(found)), ("previous", maps[0])):
+    for name, scores in (("selector", jnp.exp(found)[:, :, ::stride]), ("previous", maps[0])):
         share = [len(a & b) / 8 for a, b in zip(truth, best(scores.sum(2).mean(1)), strict=True)]
         np.testing.assert_allclose(out.aux[f"{name}/recall/1"], share, atol=1e-6)
+
+
+@pytest.mark.parametrize("fields", [{}, {"map_chunk": 5}, {"kernel_size": 3}])
+def test_scores_are_sums_over_the_rows_that_the_selector_reads(fields):
+    """Only they change: attention is that of all rows."""
+    images = random_images()
+    model = noisy(small_model(keep_rate=0.5, selector_query_stride=4, **fields))
+    graphdef, params = split(model)
+    state = jax.jit(
+        lambda p, x: (m := set_params(graphdef, p)).layers(m.embed(x), key=None, train=False)
+    )(params, images)
+    (logits,) = first_layers(model, images, 1)
+    predicted = jnp.exp(model.kinds[1].selector(logits))
+    wanted = predicted[:, :, ::4].sum(axis=2).mean(axis=1)
+    np.testing.assert_allclose(state.scores[0], wanted, atol=1e-5)
+    every = small_model(keep_rate=1.0, selector_query_stride=4, **fields)
+    dense = set_params(split(small_model())[0], {k: params[k] for k in get_params(small_model())})
+    every = set_params(split(every)[0], params)
+    np.testing.assert_allclose(
+        forward(every, images).logits, forward(dense, images).logits, atol=1e-5
+    )
 
 
 def test_a_shared_selection_is_made_once_and_one_kind_differs_from_another():

@@ -80,9 +80,12 @@ def test_kernels_equal_the_plain_form(heads, queries, keys, rows, biased):
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
-@pytest.mark.parametrize("rows", [0, 32])
-def test_the_selector_in_a_kernel_is_the_selector(rows, monkeypatch):
-    """Column sums of the predicted map, over whole groups of rows and over a last one that is not full."""
+@pytest.mark.parametrize(("rows", "stride"), [(0, 1), (32, 1), (0, 2), (32, 4), (32, 8)])
+def test_the_selector_in_a_kernel_is_the_selector(rows, stride, monkeypatch):
+    """Column sums of the predicted map, over whole groups of rows and over a last one that is not full.
+
+    With a stride, also where a tile has fewer of the rows that are read than a group.
+    """
     interpreted = functools.partial(pallas.pallas_call, interpret=True)
     monkeypatch.setattr(tpu_attention.pl, "pallas_call", interpreted)
     if rows:
@@ -91,12 +94,13 @@ def test_the_selector_in_a_kernel_is_the_selector(rows, monkeypatch):
     expand, contract = normal(3, 2, 5), normal(4, 5, 2)
     first, second = normal(5, 5), normal(6, 2)
     layers = tpu_attention._for_groups(expand, first, contract, jnp.float32)
-    out, sums = tpu_attention._selected(query, key, value, *layers)
+    out, sums = tpu_attention._selected(query, key, value, *layers, stride=stride)
     logits = jnp.einsum("bqhc,bkhc->bqkh", query, key) / 8
     hidden = jax.nn.relu(logits @ expand + first[None, None, None])
     found = jax.nn.softmax(hidden @ contract + second[None, None, None], axis=2)
     np.testing.assert_allclose(out, reference(query, key, value)[0], atol=1e-5)
-    np.testing.assert_allclose(sums, found.sum(axis=1).transpose(0, 2, 1), atol=1e-5)
+    found = found[:, ::stride].sum(axis=1).transpose(0, 2, 1)
+    np.testing.assert_allclose(sums, found, atol=1e-5)
 
 
 def test_a_model_of_kernels_chooses_and_answers_as_without_them(as_tpu, monkeypatch):

@@ -35,6 +35,17 @@ def test_gmacs_are_those_of_the_arithmetic(size, rate, expected, selectors):
     assert gmacs(config) == pytest.approx(expected + selectors, abs=0.0011)
 
 
+def test_reading_fewer_rows_costs_a_selector_less():
+    fields = {"keep_rate": 0.5, "plan": "selective"}
+    whole, half = (
+        variant_config("deit_small_patch16_224", **fields, selector_query_stride=stride)
+        for stride in (1, 2)
+    )
+    # Six selectors, each 6 to 12 to 6 channels for 197 keys of 197 or 99 rows.
+    saved = 6 * (6 * 12 + 12 * 6) * 197 * (197 - 99) / 1e9
+    assert gmacs(whole) - gmacs(half) == pytest.approx(saved, abs=1e-9)
+
+
 @pytest.mark.parametrize(
     ("name", "millions"),  # published parameter counts
     [
@@ -129,6 +140,7 @@ def test_output_fields_and_other_image_sizes():
         ("vit", {"num_heads": 5}, "num_heads=5 does not divide embed_dim=384"),
         ("vit", {"image_size": 225}, "not a multiple of patch_size=16; the nearest that is: 224"),
         ("vit", {"selector_hidden": 3}, "below 2 * num_heads = 12"),
+        ("vit", {"selector_query_stride": 3}, "selector_query_stride"),
         ("vit", {"kernel_size": 2}, "kernel_size=2 must be odd"),
         ("vit", {"map_chunk": -1}, "map_chunk=-1 must be positive"),
         ("vit", {"dtype": "float23"}, "did you mean 'float32'"),

@@ -152,6 +152,7 @@ def attention_and_selector_sums(
     value: Keys,
     layers: tuple[Array, Array, Array],
     walked: Callable[..., tuple[Queries, Float[Array, "b h k"]]],
+    stride: int = 1,
 ) -> tuple[Queries, Float[Array, "b h k"]]:
     """Attention, and how much each token is paid in the map that a selector of width 1 predicts, float32 [b h k].
 
@@ -159,12 +160,17 @@ def attention_and_selector_sums(
     value, *layers)`, which is the same by XLA.
 
     layers  of the selector: kernel [h f], bias [f], kernel [f h].
+    stride  the selector reads every stride-th row of the map, from the first one on; its sums are of these rows.
     """
+
+    def form(kernels):
+        return lambda *arrays: kernels.attention_and_selector_sums(*arrays, stride)
+
     forms = {}
-    if tpu_attention.supports_selector(query, key, layers[0].shape[1]):
-        forms["tpu"] = tpu_attention.attention_and_selector_sums
+    if tpu_attention.supports_selector(query, key, layers[0].shape[1], stride):
+        forms["tpu"] = form(tpu_attention)
     if gpu_attention.supports_selector(query, key) and _has_cuda():
-        forms["cuda"] = gpu_attention.attention_and_selector_sums
+        forms["cuda"] = form(gpu_attention)
     arrays = query, key, value, *layers
     return (
         jax.lax.platform_dependent(*arrays, **forms, default=walked) if forms else walked(*arrays)

@@ -213,7 +213,7 @@ def _call(kernel, name, grid, arrays, shapes, *, warps, stages):
 # What a selector reads ------------------------------------------------------------------------------------------------
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def attention_and_selector_sums(
     query: Queries,
     key: Keys,
@@ -221,26 +221,30 @@ def attention_and_selector_sums(
     expand: Float[Array, "h f"],
     expand_bias: Float[Array, " f"],
     contract: Float[Array, "f h"],
+    stride: int = 1,
 ) -> tuple[Queries, Float[Array, "b h k"]]:
     """Attention, and the column sums [b h k] of the map that a selector of width 1 predicts from its logits.
 
-    For arrays that `supports_selector` names. The selector mixes heads in half precision and adds up in float32; no
-    gradient passes through the sums.
+    For arrays that `supports_selector` names. The selector reads every stride-th row of the logits, mixes heads in half
+    precision and adds up in float32; no gradient passes through the sums.
     """
-    if is_short(query, key):
+    if is_short(query, key) and stride == 1:
         out, logits = _divided_attention("logits")(query, key, value)
     else:
-        out, logits = cudnn_attention(query, key, value), _divided_logits()(query, key)
+        plain = attention if is_short(query, key) else cudnn_attention
+        out = plain(query, key, value)
+        logits = _divided_logits()(query[:, ::stride], key)
     return out, _divided_sums(key.shape[1])(logits, expand, expand_bias, contract)
 
 
-def _selected_forward(query, key, value, *layers):
+def _selected_forward(query, key, value, expand, expand_bias, contract, stride):
+    layers = expand, expand_bias, contract
     out, pullback = _training(query, key, value)
-    sums = _divided_sums(key.shape[1])(_divided_logits()(query, key), *layers)
-    return (out, sums), (pullback, layers)
+    logits = _divided_logits()(query[:, ::stride], key)
+    return (out, _divided_sums(key.shape[1])(logits, *layers)), (pullback, layers)
 
 
-def _selected_backward(arrays, grads):
+def _selected_backward(stride, arrays, grads):
     pullback, layers = arrays
     return (*pullback(grads[0]), *map(jnp.zeros_like, layers))
 

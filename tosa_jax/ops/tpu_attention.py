@@ -28,6 +28,7 @@ from tosa_jax.ops.tpu_kernels import (
     backward_kernel,
     forward_kernel,
     mixed_rows,
+    stride_memory,
 )
 
 # Bytes a grid step may hold; a TPU core's kernels may have 16 MiB without asking.
@@ -76,11 +77,12 @@ def _round_up(count: int, multiple: int) -> int:
 
 
 def selector_blocks(
-    queries: int, keys: int, heads: int, head_dim: int, hidden: int
+    queries: int, keys: int, heads: int, head_dim: int, hidden: int, stride: int = 1
 ) -> Blocks | None:
     """Blocks where a selector reads the logits: all heads, because it mixes them, and whole groups of rows.
 
     hidden  channels between the selector's layers.
+    stride  it reads every stride-th row; a divisor of 8, so that every tile begins with a row that is read.
     """
     width, together = _round_up(heads * head_dim, LANES), mixed_rows(heads)
     for tiles in range(1, 1 + math.ceil(queries / together)):
@@ -91,6 +93,8 @@ def selector_blocks(
         mixed = together * (4 * heads + 6 * hidden)
         maps = _round_up(keys, LANES) * (10 * heads * rows + mixed)
         operands += 2 * 2 * 2 * together**2 * heads * hidden
+        if stride > 1:
+            maps += 4 * math.prod(stride_memory(heads, rows, keys, stride))
         if operands + maps <= _VMEM:
             return Blocks(heads, rows)
     return None
@@ -104,11 +108,11 @@ def supports(query: Queries, key: Keys) -> bool:
     return query.dtype == jnp.bfloat16 and large and fits is not None
 
 
-def supports_selector(query: Queries, key: Keys, hidden: int) -> bool:
+def supports_selector(query: Queries, key: Keys, hidden: int, stride: int = 1) -> bool:
     """Whether a kernel takes these arrays and a selector of width 1 with `hidden` channels between its layers."""
     _, keys, heads, head_dim = key.shape
-    fits = selector_blocks(query.shape[1], keys, heads, head_dim, hidden)
-    return supports(query, key) and fits is not None
+    fits = selector_blocks(query.shape[1], keys, heads, head_dim, hidden, stride)
+    return supports(query, key) and fits is not None and SUBLANES % stride == 0
 
 
 # Calls of the kernels, on the arrays of one device -------------------------------------------------------------------
@@ -130,12 +134,11 @@ class _Call(NamedTuple):
     fields: dict
 
     @classmethod
-    def of(
-        cls, query: Queries, key: Keys, value: Keys, biased: bool, hidden: int | None = None
-    ) -> "_Call":
+    def of(cls, query: Queries, key: Keys, value: Keys, biased: bool, *selector: int) -> "_Call":
+        """`selector` has, where there is one, the last arguments of `selector_blocks`."""
         b, queries, heads, head_dim = query.shape
         shape = queries, key.shape[1], heads, head_dim
-        size = blocks(*shape) if hidden is None else selector_blocks(*shape, hidden)
+        size = selector_blocks(*shape, *selector) if selector else blocks(*shape)
         assert size is not None, "`supports` was asked before"
         width = size.heads * head_dim
         grid = (b, heads // size.heads, -(-queries // size.rows))
@@ -161,10 +164,10 @@ class _Call(NamedTuple):
         return pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
 
 
-def _forward(query, key, value, *bias, summed: bool, mixing: tuple[jax.Array, ...] = ()):
+def _forward(query, key, value, *bias, summed: bool, mixing: tuple[jax.Array, ...] = (), stride=0):
     b, queries, heads, _ = query.shape
-    hidden = len(mixing[0]) // mixed_rows(heads) if mixing else None
-    call = _Call.of(query, key, value, bool(bias), hidden)
+    selector = (len(mixing[0]) // mixed_rows(heads), stride) if mixing else ()
+    call = _Call.of(query, key, value, bool(bias), *selector)
     keys, block = key.shape[1], call.blocks.heads
     in_specs = list(call.specs)
     if bias:
@@ -174,9 +177,11 @@ def _forward(query, key, value, *bias, summed: bool, mixing: tuple[jax.Array, ..
     if summed:
         out_specs.append(pl.BlockSpec((1, 1, block, keys), lambda i, h, t: (i, h, 0, 0)))
         out_shape.append(jax.ShapeDtypeStruct((b, heads // block, block, keys), jnp.float32))
+    memory = [stride_memory(heads, call.blocks.rows, keys, stride)] if stride > 1 else []
     out, *sums = pl.pallas_call(
-        functools.partial(forward_kernel, summed=summed, mixed=bool(mixing), **call.fields),
+        functools.partial(forward_kernel, summed=summed, stride=stride, **call.fields),
         grid=call.grid, in_specs=in_specs, out_specs=out_specs, out_shape=out_shape,
+        scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in memory],
         compiler_params=call.order, name="attention",
     )(*call.operands, *(x[:, None] for x in bias), *mixing)  # fmt: skip
     return (out.reshape(query.shape), *(x.reshape(b, heads, keys) for x in sums))
@@ -220,10 +225,14 @@ def _divided(biased: bool, summed: bool = False, backward: bool = False) -> Call
 
 
 @functools.cache
-def _selected_divided() -> Callable:
+def _selected_divided(stride: int) -> Callable:
     """The kernel with a selector, which mixes heads: they are not divided."""
     rule = "b q h c, b k h c, b k h c, e r, e s, u v -> b q h c, b h k"
-    return divide(_selected, rule, ("q", "h", "c", "k", "e", "r", "s", "u", "v"))
+    return divide(
+        functools.partial(_selected, stride=stride),
+        rule,
+        ("q", "h", "c", "k", "e", "r", "s", "u", "v"),
+    )
 
 
 @jax.custom_vjp
@@ -286,12 +295,12 @@ def _for_groups(
     return first.astype(dtype), column, (second * math.log2(math.e)).astype(dtype)
 
 
-def _selected(query, key, value, *layers):
+def _selected(query, key, value, *layers, stride):
     """`attention_and_selector_sums` on the arrays of one device."""
-    return _forward(query, key, value, summed=True, mixing=layers)
+    return _forward(query, key, value, summed=True, mixing=layers, stride=stride)
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def attention_and_selector_sums(
     query: Queries,
     key: Keys,
@@ -299,22 +308,25 @@ def attention_and_selector_sums(
     expand: Float[Array, "h f"],
     expand_bias: Float[Array, " f"],
     contract: Float[Array, "f h"],
+    stride: int = 1,
 ) -> tuple[Queries, Float[Array, "b h k"]]:
     """Attention, and the column sums [b h k] of the map that a selector of width 1 predicts from its logits.
 
-    For shapes that `supports` and `selector_blocks` name. The selector's two layers mix heads in bfloat16 and add up in
-    float32; no gradient passes through the sums.
+    For shapes that `supports_selector` names. The selector reads every stride-th row of the logits; its two layers mix
+    heads in bfloat16 and add up in float32. No gradient passes through the sums.
     """
     layers = _for_groups(expand, expand_bias, contract)
-    out, sums = _selected_divided()(query, key, value, *layers)
+    out, sums = _selected_divided(stride)(query, key, value, *layers)
     return out, sums
 
 
-def _selected_forward(query, key, value, *layers):
-    return attention_and_selector_sums(query, key, value, *layers), (query, key, value, layers)
+def _selected_forward(query, key, value, expand, expand_bias, contract, stride):
+    layers = expand, expand_bias, contract
+    found = attention_and_selector_sums(query, key, value, *layers, stride)
+    return found, (query, key, value, layers)
 
 
-def _selected_backward(arrays, grads):
+def _selected_backward(stride, arrays, grads):
     *heads, layers = arrays
     of_heads = _divided(False, backward=True)(*heads, grads[0])
     return (*of_heads, *(jnp.zeros_like(x) for x in layers))

@@ -76,17 +76,20 @@ def _scaled(query: jax.Array, head_dim: int) -> jax.Array:
 
 
 def forward_kernel(
-    *refs, head_dim: int, heads: int, queries: int, biased: bool, summed: bool, mixed: bool
+    *refs, head_dim: int, heads: int, queries: int, biased: bool, summed: bool, stride: int
 ):
     """Attention of a tile of queries, and column sums of its map or of the map that a selector predicts.
 
     refs     query [1 rows w], key and value [1 k w], then the bias [1 1 k] if `biased` and the selector's layers if
-             `mixed`; then the results: output [1 rows w] and, if `summed`, sums [1 1 heads k], added up over tiles.
+             there is a `stride`; then the results: output [1 rows w] and, if `summed`, sums [1 1 heads k], added up
+             over tiles; then, for strides above 1, `stride_memory`.
     queries  rows of the whole array; what a last tile holds beyond them counts for nothing.
+    stride   the selector reads every stride-th row, from the first one on; 0: there is no selector.
     """
     query_ref, key_ref, value_ref, *rest = refs
     bias_ref = rest.pop(0) if biased else None
-    mixing = [rest.pop(0)[...] for _ in range(3 if mixed else 0)]
+    mixing = [rest.pop(0)[...] for _ in range(3 if stride else 0)]
+    memory_ref = rest.pop() if stride > 1 else None
     out_ref, sums_ref = rest if summed else (rest[0], None)
     tile = pl.program_id(2)
     groups = _groups(heads, head_dim)
@@ -107,8 +110,11 @@ def forward_kernel(
         out_ref[0, :, group.lanes] = group.join(parts, head_dim).astype(out_ref.dtype)
     if sums_ref is None:
         return
-    if mixed:
-        sums = _sums_of_prediction(logits, mixing, tile, queries)
+    if stride:
+        read = logits if memory_ref is None else _every_row(logits, stride, memory_ref)
+        rows = logits[0].shape[0]
+        left = jnp.minimum(rows, queries - tile * rows) if queries % rows else rows
+        sums = _sums_of_prediction(read, mixing, pl.cdiv(left, stride))
     else:
         sums = _join_rows(
             (x * _rows_inside(scale, tile, queries)).sum(axis=0, keepdims=True)
@@ -121,10 +127,34 @@ def _join_rows(rows: Iterable[jax.Array]) -> jax.Array:
     return jnp.concatenate(list(rows), axis=0)
 
 
-def _sums_of_prediction(logits: list[jax.Array], mixing, tile: jax.Array, queries: int):
+def stride_memory(heads: int, rows: int, keys: int, stride: int) -> tuple[int, ...]:
+    """The shape of the float32 memory that rows of logits are read from a stride apart, whole groups of them."""
+    span = mixed_rows(heads) * stride
+    return heads, -(-keys // LANES), -(-rows // span) * span, LANES
+
+
+def _every_row(logits: list[jax.Array], stride: int, memory_ref) -> list[jax.Array]:
+    """Every stride-th row of each head's logits, and 0 beyond the last one up to a whole group of rows.
+
+    A TPU reads rows that are apart from memory alone, and only where a row is one register wide.
+    """
+    rows, keys = logits[0].shape
+    heads, blocks, room, _ = memory_ref.shape
+    if room > rows:
+        memory_ref[:, :, rows:] = jnp.zeros((heads, blocks, room - rows, LANES), jnp.float32)
+    for head, x in enumerate(logits):
+        for block in range(blocks):
+            part = x[:, block * LANES : (block + 1) * LANES]
+            memory_ref[head, block, :rows, : part.shape[1]] = part
+    read = memory_ref[:, :, pl.ds(0, room // stride, stride), :]
+    return [jnp.concatenate(list(x), axis=1)[:, :keys] for x in read]
+
+
+def _sums_of_prediction(logits: list[jax.Array], mixing, count: int | jax.Array) -> jax.Array:
     """Column sums [heads keys] of the map that a selector predicts from logits [rows keys], one array a head.
 
     mixing  the layers of `for_groups`.
+    count   rows that count; those after them hold anything that is finite.
     """
     expand, expand_bias, contract = mixing
     heads, rows = len(logits), logits[0].shape[0]
@@ -137,10 +167,9 @@ def _sums_of_prediction(logits: list[jax.Array], mixing, tile: jax.Array, querie
         found = _dot(contract, hidden.astype(contract.dtype), 1, 0)
         found = jnp.exp2(found - found.max(axis=1, keepdims=True))
         scale = 1 / found.sum(axis=1, keepdims=True)
-        if queries % rows:
+        if not isinstance(count, int) or first + together > count:
             place = jax.lax.broadcasted_iota(jnp.int32, scale.shape, 0)
-            row = tile * rows + first + jax.lax.rem(place, together)
-            scale = jnp.where(row < queries, scale, 0)
+            scale = jnp.where(first + jax.lax.rem(place, together) < count, scale, 0)
         found = found * scale
         total += _join_rows(
             found[h * together : (h + 1) * together].sum(axis=0, keepdims=True)

@@ -19,6 +19,7 @@ from tosa_jax.models.token_state import LayerContext, LayerSpec, TokenState
 from tosa_jax.models.vit_config import ViTConfig
 from tosa_jax.ops.array_types import Heads, Scores
 from tosa_jax.ops.attention import (
+    attention,
     attention_and_selector_sums,
     attention_logits,
     column_sums,
@@ -52,13 +53,17 @@ class Selective(SelectiveLayer):
             return column_sums(jnp.exp(selector(logits)))
 
         def walked(query, key, value, *_):
-            out, sums = walk_map(query, key, value, summarise, chunk=self.map_chunk)
+            rows = query[:, :: selector.query_stride]
+            out, sums = walk_map(rows, key, value, summarise, chunk=self.map_chunk)
+            out = out if selector.query_stride == 1 else attention(query, key, value)
             return out, jax.lax.stop_gradient(sums)
 
         if selector.size > 1:
             out, sums = walked(query, key, value)
         else:
-            out, sums = attention_and_selector_sums(query, key, value, selector.layers(), walked)
+            out, sums = attention_and_selector_sums(
+                query, key, value, selector.layers(), walked, selector.query_stride
+            )
         return out, pool_heads(sums, self.head_pool)
 
     def own_macs(self, block: Block) -> int:
@@ -120,19 +125,25 @@ class SelectiveFit(Selective):
         before_query, before_key = before
         selector = self.selector
         assert selector is not None  # only the first layer of a group compares, and it has one
+        place = jnp.arange(query.shape[1])
+        read = jnp.where(
+            place % selector.query_stride, 0, 1
+        )  # the rows that scores are summed over
 
-        def summarise(logits, attn_map, before_rows):
+        def summarise(logits, attn_map, rows):
+            before_rows, read = rows
             own_logits = attention_logits(before_rows, before_key)
             found = selector(own_logits)
             logits, attn_map = jax.lax.stop_gradient((logits, attn_map))
             return {
                 "kl": map_kl(logits, found),
                 "true": column_sums(attn_map),
-                "found": column_sums(jnp.exp(found)),
+                "found": column_sums(jnp.exp(found) * read[:, None, :, None]),
                 "own": column_sums(jax.nn.softmax(own_logits, axis=-1)),
             }
 
-        return walk_map(query, key, value, summarise, rows=before_query, chunk=self.map_chunk)
+        rows = before_query, jnp.broadcast_to(read, query.shape[:2])
+        return walk_map(query, key, value, summarise, rows=rows, chunk=self.map_chunk)
 
 
 METHODS = (
