@@ -48,6 +48,11 @@ class Output(NamedTuple):
     scores: tuple[Scores, ...] = ()
 
     @property
+    def layer_losses(self) -> PerExample | float:
+        """What layers add to the loss of each example in training, [b]: the sum of `aux` under "loss/"; 0: nothing."""
+        return sum((x for name, x in self.aux.items() if name.startswith("loss/")), start=0.0)
+
+    @property
     def logits(self) -> Any:
         """Floats [b c]; None for a model without classes."""
         return self.predictions.get("logits")
