@@ -405,13 +405,35 @@ def dynamicvit(layers, x, rate):
     return pruned(layers, x, rate, scores, [int(total * rate**stage) for stage in (1, 2, 3)])
 
 
+def head_weighted_row(layer, x):
+    _, attn_map, _, value = layer.attention(x)
+    length = np.linalg.norm(attn_map @ value, axis=2)[:, 1:]
+    return (attn_map[:, 0, 1:] * length / length.sum(axis=0)).sum(axis=0)
+
+
 def as_vit(layers, x, rate):
     def scores(before, layer, x):
         if "threshold" not in layer.own:
             return None
-        layer, x = before
-        _, attn_map, _, value = layer.attention(x)
-        length = np.linalg.norm(attn_map @ value, axis=2)[:, 1:]
-        return (attn_map[:, 0, 1:] * length / length.sum(axis=0)).sum(axis=0)
+        return head_weighted_row(*before)
 
     return pruned(layers, x, rate, scores)
+
+
+def psvit(layers, x, grids):
+    """`grids`: rows and columns before each layer that pools, and after it; None: a layer that shares its map."""
+    owner, attn_map = np.arange(len(x)), None
+    for layer, sides in zip(layers, grids, strict=True):
+        if sides is not None:
+            (rows, columns), (h, w) = sides
+            groups = [[0]]
+            for i in range(h):
+                for j in range(w):
+                    inside = range(i * rows // h, -(-(i + 1) * rows // h))
+                    along = range(j * columns // w, -(-(j + 1) * columns // w))
+                    groups.append([1 + y * columns + z for y in inside for z in along])
+            owner = rows_of(groups, len(x))[owner]
+            x = np.stack([x[g].mean(axis=0) for g in groups])
+            attn_map = layer.map_of(x, np.ones(len(x)))
+        x = layer.mlp(x + layer.attend(x, attn_map, layer.qkv(x)[2]))
+    return x, owner

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import published
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from small import small_model
 from test_layer_kinds import noisy
 
@@ -85,6 +86,10 @@ CASES = {
         {"plan": ("standard", "ailurus"), "keep_rate": 0.5},
         functools.partial(published.ailurus, columns=4, rate=0.5, space=1.0, neighbours=5),
     ),
+    "psvit": (
+        {"plan": ("psvit", "psvit_share"), "keep_rate": 0.3},
+        functools.partial(published.psvit, grids=(((4, 4), (2, 2)), None)),
+    ),
     "token_learner": (
         {"plan": ("standard", "token_learner"), "keep_rate": 0.25}, published.token_learner
     ),
@@ -123,8 +128,11 @@ def gradients(graphdef, params, tokens):
     return jax.grad(loss)(params)
 
 
-def tokens_of(batch=3, seed=1):
-    return jax.random.normal(jax.random.key(seed), (batch, 17, 16))
+def tokens_of(dtype=jnp.float32):
+    """Tokens of four images, one on each of four devices."""
+    tokens = jax.random.normal(jax.random.key(1), (4, 17, 16), dtype)
+    mesh = Mesh(np.array(jax.devices()[:4]), "data")
+    return jax.device_put(tokens, NamedSharding(mesh, PartitionSpec("data")))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -146,13 +154,27 @@ def test_it_computes_what_was_published_and_trains(name):
     assert not [p for p, g in grads.items() if p.startswith("blocks/") and not np.abs(g).max()]
 
 
+def test_an_untrained_selector_tells_mctf_what_the_map_before_does():
+    model = network(plan=("standard", "mctf_predicted"), removed=(5,))
+    fresh = get_params(small_model(depth=2, plan=("standard", "mctf_predicted"), removed=(5,)))
+    graphdef, params = split(model)
+    params = params | {path: x for path, x in fresh.items() if path.startswith("kinds/")}
+    tokens = tokens_of()
+    _, grid = run(graphdef, params, tokens)
+    statement, layers = CASES["mctf, previous map"][1], published.layers_of(model)
+    for image, x in enumerate(np.asarray(tokens, np.float64)):
+        left, owner = statement(layers, x)
+        np.testing.assert_allclose(grid[image], left[owner], atol=1e-5)
+    assert [path for path in params if "selector" in path]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_in_bfloat16_it_is_finite_and_near(name):
     fields, _ = CASES[name]
     model, tokens = network(**fields), tokens_of()
     graphdef, params = split(model)
     narrow = small_model(depth=2, **fields, dtype="bfloat16")
-    few, grid = run(split(narrow)[0], params, tokens.astype(jnp.bfloat16))
+    few, grid = run(split(narrow)[0], params, tokens_of(jnp.bfloat16))
     wide, _ = run(graphdef, params, tokens)
     few, grid = np.asarray(few, np.float32), np.asarray(grid, np.float32)
     assert np.isfinite(few).all() and np.isfinite(grid).all()
@@ -192,15 +214,19 @@ def test_a_learned_choice_masks_in_training(name):
         grads = [jax.grad(loss, has_aux=True)(params, part) for part in (0.0, 1.0)]
         return [grad for grad, _ in grads], grads[0][1]
 
-    if name == "as_vit":  # some patches above the threshold and some below
-        params = params | {"kinds/1/threshold": jnp.asarray(0.04)}
+    layers = published.layers_of(model)
+    if (
+        name == "as_vit"
+    ):  # half of a first image's patches are above the threshold, one of them hardly
+        first = np.asarray(tokens[0], np.float64)
+        threshold = np.sort(published.head_weighted_row(layers[0], first))[8] - 1e-4
+        params = params | {"kinds/1/threshold": jnp.asarray(threshold, jnp.float32)}
     grads, (state, losses) = trained(params)
     policy = np.asarray(state.policy)
     assert set(policy.ravel()) == {0.0, 1.0} and (policy[:, 0] == 1).all()
     share = policy[:, 1:].mean()
     missed = abs(share - 10 / 16)
     np.testing.assert_allclose(losses, 2 * missed ** (2 if name == "dynamicvit" else 1), atol=1e-6)
-    layers = published.layers_of(model)
     for image, x in enumerate(np.asarray(tokens, np.float64)):
         left = layers[1](layers[0](x)[policy[image] > 0])
         np.testing.assert_allclose(state.tokens[image, 0], left[0], atol=2e-5)
@@ -273,10 +299,13 @@ def test_a_schedule_is_read_from_a_file(tmp_path):
         ),
         ({"plan": "diffrate", "merged_to": (9, 8, 7)}, "a schedule for 3 layers, but depth=2"),
         ({"plan": "diffrate", "merged_to": (9, 1)}, "leaves layer 1 1 tokens; the least is 2"),
+        ({"plan": ("evit", "standard", "psvit"), "depth": 3}, "'evit' before it may leave none"),
+        ({"plan": ("evit", "standard", "expedit"), "depth": 3}, "needs all 17 tokens"),
+        ({"plan": ("as_vit", "standard")}, "needs a standard layer before it"),
         ({"plan": "tome", "keep_rate": 0.2}, "merges half of the patches at most and leaves 9"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(fields, says):
     with pytest.raises(ConfigError, match=says) as error:
-        small_model(depth=2, **fields)
+        small_model(**({"depth": 2} | fields))
     assert "\n" not in str(error.value)

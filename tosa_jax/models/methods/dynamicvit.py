@@ -168,7 +168,7 @@ class DynamicViT(LearnedPruning):
 def straight_through(soft: Scores) -> Scores:
     """1 where `soft` is above a half and 0 elsewhere, with the gradient of `soft`."""
     hard = (soft > 0.5).astype(soft.dtype)
-    return hard + soft - jax.lax.stop_gradient(soft)
+    return hard + (soft - jax.lax.stop_gradient(soft))
 
 
 METHODS = (

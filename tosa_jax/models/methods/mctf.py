@@ -19,10 +19,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from tosa_jax.errors import ConfigError
-from tosa_jax.models.layers import AttentionFn, Bias, Block, plain_attention
+from tosa_jax.models.layers import AttentionFn, Bias, Block
 from tosa_jax.models.method import Method, at_layers
-from tosa_jax.models.methods.reducing import ReducingLayer, RemovalOptions, class_row, sizes_of
+from tosa_jax.models.methods.reducing import (
+    ReducingLayer,
+    RemovalOptions,
+    class_row,
+    run_by_map,
+    sizes_of,
+)
 from tosa_jax.models.methods.standard import Standard
 from tosa_jax.models.methods.tosa import SelectiveFit
 from tosa_jax.models.options import Options
@@ -126,20 +131,10 @@ class MCTF(ReducingLayer):
             reduction = self.fusion(state, state.summary)
             state = state.reduced(reduction.merge(state.tokens), reduction)
             return Standard.apply(self, block, state, context)
-        if context.attention_fn is not plain_attention:
-            raise ConfigError(
-                "the plan has a layer that reads the attention of 'mctf', which runs a merged map: put a standard "
-                "layer between, or set information='previous'"
-            )
         attn_map = self.own_map(block, state)
         reduction = self.fusion(state, attn_map.mean(axis=(1, 2)))
-        merged_map = merge_map(attn_map, reduction)
         state = state.reduced(reduction.merge(state.tokens), reduction)
-        update = block.map_branch(state.tokens, merged_map[:, :, : context.read])
-        tokens = block.finished(state.tokens[:, : context.read], update, context.drop)
-        if context.read is not None:
-            return state.cut_off(tokens, None)
-        return state._replace(tokens=tokens, summary=None)
+        return run_by_map(merge_map(attn_map, reduction), block, state, context)
 
     def own_map(self, block: Block, state: TokenState) -> AttnMap:
         """The layer's attention map of the tokens that reach it, float32 [b h n n]."""

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from tosa_jax.models.layers import Bias, Block
+from tosa_jax.errors import ConfigError
+from tosa_jax.models.layers import Bias, Block, plain_attention
 from tosa_jax.models.methods.standard import Standard
 from tosa_jax.models.options import Options
 from tosa_jax.models.token_state import LayerContext, LayerSpec, TokenState, key_bias
 from tosa_jax.models.vit_config import ViTConfig, check
-from tosa_jax.ops.array_types import Heads, Scores, Tokens
+from tosa_jax.ops.array_types import AttnMap, Heads, Scores, Tokens
 from tosa_jax.ops.attention import first_row
 from tosa_jax.ops.reduction import Reduction
 from tosa_jax.ops.token_selection import Selection, num_selected, with_one_hot
@@ -142,6 +143,25 @@ def reduced_between(
     run = block(state.tokens, attend, context.drop, between, context.read, state.rotary)
     tokens, (summary, after) = run
     return after._replace(tokens=tokens, summary=summary)
+
+
+def run_by_map(
+    attn_map: AttnMap, block: Block, state: TokenState, context: LayerContext
+) -> TokenState:
+    """The state after the block, whose attention has the given map [b h n n] instead of one of its own.
+
+    Raises ConfigError if the next layer reads the attention of this one.
+    """
+    if context.attention_fn is not plain_attention:
+        raise ConfigError(
+            "the plan has a layer that reads the attention of one which runs a given map ('mctf', 'psvit'); put a "
+            "standard layer between"
+        )
+    update = block.map_branch(state.tokens, attn_map[:, :, : context.read])
+    tokens = block.finished(state.tokens[:, : context.read], update, context.drop)
+    if context.read is not None:
+        return state.cut_off(tokens, None)
+    return state._replace(tokens=tokens, summary=None)
 
 
 def class_row(query: Heads, key: Heads, bias: Bias) -> Scores:
