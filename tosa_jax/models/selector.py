@@ -128,7 +128,8 @@ class TokenSelector(nnx.Module):
     ) -> tuple[Queries, Float[Array, "b h k"]]:
         """Attention of a layer, and the column sums of the map that is predicted for the next one, float32 [b h k].
 
-        They go over the rows that the selector reads. No gradient passes through the sums. Arguments are those of `ops.attention.attention_and_column_sums`.
+        They go over the rows that the selector reads, and no gradient passes through them. Arguments are those of
+        `ops.attention.attention_and_column_sums`.
         """
 
         def summarise(logits, attn_map, rows):

@@ -254,7 +254,8 @@ class LayerContext(NamedTuple):
             raise ConfigError(
                 "the plan has a layer that reads the attention map of merged tokens; put it before the merging ones"
             )
-        return self._replace(attention_fn=functools.partial(read, key_bias=bias))
+        fields: dict[str, Any] = {"key_bias": bias}
+        return self._replace(attention_fn=functools.partial(read, **fields))
 
     def run(
         self, block: Block, tokens: Tokens, rotary: Rotary | None = None

@@ -128,5 +128,5 @@ def beside_prefix(weights: Float[Array, "b s n"], num_prefix_tokens: int) -> Flo
     """Weights [b s n] among patches, with prefix tokens before them that stay as they are."""
     first = num_prefix_tokens
     whole = jnp.pad(weights, ((0, 0), (first, 0), (first, 0)))
-    own = jnp.eye(*whole.shape[1:]) * (jnp.arange(whole.shape[1]) < first)[:, None]
+    own = jnp.eye(whole.shape[1], whole.shape[2]) * (jnp.arange(whole.shape[1]) < first)[:, None]
     return whole + own[None]

@@ -202,7 +202,6 @@ class MCTFPredicted(MCTF):
 
     options = (*MCTF.options, SelectorOptions)
     fit_modules = ("selector",)
-    reads_own_map = False
 
     def __init__(self, config: ViTConfig, spec: LayerSpec, *, rngs: nnx.Rngs) -> None:
         super().__init__(config, spec, rngs=rngs)
@@ -211,6 +210,10 @@ class MCTFPredicted(MCTF):
     @classmethod
     def source(cls, config: ViTConfig) -> str:
         return "predicted"
+
+    @property
+    def reads_own_map(self) -> bool:
+        return False
 
     def needs(self) -> AttentionFn | None:
         return self._predict if self.spec.opens else None

@@ -111,8 +111,10 @@ class ReducingLayer(Standard):
                 reduction = reduction._replace(source=hot)
             return before.reduced(reduction.merge(tokens), reduction, scores)
 
-        context = context.weighing(sizes, state.mask)
-        return reduced_between(block, state, context, lambda *x: self.report(*x, bias), reduce)
+        def report(query, key, value):
+            return self.report(query, key, value, bias)
+
+        return reduced_between(block, state, context.weighing(sizes, state.mask), report, reduce)
 
     def block_macs(self, block: Block) -> int:
         return block.attn_macs(self.spec.count_in) + block.mlp_macs(self.spec.count)
