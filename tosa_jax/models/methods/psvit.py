@@ -29,7 +29,9 @@ class PSViT(ReducingLayer):
     def __init__(self, config: ViTConfig, spec: LayerSpec, *, rngs: nnx.Rngs) -> None:
         super().__init__(config, spec, rngs=rngs)
         prefix = config.num_prefix_tokens
-        self.grids = [as_grid(count - prefix, config.grid) for count in (spec.count_in, spec.count)]
+        self.before, self.after = (
+            as_grid(count - prefix, config.grid) for count in (spec.count_in, spec.count)
+        )
 
     @classmethod
     def counted(cls, config: ViTConfig, spec: LayerSpec, keep_rate: float | None) -> LayerSpec:
@@ -50,7 +52,7 @@ class PSViT(ReducingLayer):
 
     def apply(self, block: Block, state: TokenState, context: LayerContext) -> TokenState:
         if self.spec.opens:
-            weights = jnp.asarray(pooling(*self.grids))[None]
+            weights = jnp.asarray(pooling(self.before, self.after))[None]
             weights = jnp.broadcast_to(weights, (len(state.tokens), *weights.shape[1:]))
             reduction = Reduction(TokenWeights(beside_prefix(weights, self.num_prefix_tokens)))
             state = state.reduced(reduction.merge(state.tokens), reduction)
