@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+from flax import nnx
 
 from tosa_jax.models.layers import Bias, Block
 from tosa_jax.models.method import Method, every_layer
@@ -78,7 +79,7 @@ class DiffRate(ReducingLayer):
     options = (DiffRateOptions,)
     reads_class_token = True
 
-    def __init__(self, config, spec, *, rngs) -> None:
+    def __init__(self, config: ViTConfig, spec: LayerSpec, *, rngs: nnx.Rngs) -> None:
         super().__init__(config, spec, rngs=rngs)
         options = config.options_of(DiffRateOptions)
         schedule = options.merged_to
@@ -86,6 +87,7 @@ class DiffRate(ReducingLayer):
 
     @classmethod
     def count_left(cls, config: ViTConfig, spec: LayerSpec, keep_rate: float) -> int:
+        """As the schedule says, or as `keep_rate` does. Raises ConfigError where the schedule leaves no patch."""
         options = config.options_of(DiffRateOptions)
         if not options.merged_to:
             return super().count_left(config, spec, keep_rate)

@@ -25,6 +25,7 @@ from tosa_jax.models.methods.reducing import (
     ReducingLayer,
     RemovalOptions,
     class_row,
+    left_after_merging,
     run_by_map,
     sizes_of,
 )
@@ -38,7 +39,6 @@ from tosa_jax.ops.array_types import AttnMap, Heads, Scores
 from tosa_jax.ops.attention import attention, attention_and_column_sums, attention_logits
 from tosa_jax.ops.reduction import Reduction, group_totals
 from tosa_jax.ops.token_matching import cosines, sum_groups, two_way_matching
-from tosa_jax.ops.token_selection import num_selected
 
 LEAST = 10
 """Tokens that the published code leaves at least."""
@@ -48,17 +48,17 @@ LEAST = 10
 class MCTFOptions(Options):
     """What counts when tokens are matched. Raises ConfigError for values out of range.
 
-    information                "own", "previous" or "class": whose attention says how informative a token is.
+    mctf_information           "own", "previous" or "class": whose attention says how informative a token is.
     tau_sim tau_info tau_size  the power of each criterion is 1 over it; 0: it does not count.
     """
 
-    information: str = "own"
+    mctf_information: str = "own"
     tau_sim: float = 1.0
     tau_info: float = 20.0
     tau_size: float = 40.0
 
     def __post_init__(self) -> None:
-        check_choice("information", self.information, ("own", "previous", "class"))
+        check_choice("mctf_information", self.mctf_information, ("own", "previous", "class"))
         for name in ("tau_sim", "tau_info", "tau_size"):
             check(getattr(self, name) >= 0, f"{name}={getattr(self, name)} is negative")
 
@@ -80,33 +80,28 @@ class MCTF(ReducingLayer):
         check(spec.layer > 0 or not spec.opens or read == "own",
               f"plan starts with {config.plan[0]!r}, which reads the layer before it ({read})")  # fmt: skip
         check(read != "class" or config.class_token,
-              "information='class' reads the attention of the class token, and this network has none")  # fmt: skip
+              "mctf_information='class' reads the attention of the class token, and this network has none")  # fmt: skip
         return spec
 
     @classmethod
     def source(cls, config: ViTConfig) -> str:
         """Whose attention says how informative a token is."""
-        return config.options_of(MCTFOptions).information
+        return config.options_of(MCTFOptions).mctf_information
 
     @classmethod
     def count_left(cls, config: ViTConfig, spec: LayerSpec, keep_rate: float) -> int:
-        prefix = config.num_prefix_tokens
-        least = spec.count_in - (spec.count_in - prefix) // 2
-        removed = config.options_of(RemovalOptions).at(config, spec.layer)
-        if removed is not None:
-            return max(spec.count_in - removed, least, min(LEAST, spec.count_in))
-        wanted = num_selected(config.num_patches, prefix, keep_rate, config.count_multiple)
-        check(
-            wanted >= least or config.budget == "linear",
-            f"keep_rate={config.keep_rate} leaves layer {spec.layer} {wanted} of {spec.count_in} tokens; "
-            f"{config.plan[spec.layer]!r} merges half of the patches at most and leaves {least}",
-        )
-        return max(wanted, least)
+        """Raises ConfigError where more than half of the patches would have to merge."""
+        half = spec.count_in - (spec.count_in - config.num_prefix_tokens) // 2
+        left = left_after_merging(config, spec, keep_rate, half)
+        fixed = bool(config.options_of(RemovalOptions).removed)
+        return max(left, min(LEAST, spec.count_in)) if fixed else left
 
     def needs(self) -> AttentionFn | None:
-        if not self.spec.opens or self.criteria.information == "own":
+        if not self.spec.opens or self.criteria.mctf_information == "own":
             return None
-        return self._sum_columns if self.criteria.information == "previous" else self._class_row
+        return (
+            self._sum_columns if self.criteria.mctf_information == "previous" else self._class_row
+        )
 
     def _sum_columns(
         self, query: Heads, key: Heads, value: Heads, key_bias: Bias = None
@@ -122,7 +117,7 @@ class MCTF(ReducingLayer):
     @property
     def reads_own_map(self) -> bool:
         """Whether the layer merges its own map with its tokens."""
-        return self.criteria.information == "own"
+        return self.criteria.mctf_information == "own"
 
     def apply(self, block: Block, state: TokenState, context: LayerContext) -> TokenState:
         if not self.spec.opens:
@@ -182,7 +177,7 @@ class MCTF(ReducingLayer):
             return 0
         into, left = self.spec.count_in, self.spec.count
         matching = (into + 1) // 2 * (into // 2)
-        row = into if self.criteria.information == "class" else 0
+        row = into if self.criteria.mctf_information == "class" else 0
         return (matching + (into - left) * left + row) * block.width
 
 

@@ -120,6 +120,27 @@ class ReducingLayer(Standard):
         return block.attn_macs(self.spec.count_in) + block.mlp_macs(self.spec.count)
 
 
+def left_after_merging(config: ViTConfig, spec: LayerSpec, keep_rate: float, least: int) -> int:
+    """How many tokens a layer leaves that merges them: `removed` fewer, or the share `keep_rate` of all patches.
+
+    least  what it leaves at least. `removed`, and rates that fall linearly, go as far down as that.
+
+    Raises ConfigError if `keep_rate` asks for fewer.
+    """
+    removed = config.options_of(RemovalOptions).at(config, spec.layer)
+    if removed is not None:
+        return max(spec.count_in - removed, least)
+    wanted = num_selected(
+        config.num_patches, config.num_prefix_tokens, keep_rate, config.count_multiple
+    )
+    check(
+        wanted >= least or config.budget == "linear",
+        f"keep_rate={config.keep_rate} leaves layer {spec.layer} {wanted} of {spec.count_in} tokens; "
+        f"{config.plan[spec.layer]!r} merges half of the patches at most and leaves {least}",
+    )
+    return max(wanted, least)
+
+
 def reduced_between(
     block: Block,
     state: TokenState,

@@ -9,9 +9,14 @@ from jaxtyping import Array, Float
 
 from tosa_jax.models.layers import Bias, Block
 from tosa_jax.models.method import Method, every_layer
-from tosa_jax.models.methods.reducing import ReducingLayer, RemovalOptions, sizes_of
+from tosa_jax.models.methods.reducing import (
+    ReducingLayer,
+    RemovalOptions,
+    left_after_merging,
+    sizes_of,
+)
 from tosa_jax.models.token_state import LayerSpec, TokenState
-from tosa_jax.models.vit_config import ViTConfig, check
+from tosa_jax.models.vit_config import ViTConfig
 from tosa_jax.ops.array_types import Heads, Scores, Tokens
 from tosa_jax.ops.reduction import Reduction, pooled
 from tosa_jax.ops.token_matching import (
@@ -20,7 +25,6 @@ from tosa_jax.ops.token_matching import (
     matching_macs,
     mean_of_heads,
 )
-from tosa_jax.ops.token_selection import num_selected
 
 
 class ToMe(ReducingLayer):
@@ -37,16 +41,7 @@ class ToMe(ReducingLayer):
         """Raises ConfigError where more than half of the patches would have to merge."""
         prefix = config.num_prefix_tokens
         least = least_after_matching(spec.count_in, prefix, prefix % 2)
-        removed = config.options_of(RemovalOptions).at(config, spec.layer)
-        if removed is not None:
-            return max(spec.count_in - removed, least)
-        wanted = num_selected(config.num_patches, prefix, keep_rate, config.count_multiple)
-        check(
-            wanted >= least or config.budget == "linear",
-            f"keep_rate={config.keep_rate} leaves layer {spec.layer} {wanted} of {spec.count_in} tokens; "
-            f"{config.plan[spec.layer]!r} merges half of the patches at most and leaves {least}",
-        )
-        return max(wanted, least)
+        return left_after_merging(config, spec, keep_rate, least)
 
     def report(self, query: Heads, key: Heads, value: Heads, bias: Bias) -> Float[Array, "b n dh"]:
         """What is compared: keys as their mean over heads, [b n dh]."""
