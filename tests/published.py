@@ -388,18 +388,21 @@ def pruned(layers, x, rate, scores, shares=None):
     return x, came_back
 
 
+def predicted(layer, x):
+    """The logarithm of the probability that each patch stays, by DynamicViT's predictor."""
+    kind = layer.of_kind()
+    hidden = gelu(kind.linear("predictor/inner", kind.norm("predictor/norm", x[1:])))
+    half = hidden.shape[1] // 2
+    shared = np.broadcast_to(hidden[:, half:].mean(axis=0), hidden[:, half:].shape)
+    hidden = np.concatenate([hidden[:, :half], shared], axis=1)
+    for name in ("fc1", "fc2"):
+        hidden = gelu(kind.linear(f"predictor/{name}", hidden))
+    return np.log(softmax(kind.linear("predictor/fc3", hidden)))[:, 0]
+
+
 def dynamicvit(layers, x, rate):
     def scores(before, layer, x):
-        if "predictor/fc3/bias" not in layer.own:
-            return None
-        kind = layer.of_kind()
-        hidden = gelu(kind.linear("predictor/inner", kind.norm("predictor/norm", x[1:])))
-        half = hidden.shape[1] // 2
-        shared = np.broadcast_to(hidden[:, half:].mean(axis=0), hidden[:, half:].shape)
-        hidden = np.concatenate([hidden[:, :half], shared], axis=1)
-        for name in ("fc1", "fc2"):
-            hidden = gelu(kind.linear(f"predictor/{name}", hidden))
-        return np.log(softmax(kind.linear("predictor/fc3", hidden)))[:, 0]
+        return predicted(layer, x) if "predictor/fc3/bias" in layer.own else None
 
     total = len(x) - 1
     return pruned(layers, x, rate, scores, [int(total * rate**stage) for stage in (1, 2, 3)])

@@ -9,7 +9,7 @@ import numpy as np
 import published
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from small import small_model
+from small import random_images, small_model
 from test_layer_kinds import noisy
 
 import tosa_jax
@@ -20,6 +20,7 @@ from tosa_jax.models.cost import gmacs
 from tosa_jax.models.methods.diffrate import read_schedule
 from tosa_jax.models.params import get_params, set_params, split
 from tosa_jax.models.plan import layer_specs
+from tosa_jax.models.token_state import TokenState
 from tosa_jax.models.variants import variant_config
 from tosa_jax.models.vit import Output
 
@@ -179,6 +180,24 @@ def test_an_untrained_selector_tells_mctf_what_the_map_before_does():
     assert [path for path in params if "selector" in path]
 
 
+@pytest.mark.parametrize("pool", ["avg", "map"])
+def test_a_head_that_reads_all_tokens_counts_merged_ones_by_size(pool):
+    """As if each of the original tokens had a copy: ToMe's rule for a mean."""
+    graphdef, params = split(network(plan="tome", removed=(4,), global_pool=pool))
+
+    @jax.jit
+    def both(params, images):
+        model = set_params(graphdef, params)
+        state = model.layers(model.embed(images), key=None, train=False)
+        grid = model.kinds[-1].restore(state).tokens
+        grid = grid if pool == "avg" else model.norm(grid)
+        return model(images).logits, model.classify(grid), model.classify(grid[:, :12])
+
+    found, wanted, other = both(params, random_images())
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    assert np.abs(other - wanted).max() > 1e-3
+
+
 @pytest.mark.parametrize("name", ["tome", "evit", "ppt", "mctf", "expedit"])
 def test_in_bfloat16_it_is_finite_and_near(name):
     fields, _ = CASES[name]
@@ -210,6 +229,18 @@ def test_with_nothing_removed_it_is_the_dense_network(name):
             str(jax.make_jaxpr(functools.partial(through_layers, graphdef))(params, tokens))
         )
     assert programs[0] == programs[1]
+
+
+def test_the_predictor_of_dynamicvit_is_the_published_one():
+    """The choice alone would hardly show it: a mean that all patches share rarely changes their order."""
+    model = network(**CASES["dynamicvit"][0])
+    graphdef, params = split(model)
+    found = jax.jit(lambda p, x: set_params(graphdef, p).kinds[0].scores(TokenState(x)))
+    tokens = np.asarray(tokens_of())
+    scores = found(params, tokens)
+    for image, x in enumerate(tokens.astype(np.float64)):
+        wanted = published.predicted(published.layers_of(model)[0], x)
+        np.testing.assert_allclose(scores[image, 1:], wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["dynamicvit", "as_vit"])

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from tosa_jax.errors import ConfigError
 from tosa_jax.models.vit_config import ViTConfig
-from tosa_jax.ops.array_types import AttnMap, Heads, Images, Keys, Queries, Tokens
+from tosa_jax.ops.array_types import AttnMap, Heads, Images, Keys, Queries, Scores, Tokens
 from tosa_jax.ops.attention import attention, attention_logits
 from tosa_jax.ops.rotary import Rotary, turn
 from tosa_jax.ops.tpu_kernels import SUBLANES
@@ -34,6 +34,9 @@ Bias = Float[Array, "b k"] | None
 
 Between = Callable[[Tokens, Any], tuple[Tokens, Any]]
 """`(tokens, summary) -> (tokens, summary)` between a block's two branches; the number of tokens may change."""
+
+UNREAD = 1e-7
+"""What a token that is not read counts beside one that is, where a gradient has to reach the choice."""
 
 token_init = nnx.initializers.normal(0.02)
 """How DeiT starts linear weights, tokens and positions."""
@@ -427,13 +430,17 @@ class AttentionPool(nnx.Module):
         self.mlp = Mlp(config, rngs=rngs)
         self.width, self.mlp_weights = d, config.mlp_weights
 
-    def __call__(self, tokens: Tokens) -> Float[Array, "b d"]:
+    def __call__(self, tokens: Tokens, weights: Scores | None = None) -> Float[Array, "b d"]:
+        """`weights` [b n]: how often each token counts as a key; None: once."""
         b, n, d = tokens.shape
         heads = self.num_heads, d // self.num_heads
         latent = self.latent[...].astype(self.q.dtype)
         query = jnp.broadcast_to(self.q(latent), (b, 1, d)).reshape(b, 1, *heads)
         key, value = (x.reshape(b, n, *heads) for x in jnp.split(self.kv(tokens), 2, axis=2))
-        attn_map = jax.nn.softmax(attention_logits(query, key), axis=-1).astype(value.dtype)
+        logits = attention_logits(query, key)
+        if weights is not None:
+            logits += jnp.log(weights + UNREAD)[:, None, None]
+        attn_map = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
         pooled = self.proj(jnp.einsum("bhqk,bkhc->bqhc", attn_map, value).reshape(b, 1, d))
         return (pooled + self.mlp(self.norm(pooled)))[:, 0]
 

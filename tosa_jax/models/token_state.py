@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from tosa_jax.errors import ConfigError
-from tosa_jax.models.layers import AttentionFn, Block, DropPath, plain_attention
+from tosa_jax.models.layers import UNREAD, AttentionFn, Block, DropPath, plain_attention
 from tosa_jax.models.options import Options
 from tosa_jax.models.vit_config import ViTConfig
 from tosa_jax.ops.array_types import Indices, PerExample, Scores, Tokens
@@ -26,9 +26,6 @@ from tosa_jax.ops.rotary import Rotary
 
 Mask = Bool[Array, "b s"] | Float[Array, "b s"] | None
 """Which tokens attention may read: booleans, or 1 and 0 with a gradient; None: all."""
-
-UNREAD = 1e-7
-"""What a token that is not read counts beside one that is, where a gradient has to reach the choice."""
 
 
 class TokenState(NamedTuple):
@@ -83,6 +80,14 @@ class TokenState(NamedTuple):
         if self.policy is not None:
             return self.policy
         return self._last.mask if self._last else None
+
+    @property
+    def weights(self) -> Float[Array, "b s"] | None:
+        """How much each of `tokens` counts in a mean over all: its size, 0 where it is not read; None: all the same."""
+        if self.mask is None:
+            return self.sizes
+        read = self.mask.astype(jnp.float32)
+        return read if self.sizes is None else self.sizes * read
 
     @property
     def rotary(self) -> Rotary | None:
