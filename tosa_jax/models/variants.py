@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tosa_jax.models.method import plan_named
+from tosa_jax.models.plan_file import SUFFIX, read_plan
 from tosa_jax.models.vit_config import ViTConfig, check_choice
 
 
@@ -164,14 +165,17 @@ def variant_config(
 ) -> ViTConfig:
     """The configuration of a released variant (timm's or the hub's names), or of "vit", with `fields` on top.
 
-    A `plan` may also be the name of a layer kind, which then takes every second layer, or all where it needs no other.
-    Raises ConfigError, naming what is known, for an unknown name or field.
+    A `plan` may also be the name of a layer kind, which then takes every second layer, or all where it needs no other;
+    or the path of a plan file (`models/plan_file.py`), whose keep rates and options then come before those in `fields`.
+    Raises ConfigError, naming what is known, for an unknown name or field, and as `read_plan`.
     """
     name = HUB_NAMES.get(name, name)
     check_choice("model name", name, VARIANTS)
     merged: dict[str, Any] = {**VARIANTS[name], **fields}
     plan = merged.get("plan") or ()
-    if isinstance(plan, str):
-        plan = plan_named(plan, merged.get("depth", ViTConfig.depth))
-    merged["plan"] = plan
+    if isinstance(plan, str) and plan.endswith(SUFFIX):
+        merged |= read_plan(plan)
+    else:
+        named = isinstance(plan, str)
+        merged["plan"] = plan_named(plan, merged.get("depth", ViTConfig.depth)) if named else plan
     return config_class(**merged)

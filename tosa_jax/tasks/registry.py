@@ -8,9 +8,10 @@ from flax import nnx
 
 from tosa_jax.models.factory import MODEL_CLASSES, build, with_budget
 from tosa_jax.models.method import MAIN, METHODS
+from tosa_jax.models.plan_file import SUFFIX
 from tosa_jax.models.variants import variant_config
 from tosa_jax.models.vit import VisionTransformer
-from tosa_jax.models.vit_config import ViTConfig, check_choice
+from tosa_jax.models.vit_config import ViTConfig, check, check_choice
 from tosa_jax.tasks.task import Task
 
 TASKS: dict[str, type[Task]] = {}
@@ -61,8 +62,8 @@ def create_model(
                most, the width of the projection for CLIP, 0 for SigLIP and DINOv3.
     image_size pixels: the side of a square, or (height, width); by default the variant's own.
     task       a key of `TASKS`: "classification", or "depth", which has a decoder and does not read `num_classes`.
-    plan       a layer kind for each layer, or the name of one for every second layer; by default every second
-               layer is selective.
+    plan       a layer kind for each layer; the name of one for every second layer; or a file of
+               `python -m tosa_jax.budget`, which has the keep rates too. By default every second layer is selective.
     fields     any field of `ViTConfig`, and for depth of `DepthConfig`.
 
     Raises ConfigError (one line, with what is known) for unknown names and sizes that do not fit.
@@ -80,6 +81,10 @@ def create_model(
         fields["image_size"] = image_size
     if keep_rate is not None:
         fields["keep_rate"] = keep_rate
+        check(
+            not (isinstance(plan, str) and plan.endswith(SUFFIX)),
+            f"plan={plan!r} is a file that has keep rates: leave out keep_rate",
+        )
     if plan is None and (keep_rate is not None or fields.get("budget_gmacs")):
         plan = METHODS[MAIN].plan
     return build(model_config(task, name, plan=plan, **fields), rngs=rngs)

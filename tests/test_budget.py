@@ -1,0 +1,170 @@
+"""Searching for the tokens that each layer keeps: running layers alone, the search itself, plan files, the command."""
+
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small import SIZES, random_images, small_model
+from trained import make_pictures
+
+import tosa_jax
+from tosa_jax import budget
+from tosa_jax.errors import ConfigError
+from tosa_jax.models import cost
+from tosa_jax.models.budget_search import BudgetSearch
+from tosa_jax.models.layer_programs import LayerPrograms, schedule_of
+from tosa_jax.models.plan import layer_specs
+from tosa_jax.models.plan_file import read_plan, write_plan
+
+NETWORKS = {
+    "in pairs": {"plan": "selective", "keep_rate": (0.7, 0.4)},
+    "a group": {"plan": ("standard", "previous", "previous", "standard"), "keep_rate": 0.5},
+    "nested": {"plan": "redundancy", "keep_rate": 0.7, "budget": "linear"},
+    "nested, rotary, sizes": {
+        "plan": "redundancy", "keep_rate": (0.8, 0.8, 0.5, 0.3), "bypass_size_bias": True,
+        "rope": "dinov3", "pos_embed": False,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", NETWORKS.values(), ids=NETWORKS.keys())
+def test_layers_alone_compute_what_the_network_does(fields):
+    model, images = small_model(**fields), random_images()
+    layers = LayerPrograms(model, images)
+    found = layers.tokens(schedule_of(model.config))
+    wanted = jax.jit(lambda x: model(x).tokens)(images)
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    patches = 16 * 2 * 2 * SIZES["embed_dim"]
+    assert layers.macs(schedule_of(model.config)) == cost.macs(model) - patches - model.head_macs()
+
+
+def test_what_was_run_before_changes_nothing():
+    """A schedule goes on from where it differs from the one before it; shorter and longer ones in turn."""
+    model, images = small_model(plan="redundancy", keep_rate=0.8, budget="linear"), random_images(2)
+    search = BudgetSearch(model, images)
+    schedules = [(15, 13, 11, 9), (15, 13, 10, 9), (17, 17, 17, 17), (15, 13, 10, 9)]
+    found = [search._layers.tokens(schedule_of(search.with_counts(x))) for x in schedules]
+    fresh = LayerPrograms(model, images).tokens(schedule_of(search.with_counts(schedules[1])))
+    np.testing.assert_array_equal(found[1], fresh)
+    np.testing.assert_array_equal(found[3], fresh)
+    assert float(jnp.abs(found[0] - found[1]).max()) > 1e-6
+    dense = jax.jit(lambda x: small_model()(x).tokens)(images)
+    np.testing.assert_allclose(found[2], dense, atol=1e-5)
+
+
+@pytest.mark.parametrize("plan", ["previous", "redundancy"])
+def test_the_search_finds_nearly_the_best_counts(plan, monkeypatch):
+    """Errors by a formula, so that every schedule can be tried: the third layer needs its tokens most."""
+    budget = "linear" if plan == "redundancy" else "uniform"
+    model = small_model(plan=plan, keep_rate=0.8, budget=budget, depth=6)
+    search = BudgetSearch(model, random_images(1), on_message=lambda line: None)
+    weights = {3: (1, 1, 6), 6: (1, 2, 9, 1, 1, 1)}[len(search._selections)]
+
+    def error(self, counts):
+        return sum(w * (17 - x) ** 2 for w, x in zip(weights, counts, strict=True))
+
+    monkeypatch.setattr(BudgetSearch, "error", error)
+    found = search.run(0.8)
+    assert found.share == search.share(found.counts) <= 0.8
+    assert found.error == search.error(found.counts) < found.start[0]
+    specs = layer_specs(found.config)
+    assert tuple(specs[i].count for i in search._selections) == found.counts
+    if plan == "previous":
+        every = itertools.product((5, 8, 11, 14, 17), repeat=3)
+        assert found.error <= min(search.error(x) for x in every if search.share(x) <= 0.8)
+
+
+def test_time_is_a_cost_too():
+    model = small_model(plan="previous", keep_rate=0.5)
+    search = BudgetSearch(model, random_images(2), cost="time", on_message=lambda line: None)
+    assert search.share((17, 17)) > 0
+    layers = search._layers
+    schedule = schedule_of(search.with_counts((9, 9)))
+    once = layers.seconds(schedule)
+    assert once == layers.seconds(schedule) > 0  # measured once
+    # Two layers on all tokens and two on nine: of each pair the same program.
+    assert once == pytest.approx(sum(layers._seconds[x] for x in layers._pairs(schedule)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "share", "says"),
+    [
+        ({}, 0.5, "selects no tokens"),
+        ({"plan": "random", "keep_rate": 0.5}, 0.5, "draws its tokens"),
+        ({"plan": "previous", "keep_rate": 0.5}, 0.3, "cannot be reached"),
+        ({"plan": "previous", "keep_rate": 0.5}, 1.0, "not in (0, 1)"),
+    ],
+)
+def test_what_cannot_be_searched_is_said(fields, share, says):
+    with pytest.raises(ConfigError, match=says.replace("(", r"\(").replace(")", r"\)")):
+        BudgetSearch(small_model(**fields), random_images(1)).run(share)
+
+
+def test_a_plan_file_makes_the_same_network(tmp_path):
+    fields = {"plan": "previous", "keep_rate": (0.75, 0.25), "bypass": "shared"}
+    config = small_model(**fields).config
+    path = tmp_path / "plan.json"
+    write_plan(path, config, {"error": 0.1})
+    assert small_model(plan=str(path)).config == config
+    assert json.loads(path.read_text())["error"] == 0.1
+    assert read_plan(path)["keep_rate"] == (0.75, 0.25)
+    with pytest.raises(ConfigError, match="leave out keep_rate"):
+        small_model(plan=str(path), keep_rate=0.5)
+    with pytest.raises(ConfigError, match="plan has 4 layers, but depth=3"):
+        small_model(plan=str(path), depth=3)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (None, "cannot be read"),
+        ("{", "cannot be read"),
+        ("[]", "is no plan file"),
+        ('{"format": "tosa_jax plan", "version": 2, "fields": {}}', "another version"),
+        ('{"format": "tosa_jax plan", "version": 1, "fields": {"depth": 3}}', "another version"),
+    ],
+)
+def test_other_files_are_no_plans(text, says, tmp_path):
+    path = tmp_path / "plan.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=says):
+        small_model(plan=str(path))
+
+
+def test_the_command_writes_a_plan_for_an_exported_network(tmp_path, capsys):
+    model = small_model(seed=3)
+    tosa_jax.Predictor(model, mean=(0.3,), std=(0.4,)).save(tmp_path / "small.safetensors")
+    make_pictures(tmp_path / "pictures", 3)
+    (tmp_path / "pictures/broken.png").write_bytes(b"\x89PNG")
+    arguments = [f"--weights={tmp_path}/small.safetensors", f"--images={tmp_path}/pictures"]
+    arguments += [f"--out={tmp_path}/plans", "--method=previous", "--target=.8"]
+    assert budget.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "left out" in out and "broken.png" in out
+    path = tmp_path / "plans/small_previous_0.8.json"
+    said = json.loads(path.read_text())
+    assert sorted(said["images"]) == ["0.png", "1.png", "2.png"] and said["share"] <= 0.8
+    found = small_model(plan=str(path))
+    specs = layer_specs(found.config)
+    assert [spec.count for spec in specs if spec.opens] == said["counts"]
+    assert said["gmacs"] == pytest.approx(cost.gmacs(found.config))
+    assert said["error"] <= said["start"]["error"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--target=1.5"], "--target=1.5 is not in (0, 1)"),
+        (["--target=.5", "--method=dense"], "--method=dense has no counts"),
+        (["--target=.5", "--method=tossa"], "did you mean 'tosa'"),
+        (["--target=.5", "--count=0"], "--count=0 must be at least 1"),
+    ],
+)
+def test_bad_arguments_are_one_line(arguments, says, capsys):
+    assert budget.main(["--weights=x", "--images=y", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and says in line

@@ -1,0 +1,154 @@
+"""Find how many tokens each layer of a pretrained network should keep, on a folder of pictures. No labels, no training.
+
+    python -m tosa_jax.budget --model=NAME --weights=FILE --images=DIR --target .75 .65 [--method=redundancy]
+    python -m tosa_jax.budget --weights=FILE --images=DIR --target .65          a file of predict --export
+
+For each share of the dense network's cost it writes a plan file, OUT/MODEL_METHOD_TARGET.json, for
+`create_model(NAME, plan="FILE.json")`, recipes (--config.model.plan=FILE.json) and predict --plan. The counts are those
+whose final tokens are nearest to the dense network's (`docs/budgets.md`). Costs are multiply-adds, or with --cost=time
+measured on this device; both are of the layers. Exit status: 0 done, 2 bad input, 130 stopped by SIGINT.
+"""
+
+import argparse
+import dataclasses
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from tosa_jax.cli import flags
+from tosa_jax.cli.command import configure_jax, run_command
+from tosa_jax.data.decoding import BadImageError
+from tosa_jax.data.image_files import find_images, read_ahead
+from tosa_jax.distributed.devices import describe_device, versions
+from tosa_jax.errors import ConfigError, DataError
+from tosa_jax.inference import loading
+from tosa_jax.models import cost
+from tosa_jax.models.budget_search import COSTS, READ, BudgetSearch, Found
+from tosa_jax.models.factory import structure
+from tosa_jax.models.method import METHODS, plan_named
+from tosa_jax.models.params import get_params, set_params
+from tosa_jax.models.plan_file import write_plan
+from tosa_jax.models.vit_config import check, check_choice
+from tosa_jax.tasks import TASKS
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line `argv` (without the program's name); returns the exit status."""
+    return run_command(lambda: _main(_parse(argv)))
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = flags.ArgumentParser(
+        prog="python -m tosa_jax.budget",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", help="name of a variant, as in timm; for released --weights")
+    add("--weights", required=True, help="released weights (with --model), or a file of --export")
+    add("--selectors", help="file of selectors, for --method=tosa with --model")
+    add("--task", choices=list(TASKS), default="classification", help="task of --model")
+    add("--images", required=True, nargs="+", help="pictures: files, folders or globs")
+    add("--method", default="redundancy", help="a method of the house that has counts")
+    add("--target", type=float, nargs="+", required=True, help="shares of the dense cost")
+    add("--read", choices=READ, default="both", help="which final tokens are compared")
+    add("--cost", choices=COSTS, default="gmacs")
+    add("--count", type=int, default=32, help="pictures that are read, at most")
+    add("--seed", type=int, default=0, help="which pictures, where there are more")
+    add("--image_size", type=int, nargs="+", help="side, or height and width; for --model")
+    add("--out", type=Path, default=Path("plans"), metavar="DIR")
+    args = parser.parse_args(argv)
+    check_choice("--method", args.method, METHODS)
+    check(METHODS[args.method].has_budget, f"--method={args.method} has no counts to search for")
+    check(args.count >= 1, f"--count={args.count} must be at least 1")
+    for share in args.target:
+        check(0 < share < 1, f"--target={share} is not in (0, 1)")
+    return args
+
+
+def _main(args: argparse.Namespace) -> int:
+    configure_jax()
+    name, loaded = _load(args)
+    images, used = _images(args, loaded)
+    search = BudgetSearch(loaded["model"], images, read=args.read, cost=args.cost)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for share in args.target:
+        found = search.run(share)
+        path = args.out / f"{name}_{args.method}_{share:g}.json"
+        write_plan(path, found.config, _facts(args, name, found, used))
+        print(
+            f"{path}: {found.share:.3f} of the layers' cost, {cost.gmacs(found.config):.3f} GMACs an image; error "
+            f"{found.error:.5f}, {found.start[1]} schedule {found.start[0]:.5f}; {found.seconds:.0f} s, "
+            f"{found.trials} schedules"
+        )
+    return 0
+
+
+def _load(args: argparse.Namespace) -> tuple[str, loading.LoadedModel]:
+    """A name for files, and the network with its preprocessing and the method's layers."""
+    method = METHODS[args.method]
+    if args.model is not None:
+        fields = {"plan": method.plan, **method.fields}
+        fields |= {} if args.image_size is None else {"image_size": tuple(args.image_size)}
+        fields |= {"num_classes": 0} if args.task == "classification" else {}  # the head is not run
+        return args.model, loading.from_pretrained(
+            args.model, args.weights, args.selectors, None, None, print, task=args.task, **fields
+        )
+    for flag in ("selectors", "image_size"):
+        check(not getattr(args, flag), f"command line: --{flag} goes with --model=NAME")
+    loaded = loading.from_weights(args.weights, None, print)
+    model = loaded["model"]
+    plan = plan_named(method.plan, model.config.depth)
+    made = structure(dataclasses.replace(model.config, plan=plan, **method.fields))
+    try:
+        loaded["model"] = set_params(made.graphdef, made.select(get_params(model)))
+    except KeyError as error:
+        raise ConfigError(
+            f"{args.weights} has no {error}, which --method={args.method} needs"
+        ) from error
+    return Path(args.weights).stem, loaded
+
+
+def _images(
+    args: argparse.Namespace, loaded: loading.LoadedModel
+) -> tuple[Float[Array, "b h w c"], list[str]]:
+    """Normalised images, and the names of their files."""
+    files = find_images(args.images)
+    random.Random(args.seed).shuffle(files)
+    size, arrays, names = loaded["model"].config.image_shape, [], []
+    for path, array in read_ahead(files, loaded["form"].decode, ahead=4):
+        if isinstance(array, BadImageError):
+            print(f"left out: {path}: {array}")
+            continue
+        check(
+            array.shape[:2] == size,
+            f"{path} is {array.shape[0]}x{array.shape[1]} pixels, but counts are searched for images of "
+            f"{size[0]}x{size[1]} (height x width): bring all pictures to that size",
+        )
+        arrays.append(array)
+        names.append(path.name)
+        if len(arrays) == args.count:
+            break
+    if not arrays:
+        raise DataError("none of the files could be read as an image")
+    mean, std = (np.asarray(loaded[name], np.float32) for name in ("mean", "std"))
+    return jnp.asarray((np.stack(arrays) / np.float32(255) - mean) / std), names
+
+
+def _facts(args: argparse.Namespace, name: str, found: Found, used: list[str]) -> dict[str, Any]:
+    return {
+        "model": name, "image_size": found.config.image_size, "counts": found.counts,
+        "share": found.share, "gmacs": cost.gmacs(found.config), "cost": args.cost, "read": args.read,
+        "error": found.error, "start": {"schedule": found.start[1], "error": found.start[0]},
+        "trials": found.trials, "seconds": round(found.seconds, 1), "device": describe_device(),
+        "versions": versions(), "seed": args.seed, "images": used,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
