@@ -162,6 +162,7 @@ def test_the_command_writes_a_plan_for_an_exported_network(tmp_path, capsys):
         (["--target=.5", "--method=dense"], "--method=dense has no counts"),
         (["--target=.5", "--method=tossa"], "did you mean 'tosa'"),
         (["--target=.5", "--count=0"], "--count=0 must be at least 1"),
+        (["--target=.5", "--model=vit", "--image_size", "8", "8", "3"], "has 3 numbers"),
     ],
 )
 def test_bad_arguments_are_one_line(arguments, says, capsys):

@@ -152,8 +152,8 @@ def measure_networks(argv: Sequence[str], args: argparse.Namespace) -> list[dict
     names = ("task", "dtype", "map_chunk", "gather", "scan_layers", "remat", *OPTIONS)
     names += ("train", "rounds", "controls", "against", "torch_compile")
     fields = {name: getattr(args, name) for name in names}
-    if size := args.image_size:
-        fields["image_size"] = size[0] if len(size) == 1 else tuple(size)
+    if args.image_size:
+        fields["image_size"] = flags.image_size(args.image_size)
     one = functools.partial(measure, args.model, args.keep_rate, **fields)
     if not args.sweep:
         return [row for batch_size in args.batch_size for row in one(batch_size=batch_size)]
@@ -201,8 +201,8 @@ def estimate_networks(argv: Sequence[str], args: argparse.Namespace) -> list[dic
         )
     names = ("task", "map_chunk", "gather", "scan_layers", "remat", *OPTIONS, "train", "controls")
     fields = {name: getattr(args, name) for name in names}
-    if size := args.image_size:
-        fields["image_size"] = size[0] if len(size) == 1 else tuple(size)
+    if args.image_size:
+        fields["image_size"] = flags.image_size(args.image_size)
     rows = [
         row
         for batch_size in args.batch_size

@@ -94,7 +94,7 @@ def _load(args: argparse.Namespace) -> tuple[str, loading.LoadedModel]:
     method = METHODS[args.method]
     if args.model is not None:
         fields = {"plan": method.plan, **method.fields}
-        fields |= {} if args.image_size is None else {"image_size": tuple(args.image_size)}
+        fields |= {"image_size": flags.image_size(args.image_size)} if args.image_size else {}
         fields |= {"num_classes": 0} if args.task == "classification" else {}  # the head is not run
         return args.model, loading.from_pretrained(
             args.model, args.weights, args.selectors, None, None, print, task=args.task, **fields

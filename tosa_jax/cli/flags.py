@@ -7,7 +7,7 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from absl import flags
@@ -108,6 +108,15 @@ def parse(usage: str | None, argv: list[str]) -> tuple[ConfigDict, AnyPath]:
     if argument:
         name += f"_{argument.replace(',', '_').replace('=', '')}"
     return config_flag.value, as_path(workdir_flag.value or f"runs/{name}")
+
+
+def image_size(values: Sequence[int]) -> int | tuple[int, int]:
+    """What `--image_size` says: one side, or height and width. Raises ConfigError for more numbers."""
+    if len(values) > 2:
+        raise ConfigError(
+            f"--image_size has {len(values)} numbers, but must be one side, or height and width"
+        )
+    return values[0] if len(values) == 1 else (values[0], values[1])
 
 
 def parse_cluster(argv: list[str]) -> tuple[Cluster, list[str]]:
