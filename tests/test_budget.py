@@ -16,7 +16,7 @@ from tosa_jax.errors import ConfigError
 from tosa_jax.models import cost
 from tosa_jax.models.budget_search import BudgetSearch
 from tosa_jax.models.layer_programs import LayerPrograms, schedule_of
-from tosa_jax.models.plan import layer_specs
+from tosa_jax.models.plan import layer_specs, selections
 from tosa_jax.models.plan_file import read_plan, write_plan
 
 NETWORKS = {
@@ -45,9 +45,10 @@ def test_what_was_run_before_changes_nothing():
     """A schedule goes on from where it differs from the one before it; shorter and longer ones in turn."""
     model, images = small_model(plan="redundancy", keep_rate=0.8, budget="linear"), random_images(2)
     search = BudgetSearch(model, images)
-    schedules = [(15, 13, 11, 9), (15, 13, 10, 9), (17, 17, 17, 17), (15, 13, 10, 9)]
-    found = [search._layers.tokens(schedule_of(search.with_counts(x))) for x in schedules]
-    fresh = LayerPrograms(model, images).tokens(schedule_of(search.with_counts(schedules[1])))
+    kept = [(14, 12, 10, 8), (14, 12, 9, 8), (16, 16, 16, 16), (14, 12, 9, 8)]
+    schedules = [schedule_of(search.with_kept(x)) for x in kept]
+    found = [search._layers.tokens(schedule) for schedule in schedules]
+    fresh = LayerPrograms(model, images).tokens(schedules[1])
     np.testing.assert_array_equal(found[1], fresh)
     np.testing.assert_array_equal(found[3], fresh)
     assert float(jnp.abs(found[0] - found[1]).max()) > 1e-6
@@ -63,26 +64,29 @@ def test_the_search_finds_nearly_the_best_counts(plan, monkeypatch):
     search = BudgetSearch(model, random_images(1), on_message=lambda line: None)
     weights = {3: (1, 1, 6), 6: (1, 2, 9, 1, 1, 1)}[len(search._selections)]
 
-    def error(self, counts):
+    def error(self, kept):
+        counts = self.counts(kept)
         return sum(w * (17 - x) ** 2 for w, x in zip(weights, counts, strict=True))
 
     monkeypatch.setattr(BudgetSearch, "error", error)
     found = search.run(0.8)
-    assert found.share == search.share(found.counts) <= 0.8
-    assert found.error == search.error(found.counts) < found.start[0]
-    specs = layer_specs(found.config)
-    assert tuple(specs[i].count for i in search._selections) == found.counts
+    kept = tuple(count - 1 for count in found.counts)
+    assert found.share == search.share(kept) <= 0.8
+    assert found.error == search.error(kept) < found.start[0]
+    assert (
+        tuple(layer_specs(found.config)[i].count for i in selections(found.config)) == found.counts
+    )
     if plan == "previous":
-        every = itertools.product((5, 8, 11, 14, 17), repeat=3)
+        every = itertools.product((4, 7, 10, 13, 16), repeat=3)
         assert found.error <= min(search.error(x) for x in every if search.share(x) <= 0.8)
 
 
 def test_time_is_a_cost_too():
     model = small_model(plan="previous", keep_rate=0.5)
     search = BudgetSearch(model, random_images(2), cost="time", on_message=lambda line: None)
-    assert search.share((17, 17)) > 0
+    assert search.share((16, 16)) > 0
     layers = search._layers
-    schedule = schedule_of(search.with_counts((9, 9)))
+    schedule = schedule_of(search.with_kept((8, 8)))
     once = layers.seconds(schedule)
     assert once == layers.seconds(schedule) > 0  # measured once
     # Two layers on all tokens and two on nine: of each pair the same program.

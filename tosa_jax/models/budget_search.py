@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from tosa_jax.errors import ConfigError
-from tosa_jax.models.layer_programs import LayerPrograms, schedule_of
+from tosa_jax.models.layer_programs import LayerPrograms, Schedule, schedule_of
 from tosa_jax.models.method import layer_kinds
-from tosa_jax.models.plan import layer_specs
+from tosa_jax.models.plan import keep_rates, layer_specs, selections
 from tosa_jax.models.vit import VisionTransformer
 from tosa_jax.models.vit_config import STANDARD, ViTConfig, check, check_choice
 from tosa_jax.ops.array_types import Images
@@ -32,17 +32,17 @@ _TRIES = 8
 """Pairs of layers that are tried, the most promising first, before each layer is tried alone again."""
 
 _GRAINS = 32
-"""Into so many parts the patches are divided; counts are multiples of one. More mean more programs to compile."""
+"""Into so many parts the patches are divided, of which a selection keeps some. More mean more programs to compile."""
 
-Counts = tuple[int, ...]
-"""Tokens that each selection leaves, prefix included."""
+Kept = tuple[int, ...]
+"""For each selection its keep rate, as a number of the network's patches."""
 
 
 class Found(NamedTuple):
     """What a search found.
 
     config   the network, with a `keep_rate` for each selection.
-    counts   of its selections.
+    counts   tokens that each selection leaves, prefix included.
     share    of the cost of the dense network's layers, in (0, 1].
     error    1 - cosine to the dense network's final tokens, mean over images.
     start    error of the schedule that the search started from, and its name.
@@ -51,7 +51,7 @@ class Found(NamedTuple):
     """
 
     config: ViTConfig
-    counts: Counts
+    counts: tuple[int, ...]
     share: float
     error: float
     start: tuple[float, str]
@@ -85,18 +85,16 @@ class BudgetSearch:
         kinds = [layer_kinds()[name] for name in config.plan]
         check(any(kind.selects for kind in kinds),
               f"the plan {','.join(config.plan)} selects no tokens: there is nothing to search")  # fmt: skip
-        specs = layer_specs(dataclasses.replace(config, keep_rate=1.0, budget="uniform"))
-        self._selections = [
-            i for i, kind in enumerate(kinds) if kind.selects and (kind.nests or specs[i].opens)
-        ]
+        self._selections = selections(config)
         self._nests = [kinds[i].nests for i in self._selections]
+        self._schedules: dict[Kept, Schedule | None] = {}
         self._grain = max(1, config.num_patches // _GRAINS)
         self._say = on_message
         self._layers = LayerPrograms(model, images)
         self._cost_of = self._layers.macs if cost == "gmacs" else self._layers.seconds
         dense = schedule_of(dataclasses.replace(config, plan=(STANDARD,) * config.depth))
         self._dense_cost = self._cost_of(dense)
-        self._errors: dict[Counts, float] = {}
+        self._errors: dict[Schedule, float] = {}
         truth, prefix = self._layers.tokens(dense), config.num_prefix_tokens
 
         @jax.jit
@@ -110,23 +108,39 @@ class BudgetSearch:
 
         self._error_of = error
 
-    def with_counts(self, counts: Counts) -> ViTConfig:
-        """The network with these counts."""
-        prefix, patches = self.config.num_prefix_tokens, self.config.num_patches
-        rates = tuple((count - prefix) / patches for count in counts)
+    def with_kept(self, kept: Kept) -> ViTConfig:
+        """The network with these keep rates."""
+        rates = tuple(x / self.config.num_patches for x in kept)
         fields = {"budget": "uniform", "budget_gmacs": 0.0, "count_multiple": 1}
         return dataclasses.replace(self.config, keep_rate=rates, **fields)
 
-    def error(self, counts: Counts) -> float:
-        """1 - cosine to the dense network's final tokens, mean over images. Raises ConfigError: unreachable counts."""
-        if counts not in self._errors:
-            tokens = self._layers.tokens(schedule_of(self.with_counts(counts)))
-            self._errors[counts] = float(self._error_of(tokens))
-        return self._errors[counts]
+    def counts(self, kept: Kept) -> tuple[int, ...]:
+        """Tokens that each selection leaves. Raises ConfigError: keep rates that this plan cannot have."""
+        specs = layer_specs(self.with_kept(kept))
+        return tuple(specs[i].count for i in self._selections)
 
-    def share(self, counts: Counts) -> float:
-        """The cost over that of the dense network's layers. Raises ConfigError: counts that cannot be reached."""
-        return self._cost_of(schedule_of(self.with_counts(counts))) / self._dense_cost
+    def error(self, kept: Kept) -> float:
+        """1 - cosine to the dense network's final tokens, mean over images, for keep rates that the plan can have."""
+        schedule = self._schedule(kept)
+        assert schedule is not None
+        if schedule not in self._errors:
+            self._errors[schedule] = float(self._error_of(self._layers.tokens(schedule)))
+        return self._errors[schedule]
+
+    def share(self, kept: Kept) -> float:
+        """The cost over that of the dense network's layers, for keep rates that the plan can have."""
+        schedule = self._schedule(kept)
+        assert schedule is not None
+        return self._cost_of(schedule) / self._dense_cost
+
+    def _schedule(self, kept: Kept) -> Schedule | None:
+        """None for keep rates that the plan cannot have."""
+        if kept not in self._schedules:
+            try:
+                self._schedules[kept] = schedule_of(self.with_kept(kept))
+            except ConfigError:
+                self._schedules[kept] = None
+        return self._schedules[kept]
 
     def run(self, share: float) -> Found:
         """The counts for a share in (0, 1) of the cost of the dense network's layers.
@@ -135,51 +149,55 @@ class BudgetSearch:
         """
         check(0 < share < 1, f"share={share} of the dense network's cost is not in (0, 1)")
         begun, tried = time.monotonic(), len(self._errors)
-        starts = [(self.error(counts), name, counts) for name, counts in self._starts(share)]
-        check(
-            bool(starts),
-            f"share={share} of the dense network's cost cannot be reached with this plan",
-        )
-        *start, counts = min(starts)
+        starts = [(self.error(kept), name, kept) for name, kept in self._starts(share)]
+        check(bool(starts),
+              f"share={share} of the dense network's cost cannot be reached with this plan")  # fmt: skip
+        *start, kept = min(starts)
         for step in (2 * self._grain, self._grain):
-            while (better := self._improved(counts, share, step)) != counts:
-                counts = better
-                said = f"share {self.share(counts):.3f}: error {self.error(counts):.5f}"
-                self._say(f"{said}, counts {','.join(map(str, counts))}")
+            while (better := self._improved(kept, share, step)) != kept:
+                kept = better
+                counts = ",".join(map(str, self.counts(kept)))
+                self._say(
+                    f"share {self.share(kept):.3f}: error {self.error(kept):.5f}, counts {counts}"
+                )
         return Found(
-            self.with_counts(counts), counts, self.share(counts), self.error(counts), tuple(start),
+            self.with_kept(kept), self.counts(kept), self.share(kept), self.error(kept), tuple(start),
             len(self._errors) - tried, time.monotonic() - begun,
         )  # fmt: skip
 
-    def _starts(self, share: float) -> Iterator[tuple[str, Counts]]:
-        """The largest linear and uniform schedule within the share, on the grid of counts that the search moves on."""
-        prefix, patches = self.config.num_prefix_tokens, self.config.num_patches
+    def _starts(self, share: float) -> Iterator[tuple[str, Kept]]:
+        """The largest linear and uniform schedule within the share, on the grid that the search moves on."""
+        patches = self.config.num_patches
         for budget in ("linear", "uniform"):
-
-            def counts(kept: int, budget: str = budget) -> Counts:
-                fields = {"keep_rate": kept / patches, "budget": budget, "budget_gmacs": 0.0}
-                specs = layer_specs(dataclasses.replace(self.config, **fields))
-                found = (specs[i].count - prefix for i in self._selections)
-                return tuple(prefix + x // self._grain * self._grain for x in found)
-
-            def fits(kept: int) -> bool:
+            for whole in range(patches, 0, -1):
+                fields = {"keep_rate": whole / patches, "budget": budget, "budget_gmacs": 0.0}
                 try:
-                    return self.share(counts(kept)) <= share
+                    kept = self._explicit(dataclasses.replace(self.config, **fields))
                 except ConfigError:
-                    return False
+                    continue
+                # Not every smaller one can be reached: the first one that fits.
+                if self._schedule(kept) is not None and self.share(kept) <= share:
+                    yield budget, kept
+                    break
 
-            # Not all of fewer can be reached: from the dense network down, the first one that fits.
-            best = next(filter(fits, range(patches, 0, -1)), None)
-            if best is not None:
-                yield budget, counts(best)
+    def _explicit(self, config: ViTConfig) -> Kept:
+        """The keep rates of a schedule, one by one, rounded down to the grid. Raises ConfigError: it cannot be."""
+        specs, prefix = layer_specs(config), config.num_prefix_tokens
+        kept = tuple(specs[i].count - prefix for i in self._selections)
+        if self._schedule(kept) != schedule_of(config):  # a kind that counts in its own way
+            kept = tuple(round(rate * config.num_patches) for rate in keep_rates(config))
+        return tuple(max(self._grain, x // self._grain * self._grain) for x in kept)
 
-    def _moved(self, counts: Counts, selection: int, removed: int) -> Counts | None:
-        """The counts if one selection leaves so many patches fewer; None where that cannot be.
+    def _moved(self, kept: Kept, selection: int, removed: int) -> Kept | None:
+        """The keep rates if one selection keeps so many patches fewer; None where that cannot be, or changes nothing.
 
-        A nested selection after it leaves no more than it, one before it no fewer.
+        If need be, a nested selection after it keeps no more than it, and one before it no fewer.
         """
-        moved = list(counts)
+        moved = list(kept)
         moved[selection] -= removed
+        if not 0 < moved[selection] <= self.config.num_patches:
+            return None
+        alone = tuple(moved)
         for i in range(selection + 1, len(moved)):
             if not self._nests[i]:
                 break
@@ -188,40 +206,35 @@ class BudgetSearch:
             if not self._nests[i]:
                 break
             moved[i - 1] = max(moved[i - 1], moved[i])
-        if not self.config.num_prefix_tokens < moved[selection] <= self.config.num_tokens:
-            return None
-        try:
-            schedule_of(self.with_counts(tuple(moved)))
-        except ConfigError:
-            return None
-        return tuple(moved)
+        for tried in (alone, tuple(moved)):
+            if self._schedule(tried) not in (None, self._schedule(kept)):
+                return tried
+        return None
 
-    def _improved(self, counts: Counts, share: float, step: int) -> Counts:
-        """Counts of less error within the share, or the same ones."""
-        for more, less in itertools.islice(self._pairs(counts, step), _TRIES):
-            while (tried := self._exchanged(counts, share, more, less, step)) is not None:
-                if self.error(tried) >= self.error(counts):
+    def _improved(self, kept: Kept, share: float, step: int) -> Kept:
+        """Keep rates of less error within the share, or the same ones."""
+        for more, less in itertools.islice(self._pairs(kept, step), _TRIES):
+            while (tried := self._exchanged(kept, share, more, less, step)) is not None:
+                if self.error(tried) >= self.error(kept):
                     break
-                counts = tried
-        return counts
+                kept = tried
+        return kept
 
-    def _pairs(self, counts: Counts, step: int) -> Iterator[tuple[int, int]]:
+    def _pairs(self, kept: Kept, step: int) -> Iterator[tuple[int, int]]:
         """Selections (that keeps more, that keeps fewer), those first by which the error should fall most."""
         gains, losses = {}, {}
-        error, cost = self.error(counts), self.share(counts)
-        for i in range(len(counts)):
+        error, cost = self.error(kept), self.share(kept)
+        for i in range(len(kept)):
             for removed, found in ((step, losses), (-step, gains)):
-                moved = self._moved(counts, i, removed)
+                moved = self._moved(kept, i, removed)
                 if moved is not None and (saved := cost - self.share(moved)):
                     found[i] = (self.error(moved) - error) / abs(saved)
         rates = {(i, j): gains[i] + losses[j] for i in gains for j in losses if i != j}
         yield from (pair for pair in sorted(rates, key=rates.__getitem__) if rates[pair] < 0)
 
-    def _exchanged(
-        self, counts: Counts, share: float, more: int, less: int, step: int
-    ) -> Counts | None:
+    def _exchanged(self, kept: Kept, share: float, more: int, less: int, step: int) -> Kept | None:
         """Selection `more` keeps `step` patches more, and `less` so many fewer that the cost fits; None: it cannot."""
-        moved = self._moved(counts, more, -step)
+        moved = self._moved(kept, more, -step)
         while moved is not None and self.share(moved) > share:
             moved = self._moved(moved, less, self._grain)
         return moved

@@ -18,7 +18,7 @@ def layer_specs(config: ViTConfig) -> tuple[LayerSpec, ...]:
         check_choice("a layer kind of the plan", kind, layer_kinds())
     _check_neighbours(config)
     kinds = layer_kinds()
-    rates = iter(_rates(config, sum(_opens(config, i) for i in range(config.depth))))
+    rates = iter(keep_rates(config))
     specs, count, count_group = [], config.num_tokens, config.num_tokens
     for layer, name in enumerate(config.plan):
         if layer == 0 or config.plan[layer - 1] != name:
@@ -28,6 +28,11 @@ def layer_specs(config: ViTConfig) -> tuple[LayerSpec, ...]:
         specs.append(kinds[name].counted(config, place, next(rates) if opens else None))
         count = specs[-1].count_out
     return tuple(specs)
+
+
+def selections(config: ViTConfig) -> tuple[int, ...]:
+    """The layers that choose tokens, from 0: each has a keep rate."""
+    return tuple(i for i in range(config.depth) if _opens(config, i))
 
 
 def _opens(config: ViTConfig, layer: int) -> bool:
@@ -51,9 +56,9 @@ def _check_neighbours(config: ViTConfig) -> None:
               f"plan has {name!r} right after {before!r} (layer {i}); put a standard layer between")  # fmt: skip
 
 
-def _rates(config: ViTConfig, selections: int) -> Sequence[float]:
-    """The keep rate of each selection, in order."""
-    given = config.keep_rates_given
+def keep_rates(config: ViTConfig) -> Sequence[float]:
+    """The keep rate of each selection, in order. Raises ConfigError as `layer_specs`."""
+    given, selections = config.keep_rates_given, sum(_opens(config, i) for i in range(config.depth))
     count = len(given)
     check(count in (1, selections) or not selections,
           f"keep_rate has {count} values, but the plan makes {selections} selections")  # fmt: skip
