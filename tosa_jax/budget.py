@@ -11,6 +11,7 @@ measured on this device; both are of the layers. Exit status: 0 done, 2 bad inpu
 
 import argparse
 import dataclasses
+import functools
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,13 +76,14 @@ def _main(args: argparse.Namespace) -> int:
     configure_jax()
     name, loaded = _load(args)
     images, used = _images(args, loaded)
-    search = BudgetSearch(loaded["model"], images, read=args.read, cost=args.cost)
+    say = functools.partial(print, flush=True)  # a search takes minutes
+    search = BudgetSearch(loaded["model"], images, read=args.read, cost=args.cost, on_message=say)
     args.out.mkdir(parents=True, exist_ok=True)
     for share in args.target:
         found = search.run(share)
         path = args.out / f"{name}_{args.method}_{share:g}.json"
         write_plan(path, found.config, _facts(args, name, found, used))
-        print(
+        say(
             f"{path}: {found.share:.3f} of the layers' cost, {cost.gmacs(found.config):.3f} GMACs an image; error "
             f"{found.error:.5f}, {found.start[1]} schedule {found.start[0]:.5f}; {found.seconds:.0f} s, "
             f"{found.trials} schedules"
