@@ -23,6 +23,8 @@ NETWORKS = {
     "in pairs": {"plan": "selective", "keep_rate": (0.7, 0.4)},
     "a group": {"plan": ("standard", "previous", "previous", "standard"), "keep_rate": 0.5},
     "nested": {"plan": "redundancy", "keep_rate": 0.7, "budget": "linear"},
+    "merged for good": {"plan": "tome", "keep_rate": 0.6, "budget": "linear"},
+    "dropped for good": {"plan": "evit", "keep_rate": 0.7},
     "nested, rotary, sizes": {
         "plan": "redundancy", "keep_rate": (0.8, 0.8, 0.5, 0.3), "bypass_size_bias": True,
         "rope": "dinov3", "pos_embed": False,
@@ -35,7 +37,8 @@ def test_layers_alone_compute_what_the_network_does(fields):
     model, images = small_model(**fields), random_images()
     layers = LayerPrograms(model, images)
     found = layers.tokens(schedule_of(model.config))
-    wanted = jax.jit(lambda x: model(x).tokens)(images)
+    state = jax.jit(lambda x: model.layers(model.embed(x), key=None, train=False))(images)
+    wanted = model.norm(model.kinds[-1].restore(state).tokens)  # all tokens, back in their places
     np.testing.assert_allclose(found, wanted, atol=1e-5)
     patches = 16 * 2 * 2 * SIZES["embed_dim"]
     assert layers.macs(schedule_of(model.config)) == cost.macs(model) - patches - model.head_macs()
@@ -79,6 +82,14 @@ def test_the_search_finds_nearly_the_best_counts(plan, monkeypatch):
     if plan == "previous":
         every = itertools.product((4, 7, 10, 13, 16), repeat=3)
         assert found.error <= min(search.error(x) for x in every if search.share(x) <= 0.8)
+
+
+def test_a_selector_that_is_not_there_is_no_place_to_choose():
+    """The model's own plan merges nothing in its third layer, so that no selector was made for it."""
+    model = small_model(plan="mctf_predicted", keep_rate=(0.8, 0.8, 0.6))
+    search = BudgetSearch(model, random_images(1), on_message=lambda line: None)
+    assert search._schedule((13, 13, 10)) is not None and search._schedule((13, 11, 10)) is None
+    assert search.run(0.9).config.keep_rate[1] >= search.run(0.9).config.keep_rate[0]
 
 
 def test_time_is_a_cost_too():

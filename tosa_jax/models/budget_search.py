@@ -137,9 +137,11 @@ class BudgetSearch:
         """None for keep rates that the plan cannot have."""
         if kept not in self._schedules:
             try:
-                self._schedules[kept] = schedule_of(self.with_kept(kept))
+                found = schedule_of(self.with_kept(kept))
             except ConfigError:
-                self._schedules[kept] = None
+                found = None
+            runs = found is not None and self._layers.has_params(found)
+            self._schedules[kept] = found if runs else None
         return self._schedules[kept]
 
     def run(self, share: float) -> Found:

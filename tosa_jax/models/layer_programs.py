@@ -19,7 +19,7 @@ from tosa_jax.models.plan import layer_specs
 from tosa_jax.models.token_state import LayerContext, LayerSpec, TokenState
 from tosa_jax.models.vit import VisionTransformer
 from tosa_jax.models.vit_config import ViTConfig
-from tosa_jax.ops.array_types import Images, Tokens
+from tosa_jax.ops.array_types import AttnMap, Images, Tokens
 from tosa_jax.ops.reduction import Reduction
 
 
@@ -51,6 +51,7 @@ class Passing(NamedTuple):
     summary: Any = None
     persisting: tuple[Reduction, ...] = ()
     open: tuple[Reduction, ...] = ()
+    attention_map: AttnMap | None = None
 
 
 class _Part(NamedTuple):
@@ -94,6 +95,13 @@ class LayerPrograms:
         """Multiply-adds of all layers for one image. Patch projection and head are not in it."""
         return sum(self._part(step, None).macs for step in schedule)
 
+    def has_params(self, schedule: Schedule) -> bool:
+        """Whether the model has the parameters of all layers: a selector, say, is only where its own plan chooses."""
+        pairs = enumerate(self._pairs(schedule))
+        return all(
+            path in self._params for i, pair in pairs for path in self._paths(i, pair).values()
+        )
+
     def seconds(self, schedule: Schedule) -> float:
         """Seconds of all layers for all images on this device: of each program the best of three runs."""
         pairs = self._pairs(schedule)
@@ -131,6 +139,12 @@ class LayerPrograms:
             self._parts[step, after] = found
         return self._parts[step, after]
 
+    def _paths(self, layer: int, pair: Pair) -> dict[str, str]:
+        """Paths of a layer's parameters: in its program -> in the model."""
+        places = f"blocks/{layer}", f"kinds/{layer}", f"kinds/{layer + 1}"
+        split_paths = [path.partition("/") for path in self._part(*pair).paths]
+        return {f"{i}/{rest}": f"{places[int(i)]}/{rest}" for i, _, rest in split_paths}
+
     def _run(self, pairs: tuple[Pair, ...], timed: bool = False) -> Passing:
         before, states = self._ran
         same = 0
@@ -146,12 +160,7 @@ class LayerPrograms:
         return states[-1]
 
     def _run_layer(self, layer: int, pair: Pair, state: Passing, timed: bool) -> Passing:
-        places = f"blocks/{layer}", f"kinds/{layer}", f"kinds/{layer + 1}"
-        split_paths = [path.partition("/") for path in self._part(*pair).paths]
-        params = {
-            f"{place}/{rest}": self._params[f"{places[int(place)]}/{rest}"]
-            for place, _, rest in split_paths
-        }
+        params = {own: self._params[path] for own, path in self._paths(layer, pair).items()}
         if pair not in self._programs:
             self._programs[pair] = self._program(pair)
         program = self._programs[pair]
@@ -176,8 +185,8 @@ class LayerPrograms:
             block, kind, *after = set_params(graphdef, params)
             state = TokenState(grid_rotary=self._rotary, **before._asdict())
             attention_fn = (after[0].needs() if after else None) or plain_attention
-            state = kind.apply(block, state, LayerContext(attention_fn, None, 0.0, False))
-            return Passing(state.tokens, state.summary, state.persisting, state.open)
+            state = kind.apply(block, state, LayerContext(attention_fn, None, None, False))
+            return Passing(*(getattr(state, name) for name in Passing._fields))
 
         return run
 
