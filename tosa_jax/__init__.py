@@ -52,7 +52,7 @@ from etils import epy
 # Importing the package costs next to nothing: each name brings its modules when it is first used.
 with epy.lazy_api_imports(globals()):
     from tosa_jax.errors import UserError
-    from tosa_jax.inference.predictor import Predictor
+    from tosa_jax.inference.predictor import Predictor, load
     from tosa_jax.models.variants import VARIANTS
     from tosa_jax.models.vit import Output, VisionTransformer
     from tosa_jax.models.vit_config import ViTConfig, alternate
@@ -73,6 +73,7 @@ __all__ = [
     "VisionTransformer",
     "alternate",
     "create_model",
+    "load",
     "load_pretrained",
     "save_selectors",
     "save_weights",

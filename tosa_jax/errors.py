@@ -34,6 +34,10 @@ class NonFiniteLossError(UserError):
     """Training produced a loss that is not finite."""
 
 
+class NonFiniteOutputError(UserError):
+    """A model predicts values that are not finite."""
+
+
 class WeightsError(UserError):
     """A file of weights cannot be read, or does not fit the model."""
 

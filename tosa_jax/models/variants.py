@@ -31,7 +31,7 @@ def _dinov2(size: str, registers: int = 0) -> dict[str, Any]:
 def _clip(size: str, patch: int, image: int = 224, **fields) -> dict[str, Any]:
     widths = {"base": 512, "large": 768, "huge": 1024}  # of the space that images and texts share
     form = {"pre_norm": True, "patch_bias": False, "norm_eps": 1e-5}
-    return _vit(size, patch, image, num_classes=widths[size], **form, **fields)
+    return _vit(size, patch, image, num_classes=widths[size], projection=True, **form, **fields)
 
 
 def _siglip(size: str, patch: int, image: int) -> dict[str, Any]:
@@ -165,11 +165,14 @@ def variant_config(
     """The configuration of a released variant (timm's or the hub's names), or of "vit", with `fields` on top.
 
     A `plan` may also be the name of a layer kind, which then takes every second layer, or all where it needs no other.
+    With another `num_classes` than its own a CLIP is a classifier: its head is no `projection`.
     Raises ConfigError, naming what is known, for an unknown name or field.
     """
     name = HUB_NAMES.get(name, name)
     check_choice("model name", name, VARIANTS)
     merged: dict[str, Any] = {**VARIANTS[name], **fields}
+    if merged.get("projection") and merged["num_classes"] != VARIANTS[name].get("num_classes"):
+        merged["projection"] = fields.get("projection", False) and name == "vit"
     plan = merged.get("plan") or ()
     if isinstance(plan, str):
         plan = plan_named(plan, merged.get("depth", ViTConfig.depth))

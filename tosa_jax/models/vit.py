@@ -54,7 +54,9 @@ class Output(NamedTuple):
 
     @property
     def features(self) -> Any:
-        """Floats [b d], what a head would classify, of a model with `num_classes=0`; None for any other."""
+        """Floats [b d]: what a head would classify, of a model with `num_classes=0`; the embedding of a CLIP, whose
+        head is a projection. None for any other.
+        """
         return self.predictions.get("features")
 
     @property
@@ -76,6 +78,7 @@ class VisionTransformer(nnx.Module):
     gather_params: GatherParams | None = (
         None  # what each layer's parameters go through when the layer runs
     )
+    preprocessing: Any = None  # the `Preprocessing` that its weights expect; None: not known
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
@@ -246,10 +249,9 @@ class VisionTransformer(nnx.Module):
         read = min(READ_TOGETHER, self.config.num_tokens) if first and not tokens else None
         state = self.layers(self.embed(images), key=key, train=train, read=read)
         last = state.tokens if mean else self.norm(state.tokens[:, :read])
-        predictions = (
-            {"logits": self.classify(last)}
-            if self.config.num_classes
-            else {"features": self.pool(last)}
-        )
+        config = self.config
+        predicted = self.classify(last) if config.num_classes else self.pool(last)
+        name = "logits" if config.num_classes and not config.projection else "features"
+        predictions = {name: predicted}
         shown = last if tokens else None
         return Output(predictions, shown, state.selected, state.aux, state.scores)

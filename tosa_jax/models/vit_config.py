@@ -31,6 +31,8 @@ POOLS = {
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}  # as in recipes
 
+_PLAIN = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
+
 
 def check_choice(field: str, value: Any, known: Iterable[Any]) -> None:
     """Raise a ConfigError that names the choices, unless `value` is one of them."""
@@ -46,6 +48,22 @@ def check(condition: bool, message: str) -> None:
     """Raise a ConfigError with `message` unless `condition` holds."""
     if not condition:
         raise ConfigError(message)
+
+
+def plain_value(name: str, value: Any, kind: type) -> Any:
+    """A field's value as Python's own `int`, `float`, `bool` or `str`; NumPy's and JAX's numbers are such values too.
+
+    Raises ConfigError, which names the field, for a value that is none: a text is no number.
+    """
+    if getattr(value, "shape", None) == ():
+        value = np.asarray(value).item()
+    numbers = {int: int, float: int | float, bool: bool, str: str}
+    exact = kind is int and isinstance(value, float) and value.is_integer()
+    fits = exact or (
+        isinstance(value, numbers[kind]) and (kind is bool or not isinstance(value, bool))
+    )
+    check(fits, f"{name}={value!r} must be {_PLAIN[kind]}")
+    return kind(value)
 
 
 def _own_fields(config: Any) -> list[str]:
@@ -118,6 +136,9 @@ class ViTConfig(metaclass=_TakesOptions):
     pos_resample: str = "bicubic_antialias"  # positions of another grid: one of `RESAMPLINGS`
     rope: str = ""  # rotary positions of the patches: "dinov3", or "" for none (`ops/rotary.py`)
     rope_base: float = 100.0  # the highest frequency over the lowest one, nearly
+    projection: bool = (
+        False  # the head gives an embedding of `num_classes` values and no classes, as CLIP's
+    )
     global_pool: str = "token"  # what is classified: one of `POOLS`
     drop_path_rate: float = 0.0  # of the last layer; rises linearly from 0
     dtype: Any = jnp.float32  # computes
@@ -134,11 +155,12 @@ class ViTConfig(metaclass=_TakesOptions):
     options: tuple[Options, ...] = ()
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if field.type in _PLAIN:
+                value = plain_value(field.name, getattr(self, field.name), field.type)
+                object.__setattr__(self, field.name, value)
         for name in ("dtype", "param_dtype"):
-            value = getattr(self, name)
-            if isinstance(value, str):
-                check_choice(name, value, DTYPES)
-            object.__setattr__(self, name, jnp.dtype(value))
+            object.__setattr__(self, name, self._float_type(name, getattr(self, name)))
         for name in ("patch_size", "in_chans", "embed_dim", "depth", "num_heads"):
             value = getattr(self, name)
             check(value >= 1, f"{name}={value!r} must be at least 1")
@@ -162,8 +184,8 @@ class ViTConfig(metaclass=_TakesOptions):
         check(
             self.map_chunk >= 0, f"map_chunk={self.map_chunk} must be positive, or 0 for all rows"
         )
-        if len(self.keep_rates_given) == 1:
-            object.__setattr__(self, "keep_rate", self.keep_rates_given[0])
+        rates = self.keep_rates_given
+        object.__setattr__(self, "keep_rate", rates[0] if len(rates) == 1 else rates)
         plan = tuple(self.plan or (STANDARD,) * self.depth)
         object.__setattr__(self, "plan", plan)
         check(len(plan) == self.depth, f"plan has {len(plan)} layers, but depth={self.depth}")
@@ -171,6 +193,19 @@ class ViTConfig(metaclass=_TakesOptions):
             check(0 < rate <= 1, f"keep_rate={rate} is not in (0, 1]")
         for options in self.options:
             options.check_network(self)
+
+    @staticmethod
+    def _float_type(name: str, value: Any) -> Any:
+        """The dtype of a field, by name or as NumPy's or JAX's."""
+        if isinstance(value, str):
+            check_choice(name, value, DTYPES)
+        try:
+            found = jnp.dtype(value)
+        except TypeError:
+            found = None
+        known = [jnp.dtype(dtype) for dtype in DTYPES.values()]
+        check(found in known, f"{name}={value!r} is no float that models have: {', '.join(DTYPES)}")
+        return found
 
     def _check_form(self) -> None:
         """The tokens that the head reads are there, and heads can be turned."""
@@ -196,9 +231,13 @@ class ViTConfig(metaclass=_TakesOptions):
     def _check_image_size(self) -> None:
         """One form for each size (a square is an int), and the patch divides it unless the network resizes."""
         size, patch = self.image_size, self.patch_size
-        if isinstance(size, list | tuple):
-            object.__setattr__(self, "image_size", size[0] if len(set(size)) == 1 else tuple(size))
+        if isinstance(size, list | tuple | np.ndarray) and np.ndim(size) == 1:
             check(len(size) == 2, f"image_size={size!r} must be one number, or (height, width)")
+            size = tuple(plain_value("image_size", side, int) for side in size)
+            size = size[0] if size[0] == size[1] else size
+        else:
+            size = plain_value("image_size", size, int)
+        object.__setattr__(self, "image_size", size)
         check(min(self.image_shape) >= 1, f"image_size={size!r} must be at least 1")
         nearest = [max(1, round(side / patch)) * patch for side in self.image_shape]
         check(
@@ -245,8 +284,11 @@ class ViTConfig(metaclass=_TakesOptions):
     @property
     def keep_rates_given(self) -> tuple[float, ...]:
         """`keep_rate` as a tuple, however it was given."""
-        rate = self.keep_rate
-        return tuple(rate) if isinstance(rate, tuple | list) else (rate,)
+        given: Any = self.keep_rate
+        rates = (
+            given if isinstance(given, tuple | list | np.ndarray) and np.ndim(given) else (given,)
+        )
+        return tuple(plain_value("keep_rate", rate, float) for rate in rates)
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -55,6 +55,20 @@ def check_fit(path: str, arrays: Mapping[str, np.ndarray], own: Mapping[str, Any
         )
 
 
+def check_finite(path: str, arrays: Mapping[str, np.ndarray]) -> None:
+    """Raise a WeightsError that counts the values that are no finite numbers, if any are."""
+    faults = {}
+    for name, x in arrays.items():
+        finite = np.isfinite(x if x.dtype.kind in "fiub" else x.astype(np.float32))
+        if not finite.all():
+            faults[name] = finite.size - int(finite.sum())
+    if faults:
+        raise WeightsError(
+            f"{path} holds {sum(faults.values())} values that are not finite, in {_listed(faults)}: its training "
+            "failed, or it is damaged"
+        )
+
+
 def _listed(names: Iterable[str], most: int = 8) -> str:
     """At most `most` names in order, then a count."""
     names = sorted(names)

@@ -28,7 +28,8 @@ LEGACY_START = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
 
 # Keys under which published files keep the state dict. The first that is there is taken: where a file also holds
 # averaged weights, those are the published ones.
-WRAPPERS = ("model_ema", "state_dict_ema", "model", "state_dict", "teacher")
+EMA_KEYS = ("model_ema", "state_dict_ema", "ema")
+WRAPPERS = (*EMA_KEYS, "model", "state_dict", "teacher", "student")
 
 _DTYPES = {
     "FloatStorage": np.float32, "DoubleStorage": np.float64, "HalfStorage": np.float16,
@@ -72,13 +73,37 @@ class _Tensor(NamedTuple):
 
 
 class _Ignored:
-    """Takes the place of an `argparse.Namespace`, which training checkpoints hold, and keeps none of it."""
+    """Takes the place of what training checkpoints hold beside tensors (`_HARMLESS`), and keeps none of it."""
 
     def __init__(self, *args: Any, **fields: Any) -> None:
         pass
 
     def __setstate__(self, state: Any) -> None:
         pass
+
+    def __setitem__(self, name: Any, value: Any) -> None:
+        pass
+
+    def append(self, value: Any) -> None:
+        """Takes an element of what would be a list or a set."""
+
+    add = append
+
+
+# Settings, devices, paths and single numbers in training checkpoints. Nothing of these names is ever imported or run.
+_HARMLESS = {
+    *(("argparse", "Namespace"), ("types", "SimpleNamespace"), ("torch", "device")),
+    *(("collections", "defaultdict"), ("collections", "Counter"), ("collections", "deque")),
+    *(("pathlib", "PosixPath"), ("pathlib", "WindowsPath"), ("pathlib", "PurePosixPath")),
+    *(("datetime", "datetime"), ("datetime", "timedelta"), ("_codecs", "encode")),
+    *((module, name) for module in ("numpy.core.multiarray", "numpy._core.multiarray")
+      for name in ("scalar", "_reconstruct")),
+    *(("numpy", name) for name in ("dtype", "ndarray")),
+    *(("torch", f"{kind}{bits}") for kind in ("float", "int") for bits in (16, 32, 64)),
+    *(("torch", name) for name in ("bfloat16", "bool", "int8", "uint8")),
+    *((module, name) for module in ("builtins", "__builtin__")
+      for name in ("int", "float", "bool", "str", "list", "dict", "set", "slice", "complex")),
+}  # fmt: skip
 
 
 class _Unpickler(pickle.Unpickler):
@@ -99,10 +124,11 @@ class _Unpickler(pickle.Unpickler):
             ("torch._utils", "_rebuild_tensor"): lambda *parts: _Tensor(*parts[:4]),
             ("torch._utils", "_rebuild_tensor_v2"): lambda *parts: _Tensor(*parts[:4]),
             ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
-            ("argparse", "Namespace"): _Ignored,
         }
         if (module, name) in known:
             return known[module, name]
+        if (module, name) in _HARMLESS:
+            return type(name, (_Ignored,), {})
         raise WeightsError(
             f"{self._path} asks to run {module}.{name} when it is read, which weights do not need; "
             "nothing was run. If you trust the file, save its state dict alone, as .safetensors"
@@ -116,8 +142,12 @@ class _Unpickler(pickle.Unpickler):
         return storage
 
 
-def read_torch_file(path: Path) -> tuple[dict[str, np.ndarray], str]:
-    """The tensors of a `.pth` by name, and the key of `WRAPPERS` under which they were, or "".
+def read_torch_file(
+    path: Path, checkpoint_key: str | None = None
+) -> tuple[dict[str, np.ndarray], str]:
+    """The tensors of a `.pth` by name, and the key under which they were, or "".
+
+    checkpoint_key  the key to take, "ema" for any of `EMA_KEYS`, if the file has it; None: the first of `WRAPPERS`.
 
     Arrays keep the dtype of the file (bfloat16 is that of ml_dtypes) and may be read-only. Other tensors, such as an
     optimizer's, are not read.
@@ -126,8 +156,8 @@ def read_torch_file(path: Path) -> tuple[dict[str, np.ndarray], str]:
     """
     try:
         if zipfile.is_zipfile(path):
-            return _read_zip(path)
-        return _read_legacy(path)
+            return _read_zip(path, checkpoint_key)
+        return _read_legacy(path, checkpoint_key)
     except WeightsError:
         raise
     except _DAMAGE as error:
@@ -137,7 +167,7 @@ def read_torch_file(path: Path) -> tuple[dict[str, np.ndarray], str]:
         ) from error
 
 
-def _read_zip(path: Path) -> tuple[dict[str, np.ndarray], str]:
+def _read_zip(path: Path, checkpoint_key: str | None) -> tuple[dict[str, np.ndarray], str]:
     with zipfile.ZipFile(path) as archive:
         pickles = [name for name in archive.namelist() if name.split("/")[-1] == "data.pkl"]
         if not pickles:
@@ -156,10 +186,10 @@ def _read_zip(path: Path) -> tuple[dict[str, np.ndarray], str]:
             array = np.frombuffer(archive.read(f"{root}data/{storage.key}"), storage.dtype)
             return array.byteswap() if swap else array
 
-        return _arrays(path, tree, read)
+        return _arrays(path, tree, read, checkpoint_key)
 
 
-def _read_legacy(path: Path) -> tuple[dict[str, np.ndarray], str]:
+def _read_legacy(path: Path, checkpoint_key: str | None) -> tuple[dict[str, np.ndarray], str]:
     size = path.stat().st_size
     with open(path, "rb") as file:
         if _Unpickler(file, path).load() != LEGACY_MAGIC:
@@ -184,16 +214,20 @@ def _read_legacy(path: Path) -> tuple[dict[str, np.ndarray], str]:
             array = np.fromfile(path, storage.dtype, count, offset=start)
             return array.byteswap() if swap else array
 
-        return _arrays(path, tree, read)
+        return _arrays(path, tree, read, checkpoint_key)
 
 
 def _arrays(
-    path: Path, tree: Any, read: Callable[[_Storage], np.ndarray]
+    path: Path,
+    tree: Any,
+    read: Callable[[_Storage], np.ndarray],
+    checkpoint_key: str | None,
 ) -> tuple[dict[str, np.ndarray], str]:
     """The state dict of an unpickled tree with its storages read."""
     chosen, wrapper = tree, ""
     if isinstance(tree, Mapping):
-        for key in WRAPPERS:
+        wanted = EMA_KEYS if checkpoint_key == "ema" else (checkpoint_key,)
+        for key in (*(wanted if checkpoint_key else ()), *WRAPPERS):
             if isinstance(tree.get(key), Mapping):
                 chosen, wrapper = tree[key], key
                 break
