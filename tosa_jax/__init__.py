@@ -53,6 +53,7 @@ from etils import epy
 with epy.lazy_api_imports(globals()):
     from tosa_jax.errors import UserError
     from tosa_jax.inference.predictor import Predictor, load
+    from tosa_jax.models.factory import with_image_size
     from tosa_jax.models.variants import VARIANTS
     from tosa_jax.models.vit import Output, VisionTransformer
     from tosa_jax.models.vit_config import ViTConfig, alternate
@@ -77,4 +78,5 @@ __all__ = [
     "load_pretrained",
     "save_selectors",
     "save_weights",
+    "with_image_size",
 ]

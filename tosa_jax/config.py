@@ -267,7 +267,6 @@ def default_config(model: str = "vit", task: str = "classification", weights: st
     file = read_weights(weights) if weights else None
     published = preprocessing_of(model, max(vit.image_shape), file)
     crop = {"eval_crop_pct": published.crop_pct, "eval_interpolation": published.interpolation}
-    crop |= {"eval_resize": published.resize}
     config.data = {"name": ""} | _defaults(DataConfig) | crop
     for name, cls in SECTIONS.items():
         config[name] = _defaults(cls)

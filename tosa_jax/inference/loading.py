@@ -169,13 +169,13 @@ def _from_file(
     if not selectors and is_fitted(config.plan) and not _has_selectors(file):
         on_message("no selectors were given: tokens are chosen by the map of the layer before")
     published = preprocessing_of(family or name, max(config.image_shape), file)
+    if class_names is None and (names := statements.class_names(file, config.num_classes)):
+        class_names = names_of.readable(names)
+    model = _model(config, _load(config, file, selectors, on_message))
     if len(published.mean) == 3 and config.in_chans != 3:
         on_message(f"{file.path}: of mean and std of RGB their mean is a guess for other channels")
         averaged = {name: (sum(getattr(published, name)) / 3,) for name in ("mean", "std")}
         published = published._replace(**averaged)
-    if class_names is None and (names := statements.class_names(file, config.num_classes)):
-        class_names = names_of.readable(names)
-    model = _model(config, _load(config, file, selectors, on_message))
     model.preprocessing = published
     return LoadedModel(
         model=model,

@@ -8,9 +8,14 @@ from flax import nnx
 
 from tosa_jax.models.factory import MODEL_CLASSES, build, with_budget
 from tosa_jax.models.method import MAIN, METHODS
-from tosa_jax.models.variants import variant_config
+from tosa_jax.models.options import OPTIONS
+from tosa_jax.models.variants import hub_repository, variant_config
 from tosa_jax.models.vit import VisionTransformer
-from tosa_jax.models.vit_config import ViTConfig, check_choice
+from tosa_jax.models.vit_config import STANDARD, ViTConfig, check_choice
+from tosa_jax.models.weights.architecture import network_of
+from tosa_jax.models.weights.load import Weights, load_pretrained
+from tosa_jax.models.weights.preprocessing import preprocessing_of
+from tosa_jax.models.weights.readers import read_weights
 from tosa_jax.tasks.task import Task
 
 TASKS: dict[str, type[Task]] = {}
@@ -50,11 +55,17 @@ def create_model(
     plan: tuple[str, ...] | str | None = None,
     dtype: Any = jnp.float32,
     param_dtype: Any = jnp.float32,
-    rngs: nnx.Rngs,
+    rngs: nnx.Rngs | None = None,
+    pretrained: bool | Weights = False,
+    on_message: Callable[[str], None] = print,
     **fields: Any,
 ) -> VisionTransformer:
     """A model by timm's name or the hub's, or "vit" with sizes of your own; random weights, initialised as DeiT.
 
+    pretrained a file or folder of weights, `hf:owner/name` or arrays by name, which `load_pretrained` then loads; True:
+               from the hub, by huggingface_hub: what timm loads for that name, a tag included
+               ("deit_small_patch16_224.fb_in1k"), or the repository that the name is. What the files state of the
+               network counts: the number of classes, for example. Arguments given here come before that.
     keep_rate  share in (0, 1] of the patches that selective layers take: one number, or one a selection.
                None, without a plan and `budget_gmacs`, makes the dense model.
     num_classes of the head; 0: the model has none and gives `Output.features`. By default the variant's own: 1000 for
@@ -64,8 +75,13 @@ def create_model(
     plan       a layer kind for each layer, or the name of one for every second layer; by default every second
                layer is selective.
     fields     any field of `ViTConfig`, and for depth of `DepthConfig`.
+    rngs       of the random weights; None: `nnx.Rngs(0)`.
+    on_message gets a line for everything of `pretrained` that was changed, left out or guessed.
 
-    Raises ConfigError (one line, with what is known) for unknown names and sizes that do not fit.
+    `model.preprocessing` says how images are prepared for weights of that name or of those files.
+
+    Raises ConfigError (one line, with what is known) for unknown names and sizes that do not fit, WeightsError for
+    weights that cannot be read or do not fit.
 
     >>> model = create_model("vit", embed_dim=32, depth=2, num_heads=2, image_size=8, patch_size=4,
     ...                      num_classes=10, keep_rate=0.5, rngs=nnx.Rngs(0))
@@ -80,6 +96,24 @@ def create_model(
         fields["image_size"] = image_size
     if keep_rate is not None:
         fields["keep_rate"] = keep_rate
-    if plan is None and (keep_rate is not None or fields.get("budget_gmacs")):
+    file = None
+    if pretrained is not False:
+        file = read_weights(f"hf:{hub_repository(name)}" if pretrained is True else pretrained)
+        stated = network_of(file, name.partition(".")[0], on_message)[1]
+        known = TASKS[task].model_class.config_class if task in TASKS else ViTConfig
+        stated = {
+            field: x for field, x in stated.items() if hasattr(known, field) or field in OPTIONS
+        }
+        fields = stated | fields
+        name, family = "vit", name
+    else:
+        family = name
+    wants_fewer = keep_rate is not None or fields.get("budget_gmacs")
+    if plan is None and wants_fewer and set(fields.get("plan") or (STANDARD,)) == {STANDARD}:
         plan = METHODS[MAIN].plan
-    return build(model_config(task, name, plan=plan, **fields), rngs=rngs)
+    fields |= {} if plan is None else {"plan": plan}
+    config = model_config(task, name, **fields)
+    model = build(config, rngs=rngs or nnx.Rngs(0))
+    if family != "vit":
+        model.preprocessing = preprocessing_of(family, max(config.image_shape), file)
+    return model if file is None else load_pretrained(model, file, on_message=on_message)

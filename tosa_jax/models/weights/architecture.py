@@ -38,7 +38,7 @@ def network_of(file: WeightFile, name: str = "", say: Say = print) -> tuple[str,
         base = _guessed(file, say)
     arrays, _ = to_ours(file.arrays)
     variant = dict(VARIANTS.get(base, {}))
-    fields = variant | _shapes(file, arrays, variant) | stated
+    fields = variant | stated | _shapes(file, arrays, variant)
     fields |= _positions(file, arrays, fields) | _head(file, arrays, variant, say)
     if fields.get("rope") and not fields.get("qkv_bias", True):
         fields["qkv_bias"] = True  # timm's files without biases are read as such with zeros
@@ -128,7 +128,7 @@ def _positions(file: WeightFile, arrays: names.Arrays, fields: dict[str, Any]) -
         prefix, grid = _split(
             count, tokens, fields["reg_tokens"], statements.stated_grid(file, patch)
         )
-        found["pos_embed_prefix"] = 0 < prefix == tokens + fields["reg_tokens"]
+        found["pos_embed_prefix"] = prefix == tokens + fields["reg_tokens"]
         size = size or (grid[0] * patch, grid[1] * patch)
     if size is not None:
         covered = tuple(max(side // patch, 1) * patch for side in size)

@@ -72,6 +72,8 @@ def read_weights(
         file = WeightFile("the mapping", {name: _host_array(x) for name, x in source.items()})
     else:
         file = _read_path(source, checkpoint_key)
+    if checkpoint_key is None:
+        return _of_one_network(_narrowed(file, prefix), None)
     return _narrowed(_of_one_network(file, checkpoint_key), prefix)
 
 

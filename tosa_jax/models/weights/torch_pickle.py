@@ -102,7 +102,7 @@ _HARMLESS = {
     *(("torch", f"{kind}{bits}") for kind in ("float", "int") for bits in (16, 32, 64)),
     *(("torch", name) for name in ("bfloat16", "bool", "int8", "uint8")),
     *((module, name) for module in ("builtins", "__builtin__")
-      for name in ("int", "float", "bool", "str", "list", "dict", "set", "slice", "complex")),
+      for name in ("int", "long", "unicode", "float", "bool", "str", "list", "dict", "set", "slice", "complex")),
 }  # fmt: skip
 
 

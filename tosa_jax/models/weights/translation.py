@@ -54,8 +54,8 @@ def with_zero_biases(arrays: Arrays, config: ViTConfig) -> Arrays:
 def fit_channels(arrays: Arrays, config: ViTConfig) -> tuple[Arrays, str]:
     """The patch projection of RGB images for another number of channels, and a message, or "" where nothing changed.
 
-    As timm's `adapt_input_conv`: for one channel the sum over the three; else the three over and over, scaled so that
-    an image of equal channels gives the same tokens.
+    As timm's `adapt_input_conv`: for one channel the sum over the three, which gives a grey image the tokens of its RGB
+    copy; else the three over and over, scaled by 3 / channels.
     """
     kernel, channels, area = arrays.get(_KERNEL), config.in_chans, config.patch_size**2
     if kernel is None or kernel.ndim != 2 or channels == 3 or len(kernel) != 3 * area:
