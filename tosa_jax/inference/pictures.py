@@ -39,6 +39,8 @@ def open_picture(picture: Picture, *, channels: int, exif_rotate: bool = False) 
     if isinstance(picture, bytes | bytearray | memoryview):
         return open_image(bytes(picture), channels=channels, exif_rotate=exif_rotate)
     if isinstance(picture, Image.Image):
+        if not min(picture.size):
+            raise BadImageError(f"an image of {picture.width}x{picture.height} has no pixels")
         with pil_errors():
             file_format = picture.format
             turned = ImageOps.exif_transpose(picture) if exif_rotate else picture

@@ -407,7 +407,7 @@ def _rows(prediction: Prediction, rows: slice) -> Prediction:
     return jax.tree.map(lambda x: x[rows], prediction)
 
 
-def _several(images: Iterable[Picture]) -> Iterable[Picture]:
+def _several(images: Any) -> Iterable[Picture]:
     """The images; a single one, which can be iterated over too, is refused."""
     single = isinstance(images, str | bytes | os.PathLike | Image.Image) or hasattr(images, "read")
     check(not single, "images must be a list of images: for a single one write [image]")
@@ -423,7 +423,7 @@ def check_finite(prediction: Prediction) -> None:
             )
 
 
-def _batch_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
+def _batch_sizes(sizes: Any) -> tuple[int, ...]:
     """Checked batch sizes. Raises ConfigError for none, or one below 1."""
     try:
         found = tuple(plain_value("batch_sizes", size, int) for size in sizes)

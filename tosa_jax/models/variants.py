@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tosa_jax.models.method import plan_named
-from tosa_jax.models.vit_config import ViTConfig, check, check_choice
+from tosa_jax.models.vit_config import ViTConfig, check, check_choice, plain_value
 
 
 def _vit(size: str, patch: int = 16, image: int = 224, **fields) -> dict[str, Any]:
@@ -208,6 +208,7 @@ def variant_config(
         merged["projection"] = fields.get("projection", False) and name == "vit"
     plan = merged.get("plan") or ()
     if isinstance(plan, str):
-        plan = plan_named(plan, merged.get("depth", ViTConfig.depth))
+        depth = plain_value("depth", merged.get("depth", ViTConfig.depth), int)
+        plan = plan_named(plan, depth)
     merged["plan"] = plan
     return config_class(**merged)

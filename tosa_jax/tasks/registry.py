@@ -66,6 +66,8 @@ def create_model(
                from the hub, by huggingface_hub: what timm loads for that name, a tag included
                ("deit_small_patch16_224.fb_in1k"), or the repository that the name is. What the files state of the
                network counts: the number of classes, for example. Arguments given here come before that.
+    Numbers may be NumPy's or JAX's.
+
     keep_rate  share in (0, 1] of the patches that selective layers take: one number, or one a selection.
                None, without a plan and `budget_gmacs`, makes the dense model.
     num_classes of the head; 0: the model has none and gives `Output.features`. By default the variant's own: 1000 for
