@@ -19,6 +19,7 @@ from tosa_jax.errors import ConfigError, UserError, WeightsError, WorkdirError
 from tosa_jax.models.factory import abstract_model, build, structure
 from tosa_jax.models.method import MAIN, METHODS, is_fitted, method_of
 from tosa_jax.models.params import Params, get_params, set_params
+from tosa_jax.models.variants import variant_config
 from tosa_jax.models.vit import VisionTransformer
 from tosa_jax.models.vit_config import STANDARD, ViTConfig
 from tosa_jax.models.weights import statements
@@ -98,6 +99,7 @@ def from_pretrained(
 
     Raises ConfigError (unknown name or field), WeightsError (missing, damaged or other weights).
     """
+    variant_config(name)  # an unknown name is told before a file is read
     file = read_weights(weights)
     if class_names is not None:
         fields["num_classes"] = len(class_names)

@@ -9,7 +9,7 @@ are checked against it.
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ from flax import nnx
 from tosa_jax.errors import WeightsError
 from tosa_jax.models.params import Params, get_params, nest
 from tosa_jax.models.vit import VisionTransformer
-from tosa_jax.models.weights import names, statements
+from tosa_jax.models.vit_config import check_choice
+from tosa_jax.models.weights import foreign, statements
+from tosa_jax.models.weights import names as names_of
 from tosa_jax.models.weights.checks import (
     WEIGHTS_FORMAT,
     check_config,
@@ -129,7 +131,7 @@ def pretrained_params(
         messages.append(f"weights of the stage {file.under.split('/')[0]}")
     arrays, left_out = to_ours(file.arrays)
     messages += [left_out] if left_out else []
-    if names.is_google(file.arrays) and config.mlp == "gelu":
+    if names_of.is_google(file.arrays) and config.mlp == "gelu":
         messages.append(
             "Google's own code computes GELU by tanh, timm and transformers do not: pass mlp='gelu_tanh' to "
             "create_model for the former"
@@ -137,8 +139,8 @@ def pretrained_params(
     arrays, fitted = fit_channels(with_zero_biases(arrays, config), config)
     messages += [fitted] if fitted else []
     grid = statements.stated_grid(file, config.patch_size)
-    arrays, moved = names.fit_positions(arrays, config, grid)
-    theirs, whose = names.resampling_of(file.arrays, vars(config)) or (config.pos_resample, "")
+    arrays, moved = names_of.fit_positions(arrays, config, grid)
+    theirs, whose = names_of.resampling_of(file.arrays, vars(config)) or (config.pos_resample, "")
     if theirs != config.pos_resample and (moved or config.resizes):
         moved = moved or f"for other images positions are resampled ({config.pos_resample})"
         moved += f"; pass pos_resample={theirs!r} to create_model for what {whose} computes"
@@ -232,20 +234,41 @@ def _kept_kinds(arrays: Mapping[str, np.ndarray], own: Params, say: Say) -> set[
 
 
 def save_weights(
-    model: VisionTransformer, path: str | Path, *, metadata: Mapping[str, str] | None = None
+    model: VisionTransformer,
+    path: str | Path,
+    *,
+    names: str = "tosa_jax",
+    class_names: Sequence[str] = (),
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes all parameters, selectors too, atomically to a `.safetensors` file for `load_pretrained` and `load`.
 
     The header states the whole configuration, with it the grid of the positions, and the preprocessing if the model
     knows it (`model.preprocessing`).
 
-    metadata  further texts for the header.
+    path         the file; with the names of others the folder, which gets model.safetensors and JSON files beside it.
+    names        "timm" or "hf": the names and layouts of timm or transformers. `timm.create_model("local-dir:FOLDER")`
+                 and `from_pretrained(FOLDER)` then read the dense network; what methods add is not written.
+    class_names  of the head, one a class; (): not stated.
+    metadata     further texts for the header.
+
+    Raises WeightsError: timm or transformers have no such network; the path is a folder where it should be a file.
     """
     config = model.config
+    check_choice("names", names, ("tosa_jax", "timm", "hf"))
+    if names != "tosa_jax":
+        translate = foreign.to_timm if names == "timm" else foreign.to_hf
+        params = _to_host(get_params(model))
+        arrays, files = translate(params, config, model.preprocessing, tuple(class_names))
+        write_safetensors(Path(path) / "model.safetensors", arrays, {"format": "pt"})
+        foreign.write_statements(Path(path), files)
+        return
     facts = {"format": WEIGHTS_FORMAT, "fields": json.dumps(config.silent_fields)}
     facts |= {statements.MODEL: json.dumps(config.to_fields()), statements.TASK: config.task}
     if model.preprocessing is not None:
         facts[statements.PREPROCESSING] = json.dumps(model.preprocessing._asdict())
+    if class_names:
+        facts[statements.CLASS_NAMES] = json.dumps(list(class_names))
     write_safetensors(path, _to_host(get_params(model)), {**(metadata or {}), **facts})
 
 

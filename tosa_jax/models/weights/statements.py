@@ -55,6 +55,9 @@ def architecture(file: WeightFile) -> str:
     return name if name in VARIANTS else ""
 
 
+CLASS_NAMES = "class_names"
+"""The key there of the classes' names as a JSON list, where they are known."""
+
 _FAMILIES = {
     "vit": "vit_augreg", "vit_mae": "mae", "deit": "deit_", "dinov2": "vit_dinov2", "clip": "vit_clip",
     "dinov2_with_registers": "vit_dinov2", "clip_vision_model": "vit_clip", "siglip": "vit_siglip",
@@ -109,8 +112,8 @@ def class_names(file: WeightFile, num_classes: int) -> tuple[str, ...] | None:
     """
     if text := file.metadata.get(PREDICTOR):
         found = json.loads(text).get("class_names") or ()
-    elif file.metadata.get("class_names"):
-        found = json.loads(file.metadata["class_names"])
+    elif text := file.metadata.get(CLASS_NAMES):
+        found = json.loads(text)
     elif timm := timm_config(file):
         found = timm.get("label_names") or ()
     else:
