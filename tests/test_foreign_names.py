@@ -85,7 +85,7 @@ def test_timm_and_transformers_compute_the_same(names, case, fields, tmp_path: P
         if names == "timm":
             import timm
 
-            theirs = timm.create_model(f"local-dir:{tmp_path}").eval()
+            theirs = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
             found = theirs(pixels) if model.config.num_classes else theirs.forward_features(pixels)
         else:
             import transformers

@@ -89,7 +89,9 @@ def stated_fields(file: WeightFile) -> dict[str, Any]:
         return decoder | {k: tuple(x) if isinstance(x, list) else x for k, x in fields.items()}
     config = file.config
     if config.get("architecture") in VARIANTS:  # timm's folders
-        return ViTConfig(**VARIANTS[config["architecture"]]).silent_fields
+        silent = ViTConfig(**VARIANTS[config["architecture"]]).silent_fields
+        given = config.get("model_args") or {}  # what differs from the architecture
+        return silent | {name: given[name] for name in silent.keys() & given.keys()}
     if config.get("model_type") == "depth_anything":
         backbone = {"model_type": "dinov2", **(config.get("backbone_config") or {})}
         return decoder | _transformers_fields(file.path, backbone) | depth_fields(file.path, config)

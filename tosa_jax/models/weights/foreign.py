@@ -54,7 +54,8 @@ def write_statements(folder: Path, files: dict[str, dict[str, Any]]) -> None:
 def to_timm(
     params: Arrays, config: ViTConfig, preprocessing: Preprocessing | None, names: tuple[str, ...]
 ) -> tuple[Arrays, dict[str, dict[str, Any]]]:
-    """timm's arrays, and the config.json with which `timm.create_model("local-dir:FOLDER")` makes the network.
+    """timm's arrays, and the config.json with which `timm.create_model("local-dir:FOLDER", pretrained=True)` makes
+    the network.
 
     names  of the classes; (): none are stated.
 

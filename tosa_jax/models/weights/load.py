@@ -247,8 +247,9 @@ def save_weights(
     knows it (`model.preprocessing`).
 
     path         the file; with the names of others the folder, which gets model.safetensors and JSON files beside it.
-    names        "timm" or "hf": the names and layouts of timm or transformers. `timm.create_model("local-dir:FOLDER")`
-                 and `from_pretrained(FOLDER)` then read the dense network; what methods add is not written.
+    names        "timm" or "hf": the names and layouts of timm or transformers. `from_pretrained(FOLDER)` and
+                 `timm.create_model("local-dir:FOLDER", pretrained=True)` then read the dense network; what methods add
+                 is not written.
     class_names  of the head, one a class; (): not stated.
     metadata     further texts for the header.
 
