@@ -27,8 +27,10 @@ Predictions of a trained model
     predictor.classify(["a.png", "b.png"])          # five `Guess`es an image: label, name, probability
     out = predictor(uint8_images)                   # a `Prediction`: logits, selected tokens and their scores
 
+    predictor = tosa_jax.load("FOLDER or hf:owner/name", keep_rate=0.7)     # released weights that state what they are
+
     `Predictor.from_pretrained` loads released weights by name, `Predictor.from_weights` a file of `Predictor.save`.
-    `Predictor.depth` is for depth models.
+    `Predictor.depth` is for depth models. `create_model(NAME, pretrained=True)` is the model alone.
 
 From the command line (each says more with --help)
     python -m tosa_jax.main --config=configs/digits.py         train: pretrain, selectors, fine-tune, evaluate

@@ -407,7 +407,7 @@ def _rows(prediction: Prediction, rows: slice) -> Prediction:
     return jax.tree.map(lambda x: x[rows], prediction)
 
 
-def _several(images: Any) -> Iterable[Picture]:
+def _several(images: Any) -> Any:
     """The images; a single one, which can be iterated over too, is refused."""
     single = isinstance(images, str | bytes | os.PathLike | Image.Image) or hasattr(images, "read")
     check(not single, "images must be a list of images: for a single one write [image]")

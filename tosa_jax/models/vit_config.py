@@ -156,7 +156,7 @@ class ViTConfig(metaclass=_TakesOptions):
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            if field.type in _PLAIN:
+            if isinstance(field.type, type) and field.type in _PLAIN:
                 value = plain_value(field.name, getattr(self, field.name), field.type)
                 object.__setattr__(self, field.name, value)
         for name in ("dtype", "param_dtype"):

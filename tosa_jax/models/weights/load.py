@@ -93,18 +93,21 @@ def load_pretrained(
         params |= selector_params(model, selectors)
     if head is not None:
         params |= head_params(model, head)
+    _place(model, params)
+    return model
+
+
+def _place(model: VisionTransformer, params: Params) -> None:
+    """Sets parameters of a model, each where its own was."""
     own = get_params(model)
 
-    def place(name, value):
+    def place(name: str, value: Any) -> jax.Array:
         old = own[name]
-        return (
-            jax.device_put(value, old.sharding)
-            if isinstance(old, jax.Array)
-            else jnp.asarray(value)
-        )
+        if isinstance(old, jax.Array):
+            return jax.device_put(value, old.sharding)
+        return jnp.asarray(value)
 
     nnx.update(model, nest({name: place(name, value) for name, value in params.items()}))
-    return model
 
 
 def pretrained_params(
@@ -254,6 +257,7 @@ def save_weights(
     metadata     further texts for the header.
 
     Raises WeightsError: timm or transformers have no such network; the path is a folder where it should be a file.
+    ConfigError: another value of `names`.
     """
     config = model.config
     check_choice("names", names, ("tosa_jax", "timm", "hf"))

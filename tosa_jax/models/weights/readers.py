@@ -239,7 +239,10 @@ def _read_shards(index: Path) -> dict[str, np.ndarray]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; {} if there is no such file, or if it holds another JSON value."""
+    """A JSON object; {} if there is no such file, or if it holds another JSON value.
+
+    Raises WeightsError: the file is no JSON.
+    """
     if not path.exists():
         return {}
     try:

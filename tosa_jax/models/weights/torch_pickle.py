@@ -226,8 +226,8 @@ def _arrays(
     """The state dict of an unpickled tree with its storages read."""
     chosen, wrapper = tree, ""
     if isinstance(tree, Mapping):
-        wanted = EMA_KEYS if checkpoint_key == "ema" else (checkpoint_key,)
-        for key in (*(wanted if checkpoint_key else ()), *WRAPPERS):
+        chosen_keys = (checkpoint_key,) if checkpoint_key else ()
+        for key in (*(EMA_KEYS if checkpoint_key == "ema" else chosen_keys), *WRAPPERS):
             if isinstance(tree.get(key), Mapping):
                 chosen, wrapper = tree[key], key
                 break
