@@ -15,7 +15,7 @@ from tosa_jax.models.vit_config import STANDARD, ViTConfig, check_choice
 from tosa_jax.models.weights.architecture import network_of
 from tosa_jax.models.weights.load import Weights, load_pretrained
 from tosa_jax.models.weights.preprocessing import preprocessing_of
-from tosa_jax.models.weights.readers import read_weights
+from tosa_jax.models.weights.readers import WeightFile, read_weights
 from tosa_jax.tasks.task import Task
 
 TASKS: dict[str, type[Task]] = {}
@@ -62,12 +62,8 @@ def create_model(
 ) -> VisionTransformer:
     """A model by timm's name or the hub's, or "vit" with sizes of your own; random weights, initialised as DeiT.
 
-    pretrained a file or folder of weights, `hf:owner/name` or arrays by name, which `load_pretrained` then loads; True:
-               from the hub, by huggingface_hub: what timm loads for that name, a tag included
-               ("deit_small_patch16_224.fb_in1k"), or the repository that the name is. What the files state of the
-               network counts: the number of classes, for example. Arguments given here come before that.
-    Numbers may be NumPy's or JAX's.
-
+    pretrained weights to load, as in `load_pretrained`; True: from the hub, what timm loads for that name (a tag may
+               follow: "deit_small_patch16_224.fb_in1k"). The network is as the files state it, unless told otherwise.
     keep_rate  share in (0, 1] of the patches that selective layers take: one number, or one a selection.
                None, without a plan and `budget_gmacs`, makes the dense model.
     num_classes of the head; 0: the model has none and gives `Output.features`. By default the variant's own: 1000 for
@@ -80,8 +76,7 @@ def create_model(
     rngs       of the random weights; None: `nnx.Rngs(0)`.
     on_message gets a line for everything of `pretrained` that was changed, left out or guessed.
 
-    `model.preprocessing` says how images are prepared for weights of that name or of those files.
-
+    `model.preprocessing` says how images are prepared for these weights.
     Raises ConfigError (one line, with what is known) for unknown names and sizes that do not fit, WeightsError for
     weights that cannot be read or do not fit.
 
@@ -91,31 +86,29 @@ def create_model(
     >>> out.logits.shape, [s.shape for s in out.selected]
     ((1, 10), [(1, 3)])
     """
+    given = {"num_classes": num_classes, "image_size": image_size, "keep_rate": keep_rate}
     fields |= {"dtype": dtype, "param_dtype": param_dtype}
-    if num_classes is not None:
-        fields["num_classes"] = num_classes
-    if image_size is not None:
-        fields["image_size"] = image_size
-    if keep_rate is not None:
-        fields["keep_rate"] = keep_rate
-    file = None
+    fields |= {field: value for field, value in given.items() if value is not None}
+    file, base = None, name
     if pretrained is not False:
         file = read_weights(f"hf:{hub_repository(name)}" if pretrained is True else pretrained)
-        stated = network_of(file, name.partition(".")[0], on_message)[1]
-        known = TASKS[task].model_class.config_class if task in TASKS else ViTConfig
-        stated = {
-            field: x for field, x in stated.items() if hasattr(known, field) or field in OPTIONS
-        }
-        fields = stated | fields
-        name, family = "vit", name
-    else:
-        family = name
+        fields, base = _stated_fields(task, name, file, on_message) | fields, "vit"
     wants_fewer = keep_rate is not None or fields.get("budget_gmacs")
     if plan is None and wants_fewer and set(fields.get("plan") or (STANDARD,)) == {STANDARD}:
         plan = METHODS[MAIN].plan
     fields |= {} if plan is None else {"plan": plan}
-    config = model_config(task, name, **fields)
+    config = model_config(task, base, **fields)
     model = build(config, rngs=rngs or nnx.Rngs(0))
-    if family != "vit":
-        model.preprocessing = preprocessing_of(family, max(config.image_shape), file)
+    if name != "vit":
+        model.preprocessing = preprocessing_of(name, max(config.image_shape), file)
     return model if file is None else load_pretrained(model, file, on_message=on_message)
+
+
+def _stated_fields(
+    task: str, name: str, file: WeightFile, on_message: Callable[[str], None]
+) -> dict[str, Any]:
+    """The fields of the configuration of a task's model that a file states of its network."""
+    check_choice("task", task, TASKS)
+    known = TASKS[task].model_class.config_class
+    stated = network_of(file, name.partition(".")[0], on_message)[1]
+    return {field: x for field, x in stated.items() if hasattr(known, field) or field in OPTIONS}
