@@ -19,7 +19,7 @@ from tosa_jax.distributed.mesh import MeshConfig
 from tosa_jax.errors import ConfigError
 from tosa_jax.models.method import MAIN, METHODS, controls
 from tosa_jax.models.optim import PERIODS, SCHEDULES, OptimConfig
-from tosa_jax.models.vit_config import ViTConfig, check, check_choice
+from tosa_jax.models.vit_config import ViTConfig, check, check_choice, check_types
 from tosa_jax.models.weights.preprocessing import IMAGENET_MEAN, IMAGENET_STD, preprocessing_of
 from tosa_jax.models.weights.readers import read_weights
 from tosa_jax.tasks import TASKS, model_config
@@ -186,6 +186,7 @@ class RunConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         counts = ("batch_size", "accumulate", "log_steps", "bypass_fit_images", "keep_checkpoints")
         for name in counts:
             check(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
@@ -288,6 +289,7 @@ def profile_range(steps: str) -> range:
 def build_section(cls: type, section: str, values: Mapping[str, Any]) -> Any:
     """A section's dataclass; its ConfigErrors name the section."""
     try:
+        check_types(cls, values)
         return cls(**values)
     except ConfigError as error:
         raise ConfigError(f"config.{section}: {error}") from error
@@ -367,16 +369,18 @@ def from_json(values: Mapping[str, Any]) -> RunConfig:
 
     Raises ConfigError for values that this version does not know.
     """
+    if not isinstance(values, Mapping):
+        raise ConfigError("config.json holds no fields")
     rest = dict(values)
     task = rest.get("task", "classification")
     check_choice("task", task, TASKS)
     sections = SECTIONS | {"model": TASKS[task].model_class.config_class, "data": DataConfig}
     sections |= {"options": TASKS[task].options}
     try:
-        built = {
-            name: build_section(cls, name, as_tuples(rest.pop(name, {})))
-            for name, cls in sections.items()
-        }
+        said = {name: as_tuples(rest.pop(name, {})) for name in sections}
+        for name, section in said.items():
+            check(isinstance(section, Mapping), f"config.{name} must hold fields, not {section!r}")
+        built = {name: build_section(cls, name, said[name]) for name, cls in sections.items()}
         return RunConfig(**built, **rest)
     except TypeError as error:
         raise ConfigError(f"config.json is of another version of tosa_jax: {error}") from error

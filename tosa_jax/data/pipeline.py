@@ -17,7 +17,7 @@ from PIL import Image
 
 from tosa_jax.data import sources
 from tosa_jax.data.builders import open_builder
-from tosa_jax.data.decoding import BadImageError, pil_errors
+from tosa_jax.data.decoding import FORMATS, BadImageError, pil_errors
 from tosa_jax.data.examples import ExampleKind
 from tosa_jax.data.kinds import EXAMPLE_KINDS
 from tosa_jax.data.settings import DataConfig
@@ -47,13 +47,13 @@ class Dataset:
     """A prepared data set, opened with the settings of a `DataConfig`. `open_dataset` makes one.
 
     config   the settings.
-    builder  TFDS's description of the prepared set.
+    builder  TFDS's description of the prepared set; by default that which the settings name.
     kind     what its examples are.
     """
 
-    def __init__(self, config: DataConfig) -> None:
+    def __init__(self, config: DataConfig, builder: tfds.core.DatasetBuilder | None = None) -> None:
         self.config = config
-        self.builder = open_builder(config.name, config.data_dir, config.source_dir)
+        self.builder = builder or open_builder(config.name, config.data_dir, config.source_dir)
         self._features: dict[str, Any] = dict(self.builder.info.features.items())  # pyright: ignore
         self.kind = self._kind()
 
@@ -105,8 +105,8 @@ class Dataset:
         images = {key for key, x in self._features.items() if isinstance(x, tfds.features.Image)}
         try:
             with pil_errors():
-                first = sources.undecoded(self.builder, split, images)[0]
-                width, height = Image.open(io.BytesIO(first["image"])).size
+                first = sources.Records(self.builder, split, images)[0]
+                width, height = Image.open(io.BytesIO(first["image"]), formats=FORMATS).size
         except BadImageError as error:
             raise DataError(
                 f"{self.builder.data_path}: the first image of {split} cannot be read: {error}"

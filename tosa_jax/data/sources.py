@@ -5,10 +5,11 @@ bad images (`Following`, `TrainExample`), and the rows of one process (`ProcessR
 In a record or example whose image cannot be decoded, "image" is the BadImageError.
 """
 
+import contextlib
 import functools
 import logging
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from typing import Any
 
@@ -23,10 +24,45 @@ from tosa_jax.errors import DataError
 _log = logging.getLogger(__name__)
 
 
-def undecoded(builder: tfds.core.DatasetBuilder, split: str, encoded: Iterable[str]) -> Any:
-    """A TFDS split as a sequence of features by name. Those named in `encoded` stay the bytes of their files."""
-    open_split: Any = builder.as_data_source  # Any: pyright misreads TFDS's decorator
-    return open_split(split, decoders=dict.fromkeys(encoded, tfds.decode.SkipDecoding()))
+_AGAIN = "a file of the set is damaged or was changed: prepare it again with --overwrite"
+
+
+class Records:
+    """A TFDS split as a sequence of features by name. Those named in `encoded` stay the bytes of their files.
+
+    Raises DataError, also from an index: a file is missing or damaged, or holds other examples than are described.
+    """
+
+    def __init__(
+        self, builder: tfds.core.DatasetBuilder, split: str, encoded: Iterable[str]
+    ) -> None:
+        self._where = f"{builder.data_path}, split {split}"
+        open_split: Any = builder.as_data_source  # Any: pyright misreads TFDS's decorator
+        with self._damage("it"):
+            self._source = open_split(
+                split, decoders=dict.fromkeys(encoded, tfds.decode.SkipDecoding())
+            )
+            self._length = len(self._source)
+        if self._length != (told := builder.info.splits[split].num_examples):
+            raise DataError(f"{self._where}: {self._length} examples, not {told}; {_AGAIN}")
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Record:
+        with self._damage(f"example {index}"):
+            return self._source[index]
+
+    @contextlib.contextmanager
+    def _damage(self, what: str) -> Iterator[None]:
+        """Turns whatever TFDS and ArrayRecord raise for a damaged file into DataError."""
+        try:
+            yield
+        except DataError:
+            raise
+        except Exception as error:
+            why = f"{type(error).__name__}: {str(error)[:200]}"
+            raise DataError(f"{self._where}: {what} cannot be read ({why}); {_AGAIN}") from error
 
 
 class Encoded:
@@ -34,7 +70,7 @@ class Encoded:
 
     def __init__(self, builder: tfds.core.DatasetBuilder, split: str, kind: ExampleKind) -> None:
         self.kind, self.name = kind, f"{builder.data_path}, split {split}"
-        self._records = undecoded(builder, split, kind.encoded)
+        self._records = Records(builder, split, kind.encoded)
 
     def __len__(self) -> int:
         return len(self._records)

@@ -12,7 +12,7 @@ from typing import Any, TypedDict
 import jax
 from flax import nnx
 
-from tosa_jax.config import RunConfig, as_tuples, from_json
+from tosa_jax.config import InputConfig, RunConfig, as_tuples, build_section, from_json
 from tosa_jax.data import class_names as names_of
 from tosa_jax.data.decoding import Preprocess
 from tosa_jax.errors import ConfigError, UserError, WeightsError, WorkdirError
@@ -25,6 +25,7 @@ from tosa_jax.models.weights.load import pretrained_params, save_weights, select
 from tosa_jax.models.weights.preprocessing import PREDICTOR, Preprocessing, preprocessing_of
 from tosa_jax.models.weights.readers import WeightFile, read_weights
 from tosa_jax.models.weights.run_checkpoints import has_checkpoint
+from tosa_jax.paths import parse_json
 from tosa_jax.tasks import TASKS, model_config
 
 KeepRate = float | tuple[float, ...] | None
@@ -124,12 +125,33 @@ def from_weights(path: str | Path, keep_rate: KeepRate, on_message: OnMessage) -
             f"{path} has no model configuration: name the variant too (--model=NAME, or "
             "Predictor.from_pretrained)"
         )
-    said = as_tuples(json.loads(text))
-    task = said.pop("task", "classification")  # older files have no task: they are all classifiers
-    options = TASKS[task].options(**said.pop("options", {}))
-    config = with_keep_rate(TASKS[task].model_class.config_class(**said.pop("model")), keep_rate)
-    params, form = _load(config, file, None, on_message), Preprocess(**said.pop("form"))
-    return LoadedModel(model=_model(config, params), form=form, options=options, task=task, **said)
+    try:
+        said = as_tuples(parse_json(text))
+        task = said.get("task", "classification")  # older files have none: they are all classifiers
+        options = build_section(TASKS[task].options, "options", said.get("options", {}))
+        config = TASKS[task].model_class.config_class(**said["model"])
+        form = Preprocess(**said["form"])
+        mean, std, names = said["mean"], said["std"], said["class_names"]
+        build_section(InputConfig, "inputs", {"mean": mean, "std": std})
+        if names is not None and not (
+            len(names) == config.num_classes and all(isinstance(x, str) for x in names)
+        ):
+            raise ValueError("its class names are not those of its classes")
+    except (ValueError, TypeError, KeyError, AttributeError, ConfigError) as error:
+        raise WeightsError(
+            f"{path} describes no model that this version knows ({type(error).__name__}: {error})"
+        ) from error
+    config = with_keep_rate(config, keep_rate)
+    params = _load(config, file, None, on_message)
+    return LoadedModel(
+        model=_model(config, params),
+        form=form,
+        mean=mean,
+        std=std,
+        options=options,
+        task=task,
+        class_names=names,
+    )
 
 
 def save(network: LoadedModel, path: str | Path) -> None:
@@ -180,7 +202,7 @@ def read_run(workdir: Path) -> RunConfig:
             f"{workdir} is not the work directory of a run (it has no config.json); python -m tosa_jax.main makes one"
         )
     try:
-        return from_json(json.loads(path.read_text(encoding="utf-8")))
+        return from_json(parse_json(path.read_text(encoding="utf-8")))
     except (ValueError, OSError, UserError) as error:
         raise WorkdirError(f"{path} cannot be read ({error})") from error
 

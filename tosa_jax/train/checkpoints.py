@@ -27,7 +27,7 @@ from tosa_jax.models.weights.run_checkpoints import (
     mark_format,
     take_format,
 )
-from tosa_jax.paths import AnyPath, is_remote, write_atomically
+from tosa_jax.paths import AnyPath, is_remote, parse_json, write_atomically
 
 Tree = TypeVar("Tree")
 
@@ -289,7 +289,7 @@ def read_scores(folder: AnyPath) -> dict[str, dict[str, float]]:
     old = [(item.parent.parent.name, item) for item in folder.glob("*/metrics/metrics")]
     for step, path in [*old, ("", folder / SCORES)]:
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            read = json.loads(path.read_bytes())
+            read = parse_json(path.read_bytes())
             said = {step: read} if step else read
             scores |= {k: dict(v) for k, v in said.items() if k.isdigit() and isinstance(v, dict)}
     return scores

@@ -19,7 +19,7 @@ from tosa_jax.distributed import coordination
 from tosa_jax.distributed.messages import say
 from tosa_jax.errors import ConfigError, WorkdirError
 from tosa_jax.models.weights.run_checkpoints import has_checkpoint
-from tosa_jax.paths import AnyPath, as_path, is_remote, write_atomically
+from tosa_jax.paths import AnyPath, as_path, is_remote, parse_json, write_atomically
 
 BEAT_SECONDS = 20.0
 """How often a run renews its lease on a bucket; three times as long without a beat, and another run takes over."""
@@ -71,9 +71,14 @@ def _check_config(path: AnyPath, run: RunConfig) -> None:
     if not path.exists():
         return
     try:
-        begun = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise WorkdirError(f"{path} cannot be read ({error}); delete {path.parent}") from error
+        begun = parse_json(path.read_bytes())
+        if not isinstance(begun, dict):
+            raise ValueError("it holds no fields")
+    except (ValueError, OSError) as error:
+        raise WorkdirError(
+            f"{path} cannot be read ({error}). Delete that file alone: the same command then goes on from the "
+            "checkpoints, and refuses if they are of another configuration"
+        ) from error
     with contextlib.suppress(ConfigError):
         begun = _as_json(from_json(begun))  # with the defaults of fields that are newer than it
     lines = differences(begun, _as_json(run))
@@ -127,7 +132,7 @@ def lease(workdir: AnyPath, beat: float = BEAT_SECONDS) -> Iterator[None]:
 
     def is_ours() -> bool:
         fs.invalidate_cache()
-        return fs.exists(path) and json.loads(fs.cat_file(path))["owner"] == owner
+        return fs.exists(path) and parse_json(fs.cat_file(path))["owner"] == owner
 
     try:
         write("create")

@@ -27,12 +27,13 @@ from tosa_jax.data.builders.prepared import (
     has_random_access,
     is_prepared,
     newest,
+    open_prepared,
     prepared_dir,
 )
 from tosa_jax.data.builders.rooms import Rooms, rooms_config
 from tosa_jax.data.builders.shards import Say
 from tosa_jax.errors import ConfigError, DataError
-from tosa_jax.paths import is_remote
+from tosa_jax.paths import as_path, is_remote
 
 _GENERATED = {"digits": Digits, "rooms": Rooms}  # sets that need no files
 # Sets of a folder of a person's own.
@@ -63,7 +64,7 @@ def open_builder(name: str, data_dir: str, source_dir: str = "") -> tfds.core.Da
         path = prepare_own(name, data_dir, source_dir, max_bytes=folders.AUTOMATIC_BYTES)
     else:
         path = prepared_dir(name, data_dir)
-    return tfds.builder_from_directory(str(path))
+    return open_prepared(as_path(path))
 
 
 def prepare(
@@ -134,7 +135,7 @@ def prepare_own(
     Args:
       max_bytes: Refuse a larger folder of images; None: any size.
     Returns:
-      The version folder, for `tfds.builder_from_directory`.
+      The version folder, for `open_prepared`.
     Raises:
       ConfigError: the set is none of this project's; `source_dir` is missing, or given for a set
         without files.

@@ -4,7 +4,6 @@ A work directory holds `checkpoints/<stage>/<step>/` with the items `state` and 
 writes.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 
 from tosa_jax.errors import WeightsError
 from tosa_jax.models.weights.digests import DIGESTS, find_damage
-from tosa_jax.paths import AnyPath
+from tosa_jax.paths import AnyPath, parse_json
 
 FOLDER = "checkpoints"
 STATE, FACTS = "state", "facts"
@@ -68,7 +67,7 @@ def checkpoint_damage(checkpoint: AnyPath) -> str:
             return "it is a file, not a folder"
         if not (checkpoint / STATE).is_dir():
             return f"{STATE} is missing"
-        facts = json.loads((checkpoint / FACTS / "metadata").read_bytes())
+        facts = parse_json((checkpoint / FACTS / "metadata").read_bytes())
         form = facts.get(_FORMAT_FIELD, 1)
         has_digests = (checkpoint / DIGESTS).exists()
     except OSError as error:
