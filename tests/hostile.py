@@ -29,7 +29,7 @@ from tests import hostile_formats
 from tests.hostile_formats import Format
 
 SECONDS = 10.0
-"""A case that takes longer counts as a hang."""
+"""A case that takes more seconds of processors, or ten times as many by the clock, counts as a hang."""
 
 MEMORY = 2 * 2**30
 """Bytes that a case may have beside what the process has at its start."""
@@ -265,17 +265,19 @@ def run_cases(form: Format, index: int, count: int, seed: int, folder: Path) -> 
 
 def _collected(pid: int, end: int, numbers: range) -> list[str]:
     said, hangs = b"", False
-    limit = 60.0  # the first line comes after what is opened once
+    began, used = time.monotonic(), 0.0
     while True:
-        ready, _, _ = select.select([end], [], [], limit)
+        ready, _, _ = select.select([end], [], [], 1.0)
         if not ready:
-            hangs = True
-            os.kill(pid, signal.SIGKILL)
-            limit = 60.0
+            late = time.monotonic() - began > 10 * SECONDS or _seconds_used(pid) - used > SECONDS
+            if late and not hangs:
+                hangs = True
+                os.kill(pid, signal.SIGKILL)
             continue
         if not (more := os.read(end, 2**16)):
             break
-        said, limit = said + more, SECONDS
+        said += more
+        began, used = time.monotonic(), _seconds_used(pid)
     _, status = os.waitpid(pid, 0)
     lines = said.decode().split("\n")[1:]
     if hangs or os.WIFSIGNALED(status):
@@ -284,6 +286,15 @@ def _collected(pid: int, end: int, numbers: range) -> list[str]:
     if len(lines) < len(numbers):
         lines = [*[line for line in lines if line], "the child process ended"]
     return lines
+
+
+def _seconds_used(pid: int) -> float:
+    """Seconds of processors that a process has used."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def try_formats(cases: int, seed: int, names: list[str], folder: Path) -> dict[str, dict[str, int]]:

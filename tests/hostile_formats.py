@@ -670,7 +670,9 @@ def report_json() -> Format:
         assert table.count("\n") < 100
         page.write_page(folder, found)
 
-    return Format([json.dumps(report | {"results": rows}).encode()], read, 4, DEEP, is_json=True)
+    text = json.dumps(report | {"results": rows}).encode()
+    # Read once before anything is watched: matplotlib looks for fonts the first time.
+    return Format([text], read, 4, DEEP, is_json=True, start=lambda folder: read(text, folder))
 
 
 def metrics_jsonl() -> Format:
@@ -704,7 +706,8 @@ def metrics_jsonl() -> Format:
 
     text = b"".join(json.dumps(record).encode() + b"\n" for record in records)
     bombs = tuple(text + bomb + b"\n" for bomb in DEEP)
-    return Format([text], read, 2, bombs, mutate=change)
+    start = lambda folder: read(text, folder)  # noqa: E731  # matplotlib looks for fonts
+    return Format([text], read, 2, bombs, mutate=change, start=start)
 
 
 def config_flags() -> Format:

@@ -130,8 +130,8 @@ def _row(tag: str, cells: Sequence[str], attributes: str = "") -> str:
 def _cost_chart(rows: Sequence[Mapping[str, Any]]) -> str:
     """A chart of quality against cost, if both are known for at least two models."""
     pretrained = f"{DENSE}{series.PRETRAINED}"
-    dense = next((r["gmacs"] for r in rows if r["name"] == DENSE), None)
-    dense = dense or next((r["gmacs"] for r in rows if r["name"] == pretrained), None)
+    dense = next((r.get("gmacs") for r in rows if r["name"] == DENSE), None)
+    dense = dense or next((r.get("gmacs") for r in rows if r["name"] == pretrained), None)
     metric = headline([f"val/{name}" for row in rows for name in row.get("metrics") or {}])
     if not dense or metric is None:
         return ""

@@ -55,11 +55,13 @@ _STAGE = {
     "after": _METRICS,
 }
 _TRAINED = {"ema_decay": _is_decay}
+_CONFIG = {"pretrain": _TRAINED, "finetune": _TRAINED, "data": {"name": _may_be(_is_text)}}
 _REPORT = {
     "results": [_ROW],
     "stages": {"*": _STAGE},
     "versions": {"*": lambda value: True},
-    "config": {"pretrain": _TRAINED, "finetune": _TRAINED, "data": {"name": _may_be(_is_text)}},
+    # What is not a configuration of fields is shown as text.
+    "config": lambda value: not isinstance(value, Mapping) or not _fault(value, _CONFIG, "config"),
 }
 """Forms: a test; a dict of forms by key, of which "*" is for all others; a list with the form of its items. A key that
 is missing fits, and so does None for a dict."""

@@ -101,6 +101,8 @@ def _array(file: Any, item: Item, key: str) -> np.ndarray:
     """
     in_file = type(file.get(key, getlink=True)).__name__ == "HardLink"
     data = file[key] if in_file else None
+    if key not in file:
+        raise KeyError(key)
     if data is None or data.external or data.is_virtual:
         raise DataError(f"{item.path}: {key!r} is not in this file")
     if data.shape != _SHAPES[key] or data.dtype.kind not in "uif":

@@ -1,7 +1,10 @@
 """Where prepared sets lie: data_dir/<name>/<version> or data_dir/<name>/<config>/<version>, as TFDS has it."""
 
+import contextlib
+import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
@@ -49,6 +52,24 @@ def _class_names(features: Any) -> Iterator[str]:
     elif isinstance(features, list):
         for value in features:
             yield from _class_names(value)
+
+
+@contextlib.contextmanager
+def prepares_alone(folder: Path, say: Callable[[str], object]) -> Iterator[None]:
+    """In this context no other process prepares below the same folder; one that does is waited for, with a line.
+
+    Where the file system has no locks this does nothing. Raises OSError: the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".preparing", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"{folder}: another process is preparing this set; waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            pass
+        yield
 
 
 def is_prepared(path: AnyPath) -> bool:

@@ -198,8 +198,13 @@ def _plan(
     return list(zip(map(Path, template.sharded_filepaths(count)), parts, strict=True))
 
 
+def read_files(item: Item) -> list[bytes]:
+    """The bytes of an item's file, and of the one beside it. Raises DataError: one cannot be read or has changed."""
+    return [_read(file) for file in (item, item.beside) if file]
+
+
 def _example(encode: Encode, item: Item) -> dict:
-    return encode(item, [_read(file) for file in (item, item.beside) if file])
+    return encode(item, read_files(item))
 
 
 def _read(item: Item) -> bytes:
