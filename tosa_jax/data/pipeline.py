@@ -4,8 +4,10 @@ Training data is a function of (seed, step) alone, whatever the number of thread
 processes: random draws are keyed by the index in the global, endless stream of examples.
 """
 
+import contextlib
 import dataclasses
 import functools
+import hashlib
 import io
 import re
 from typing import Any
@@ -17,12 +19,15 @@ from PIL import Image
 
 from tosa_jax.data import sources
 from tosa_jax.data.builders import open_builder
-from tosa_jax.data.decoding import FORMATS, BadImageError, pil_errors
+from tosa_jax.data.decoding import FORMATS, BadImageError, load, pil_errors
 from tosa_jax.data.examples import ExampleKind
 from tosa_jax.data.kinds import EXAMPLE_KINDS
 from tosa_jax.data.settings import DataConfig
 from tosa_jax.data.streams import BatchStream, read_ahead
 from tosa_jax.errors import ConfigError, DataError, nearest
+
+SAMPLES = 128
+"""Examples of a split that its fingerprint looks at."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +39,7 @@ class DatasetFacts:
     num_classes  0 for a set without classes.
     class_names  in the order of the labels.
     kind         `ExampleKind.name`: "classification" or "depth".
+    fingerprint  of what the two splits hold (`Dataset.fingerprint`).
     """
 
     num_train: int
@@ -41,6 +47,7 @@ class DatasetFacts:
     num_classes: int
     class_names: tuple[str, ...]
     kind: str
+    fingerprint: str = ""
 
 
 class Dataset:
@@ -70,7 +77,31 @@ class Dataset:
         num_eval = self.num_examples(self.config.eval_split, "eval_split")
         self.split_kind(self.config.eval_split, train=False)
         names = self.kind.class_names(self._features)
-        return DatasetFacts(num_train, num_eval, len(names), names, self.kind.name)
+        return DatasetFacts(
+            num_train, num_eval, len(names), names, self.kind.name, self.fingerprint()
+        )
+
+    def fingerprint(self) -> str:
+        """Twelve hexadecimal digits that depend on the sizes of both splits and on `SAMPLES` examples of each.
+
+        The examples lie evenly over the split in the set's order, so that one image more or less moves most of them. Of
+        a larger split a single image that was exchanged may go unseen. Where the set lies and who prepared it does not
+        count; of PNG files the pixels do, because every version of zlib writes other bytes.
+
+        Raises DataError: an example cannot be read.
+        """
+        digest = hashlib.sha256()
+        images = [name for name, x in self._features.items() if isinstance(x, tfds.features.Image)]
+        for split in (self.config.train_split, self.config.eval_split):
+            records = sources.Records(self.builder, split, images)
+            count = len(records)
+            digest.update(f"{count},".encode())
+            for i in sorted({k * count // SAMPLES for k in range(SAMPLES)}):
+                record = records[i]
+                for name in ("image", "label", "depth"):
+                    if name in record:
+                        digest.update(_content(record[name]))
+        return digest.hexdigest()[:12]
 
     def num_examples(self, split: str, field: str = "split") -> int:
         """Number of examples of a TFDS split, slice or sum of them: "train", "train[:90%]+test".
@@ -156,11 +187,8 @@ class Dataset:
         if seed < 0 or start_step < 0:
             raise ConfigError(f"seed={seed} and start_step={start_step} must be 0 or more")
         source = self._source(config.train_split, "train_split", train=True)
-        # Explicit seeds: Grain's defaults depend on the position in the pipeline, so that another
-        # augmentation would change the order of the examples.
-        order_seed, draw_seed = np.random.SeedSequence(seed).generate_state(2).tolist()
         # repeat() before random_map(), so that the draws differ from epoch to epoch.
-        dataset = grain.MapDataset.source(source).shuffle(seed=order_seed).repeat(None)
+        dataset, draw_seed = _endless(source, seed)
         dataset = dataset.map(sources.Opened(source.kind))
         if config.repeats > 1:
             dataset = sources.Repeated(dataset, config.repeats, len(source))
@@ -172,6 +200,18 @@ class Dataset:
         dataset = dataset[start_step * local_size :]
         size = self.kind.example_bytes(config)
         return BatchStream(read_ahead(dataset, local_size, size, config), bad)
+
+    def batch_examples(self, *, batch_size: int, seed: int, step: int) -> list[str]:
+        """The examples of a global training batch, by index in the split and name, in the order of the batch.
+
+        A bad image that was skipped is named, not the one that took its place.
+        """
+        source = self._source(self.config.train_split, "train_split", train=True)
+        dataset, _ = _endless(source, seed)
+        if self.config.repeats > 1:
+            dataset = sources.Repeated(dataset, self.config.repeats, len(source))
+        places = range(step * batch_size, (step + 1) * batch_size)
+        return [sources.called(dataset[i]) for i in places]
 
     def eval_batches(
         self,
@@ -233,6 +273,22 @@ def open_dataset(config: DataConfig) -> Dataset:
         its files is missing or broken.
     """
     return Dataset(config)
+
+
+def _endless(source: Any, seed: int) -> tuple[grain.MapDataset, int]:
+    """The endless stream of shuffled epochs of records, and the seed of the draws that follow."""
+    # Explicit seeds: Grain's defaults depend on the position in the pipeline, so that another
+    # augmentation would change the order of the examples.
+    order_seed, draw_seed = np.random.SeedSequence(seed).generate_state(2).tolist()
+    return grain.MapDataset.source(source).shuffle(seed=order_seed).repeat(None), draw_seed
+
+
+def _content(value: Any) -> bytes:
+    """What is hashed of a feature: the pixels of a PNG file, other bytes as they are, arrays and numbers."""
+    if isinstance(value, bytes) and value.startswith(b"\x89PNG"):
+        with contextlib.suppress(BadImageError):
+            return np.asarray(load(value)).tobytes()
+    return value if isinstance(value, bytes) else np.asarray(value).tobytes()
 
 
 def _local_size(batch_size: int, process_index: int, process_count: int) -> int:

@@ -133,7 +133,7 @@ class EvalExamples:
             return {**kind.evaluation_example(record), "mask": np.float32(1)}
         except BadImageError as error:
             raise DataError(
-                f"{self._source.name}: {_called(record)} cannot be decoded ({error}): evaluation "
+                f"{self._source.name}: {called(record)} cannot be decoded ({error}): evaluation "
                 "leaves nothing out; mend or remove it and prepare the set again"
             ) from None
 
@@ -243,7 +243,7 @@ class BadImages:
         if record["index"] in self._seen:
             return
         self._seen.add(record["index"])
-        what = f"{self._set_name}: {_called(record)} cannot be decoded ({error})"
+        what = f"{self._set_name}: {called(record)} cannot be decoded ({error})"
         count = f"{len(self._seen)} of {self._num_examples} images"
         if len(self._seen) > self._max_fraction * self._num_examples:
             raise DataError(
@@ -304,6 +304,7 @@ def _check_cached(record: Record) -> None:
         raise BadImageError(*record["image"].args)
 
 
-def _called(record: Record) -> str:
+def called(record: Record) -> str:
+    """An example by its index in the split and, if the set has one, its name."""
     name = f" ({record['name']})" if record["name"] else ""
     return f"image {record['index']}{name}"

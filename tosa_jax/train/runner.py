@@ -33,6 +33,7 @@ from tosa_jax.tasks.task import FrozenTeacher
 from tosa_jax.train.checkpoints import Checkpoints
 from tosa_jax.train.evaluate import Evaluator, shard, throughput
 from tosa_jax.train.finite import check_metrics
+from tosa_jax.train.identity import Identity
 from tosa_jax.train.loop import stage_batches, train_stage
 from tosa_jax.train.metric_writer import MetricWriter
 from tosa_jax.train.stage_run import StageBuilder, StageRun
@@ -95,7 +96,11 @@ class Runner:
         task = stage_run.setup.task
         folder = stage_folder(self.workdir, stage.name)
         with Checkpoints(
-            folder, task.best_metric, task.lower_is_better, self.run.keep_checkpoints
+            folder,
+            task.best_metric,
+            task.lower_is_better,
+            self.run.keep_checkpoints,
+            Identity(self.run, self.builder.dataset),
         ) as checkpoints:
             state, facts = train_stage(
                 stage_run, self.run, self.mesh, checkpoints, writer, self.stop

@@ -9,16 +9,16 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import fsspec
 
-from tosa_jax.config import RunConfig, differences, from_json, to_json
+from tosa_jax.config import STAGES, RunConfig, run_differences, to_json
 from tosa_jax.distributed import coordination
 from tosa_jax.distributed.messages import say
-from tosa_jax.errors import ConfigError, WorkdirError
-from tosa_jax.models.weights.run_checkpoints import has_checkpoint
+from tosa_jax.errors import WorkdirError, one_line
+from tosa_jax.models.weights.run_checkpoints import has_checkpoint, recorded_run
 from tosa_jax.paths import AnyPath, as_path, is_remote, parse_json, write_atomically
 
 BEAT_SECONDS = 20.0
@@ -29,12 +29,16 @@ VISIBLE_SECONDS = 20.0
 
 
 @contextlib.contextmanager
-def open_workdir(workdir: str | os.PathLike, run: RunConfig) -> Iterator[AnyPath]:
+def open_workdir(
+    workdir: str | os.PathLike, run: RunConfig, *, extend: bool = False
+) -> Iterator[AnyPath]:
     """Makes or re-opens the work directory of a run and locks it; all processes of the run call this.
 
-    Raises WorkdirError on all of them if another run works in it, if it cannot be made, if it holds a run of another
+    extend  the run may be the one that is there with a longer last stage: a finished one then goes on.
+
+    Raises WorkdirError on all of them if another run works in it, if it cannot be written, if it holds a run of another
     configuration (the fields that differ are named), or if one of them does not see it. A run that came to no
-    checkpoint leaves it free.
+    checkpoint leaves it free. A finished run is opened even where nothing can be written.
     """
     workdir = as_path(workdir)
     with contextlib.ExitStack() as held:
@@ -45,31 +49,71 @@ def open_workdir(workdir: str | os.PathLike, run: RunConfig) -> Iterator[AnyPath
                 return
             if not is_remote(workdir) and workdir.exists() and not workdir.is_dir():
                 raise WorkdirError(f"{workdir} is a file; give another --workdir")
-            begun = has_checkpoint(workdir) or (workdir / "report.json").exists()
-            if begun:
-                _check_config(workdir / "config.json", run)
+            finished = (workdir / "report.json").exists()
+            begun = finished or has_checkpoint(workdir)
+            longer = _check_config(workdir, run, extend) if begun else False
             try:
                 workdir.mkdir(parents=True, exist_ok=True)
+                held.enter_context(lease(workdir) if is_remote(workdir) else lock(workdir))
+                if longer and finished:
+                    (workdir / "report.json").rename(workdir / "report.before.json")
+                if longer or not (begun and (workdir / "config.json").exists()):
+                    text = json.dumps(to_json(run), indent=2)
+                    write_atomically(workdir / "config.json", text.encode())
             except OSError as error:
+                if finished and not longer:
+                    return  # another user's, perhaps: its report can be read
                 raise WorkdirError(
-                    f"{workdir} cannot be made ({error.strerror}); give another --workdir"
+                    f"{workdir} cannot be written ({error.strerror or error}); mend that, or give another --workdir"
                 ) from error
-            held.enter_context(lease(workdir) if is_remote(workdir) else lock(workdir))
-            if not (begun and (workdir / "config.json").exists()):
-                text = json.dumps(_as_json(run), indent=2)
-                write_atomically(workdir / "config.json", text.encode())
 
         coordination.together(claim)
         yield workdir
 
 
-def _as_json(run: RunConfig) -> dict:
-    return json.loads(json.dumps(to_json(run)))
+def _check_config(workdir: AnyPath, run: RunConfig, extend: bool) -> bool:
+    """Whether the run is the one that was begun in a work directory, but longer. Raises WorkdirError: it is another.
+
+    Without config.json a checkpoint tells the configuration.
+    """
+    begun = _begun(workdir)
+    lines = run_differences(begun, run)
+    if lines and extend:
+        _check_longer(begun, run, lines)
+        return True
+    if lines:
+        more = f"; and {len(lines) - 6} more" if len(lines) > 6 else ""
+        raise WorkdirError(
+            f"{workdir} holds a run of another configuration ({'; '.join(lines[:6])}{more}); "
+            "give another --workdir, or set these fields back. --extend lets the last stage be longer"
+        )
+    return False
 
 
-def _check_config(path: AnyPath, run: RunConfig) -> None:
+def _check_longer(begun: Mapping[str, Any], run: RunConfig, lines: list[str]) -> None:
+    """Raises WorkdirError unless only the last stage is longer than it was: the others have begun from it."""
+    last = [stage for stage in STAGES if run.has_stage(stage)][-1:]
+    names = [line.partition(":")[0] for line in lines]
+    allowed = {f"{stage}.{unit}" for stage in last for unit in ("epochs", "steps")}
+    if other := [line for line, name in zip(lines, names, strict=True) if name not in allowed]:
+        raise WorkdirError(
+            f"--extend changes the length of {', '.join(last) or 'a stage'} alone, not {'; '.join(other[:6])}"
+        )
+    for name in names:
+        stage, unit = name.split(".")
+        if not getattr(getattr(run, stage), unit) > begun[stage][unit]:
+            raise WorkdirError(f"--extend makes a run longer: {'; '.join(lines)}")
+    say(
+        f"{last[0]} goes on to its new length. From where it stopped its learning rate follows the schedule of that "
+        "length, so it is not what one run of that length would have been"
+    )
+
+
+def _begun(workdir: AnyPath) -> dict[str, Any]:
+    """The configuration of the run that was begun, as JSON; {} if nothing says it."""
+    path = workdir / "config.json"
     if not path.exists():
-        return
+        return recorded_run(workdir).get("config") or {}
     try:
         begun = parse_json(path.read_bytes())
         if not isinstance(begun, dict):
@@ -79,15 +123,7 @@ def _check_config(path: AnyPath, run: RunConfig) -> None:
             f"{path} cannot be read ({error}). Delete that file alone: the same command then goes on from the "
             "checkpoints, and refuses if they are of another configuration"
         ) from error
-    with contextlib.suppress(ConfigError):
-        begun = _as_json(from_json(begun))  # with the defaults of fields that are newer than it
-    lines = differences(begun, _as_json(run))
-    if lines:
-        more = f"; and {len(lines) - 6} more" if len(lines) > 6 else ""
-        raise WorkdirError(
-            f"{path.parent} holds a run of another configuration ({'; '.join(lines[:6])}{more}); "
-            "give another --workdir, or set these fields back"
-        )
+    return begun
 
 
 def _wait_for(path: AnyPath) -> None:
@@ -103,14 +139,25 @@ def _wait_for(path: AnyPath) -> None:
 
 @contextlib.contextmanager
 def lock(workdir: AnyPath) -> Iterator[None]:
-    """A lock that the kernel releases when the process ends, in whatever way. Raises WorkdirError if another has it."""
-    with open(workdir / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise WorkdirError(
-                f"{workdir} is in use by another process; wait for it, or give another --workdir"
-            ) from None
+    """A lock that the kernel releases when the process ends, in whatever way. Raises WorkdirError if another has it.
+
+    The folder itself is locked too, where its file system can do that: so a lock file that somebody deletes lets no
+    second run in.
+    """
+    with contextlib.ExitStack() as held:
+        folder = os.open(workdir, os.O_RDONLY)
+        held.callback(os.close, folder)
+        file = held.enter_context(open(workdir / ".lock", "w"))
+        for thing in (file, folder):
+            try:
+                fcntl.flock(thing, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise WorkdirError(
+                    f"{workdir} is in use by another process; wait for it, or give another --workdir"
+                ) from None
+            except OSError:
+                if thing is file:
+                    raise
         yield
 
 
@@ -120,7 +167,8 @@ def lease(workdir: AnyPath, beat: float = BEAT_SECONDS) -> Iterator[None]:
 
     One that has not changed for three beats, on this machine's clock, belongs to a run that was killed, and is taken
     over. Two that take over at once: the later one wins, and the other finds another's name at the end of its first
-    beat, before it has done anything; should one ever find that later, it saves and stops as by SIGTERM.
+    beat, before it has done anything; should one ever find that later, it saves and stops as by SIGTERM. So does one
+    that cannot renew its lease before it runs out. A lease of garbage is like that of a run that was killed.
 
     Raises WorkdirError if another run holds it.
     """
@@ -132,7 +180,10 @@ def lease(workdir: AnyPath, beat: float = BEAT_SECONDS) -> Iterator[None]:
 
     def is_ours() -> bool:
         fs.invalidate_cache()
-        return fs.exists(path) and parse_json(fs.cat_file(path))["owner"] == owner
+        try:
+            return fs.exists(path) and parse_json(fs.cat_file(path))["owner"] == owner
+        except (ValueError, KeyError, TypeError):  # garbage is nobody's
+            return False
 
     try:
         write("create")
@@ -147,12 +198,24 @@ def lease(workdir: AnyPath, beat: float = BEAT_SECONDS) -> Iterator[None]:
     stop = threading.Event()
 
     def keep() -> None:
+        renewed = time.monotonic()
         while not stop.wait(beat):
-            if not is_ours():
-                say(f"error: {workdir} was taken by another run; stopping")
-                signal.raise_signal(signal.SIGTERM)
-                return
-            write("overwrite")
+            try:
+                if not is_ours():
+                    say(f"error: {workdir} was taken by another run; stopping")
+                    break
+                write("overwrite")
+                renewed = time.monotonic()
+            except Exception as error:  # clients of buckets have errors of their own
+                say(f"{workdir}: the lease cannot be renewed ({one_line(str(error))[:160]})")
+                if (
+                    time.monotonic() - renewed > 2 * beat
+                ):  # after a third beat another run may take it
+                    say(f"error: {workdir}: the lease runs out; stopping")
+                    break
+        else:
+            return
+        signal.raise_signal(signal.SIGTERM)
 
     thread = threading.Thread(target=keep, name="lease", daemon=True)
     thread.start()
@@ -161,8 +224,9 @@ def lease(workdir: AnyPath, beat: float = BEAT_SECONDS) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
-        if is_ours():
-            fs.rm_file(path)
+        with contextlib.suppress(Exception):  # it runs out by itself
+            if is_ours():
+                fs.rm_file(path)
 
 
 def _outlast(fs: fsspec.AbstractFileSystem, path: str, workdir: AnyPath, beat: float) -> None:

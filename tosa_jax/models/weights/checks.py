@@ -55,6 +55,22 @@ def check_fit(path: str, arrays: Mapping[str, np.ndarray], own: Mapping[str, Any
         )
 
 
+def stored_as(
+    path: str, arrays: Mapping[str, np.ndarray], own: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """The arrays in the dtypes of the model's. Raises WeightsError for one that holds NaN or infinity."""
+    stored = {}
+    with np.errstate(over="ignore", invalid="ignore"):
+        for name, x in arrays.items():
+            stored[name] = np.asarray(x).astype(own[name].dtype)
+            if not np.isfinite(stored[name]).all():
+                what = "NaN or infinity; get or make the file again"
+                if np.isfinite(np.asarray(x)).all():
+                    what = f"numbers too large for {own[name].dtype}; set param_dtype='float32'"
+                raise WeightsError(f"{path}: {name} holds {what}")
+    return stored
+
+
 def _listed(names: Iterable[str], most: int = 8) -> str:
     """At most `most` names in order, then a count."""
     names = sorted(names)

@@ -20,7 +20,7 @@ STATE, FACTS = "state", "facts"
 FORMAT = 2
 """The form of the checkpoints that this version writes. Form 1, of earlier versions, has no digests."""
 
-_FORMAT_FIELD = "format"
+_FORMAT_FIELD, _RUN_FIELD = "format", "run"
 
 _STAGES = (
     "finetune",
@@ -45,14 +45,28 @@ def has_checkpoint(workdir: AnyPath) -> bool:
     return any(saved_steps(stage) for stage in workdir.glob(f"{FOLDER}/*"))
 
 
-def mark_format(facts: dict[str, Any]) -> dict[str, Any]:
-    """The facts of a checkpoint with the form in which it is written."""
-    return facts | {_FORMAT_FIELD: FORMAT}
+def mark(facts: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
+    """The facts of a checkpoint with the form in which it is written, and what the run is (JSON values)."""
+    return facts | {_FORMAT_FIELD: FORMAT, _RUN_FIELD: run}
 
 
-def take_format(facts: dict[str, Any]) -> tuple[dict[str, Any], int]:
-    """The facts without the form, and the form."""
-    return {k: v for k, v in facts.items() if k != _FORMAT_FIELD}, facts.get(_FORMAT_FIELD, 1)
+def take_marks(facts: dict[str, Any]) -> tuple[dict[str, Any], int, dict[str, Any]]:
+    """The facts without what `mark` added; the form; and what the run is, {} if they do not say."""
+    own = {k: v for k, v in facts.items() if k not in (_FORMAT_FIELD, _RUN_FIELD)}
+    return own, facts.get(_FORMAT_FIELD, 1), facts.get(_RUN_FIELD) or {}
+
+
+def recorded_run(workdir: AnyPath) -> dict[str, Any]:
+    """What the newest checkpoint of a work directory says of its run; {} if none does."""
+    for stage in sorted(workdir.glob(f"{FOLDER}/*")):
+        for step in reversed(saved_steps(stage)):
+            try:
+                facts = parse_json((stage / str(step) / FACTS / "metadata").read_bytes())
+                if run := take_marks(facts)[2]:
+                    return run
+            except (OSError, ValueError, AttributeError):
+                continue
+    return {}
 
 
 def checkpoint_damage(checkpoint: AnyPath) -> str:
