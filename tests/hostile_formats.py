@@ -672,7 +672,7 @@ def report_json() -> Format:
 
     text = json.dumps(report | {"results": rows}).encode()
     # Read once before anything is watched: matplotlib looks for fonts the first time.
-    return Format([text], read, 4, DEEP, is_json=True, start=lambda folder: read(text, folder))
+    return Format([text], read, 1, DEEP, is_json=True, start=lambda folder: read(text, folder))
 
 
 def metrics_jsonl() -> Format:
@@ -707,7 +707,7 @@ def metrics_jsonl() -> Format:
     text = b"".join(json.dumps(record).encode() + b"\n" for record in records)
     bombs = tuple(text + bomb + b"\n" for bomb in DEEP)
     start = lambda folder: read(text, folder)  # noqa: E731  # matplotlib looks for fonts
-    return Format([text], read, 2, bombs, mutate=change, start=start)
+    return Format([text], read, 0.5, bombs, mutate=change, start=start)
 
 
 def config_flags() -> Format:
