@@ -8,9 +8,10 @@ import time
 import pytest
 from small import runs_on_one_device, small_run
 
+from tosa_jax.cli import flags
 from tosa_jax.config import to_json
 from tosa_jax.data.pipeline import Dataset
-from tosa_jax.errors import WorkdirError
+from tosa_jax.errors import ConfigError, WorkdirError
 from tosa_jax.train import workdir as workdirs
 from tosa_jax.train.runner import run_stages
 from tosa_jax.train.workdir import lease, lock, open_workdir
@@ -167,3 +168,26 @@ def test_a_checkpoint_of_an_earlier_version_goes_on(digits_dir):
     own.check(json.loads(json.dumps(own.to_json())), "checkpoint")
     with pytest.raises(WorkdirError, match="batch_size: 8 -> 16"):
         own.check({"config": to_json(run) | {"batch_size": 8}}, "checkpoint")
+
+
+def test_a_run_branches_from_a_checkpoint_with_its_optimizer(
+    digits_dir, finished, tmp_path, capsys
+):
+    source = finished / "checkpoints/pretrain/2"
+    other = run_of(digits_dir, steps=4, seed=5)
+    with pytest.raises(WorkdirError, match="is no checkpoint: give the folder of a step"):
+        start(other, tmp_path / "bad", branch_from=str(finished))
+    report = start(other, tmp_path / "branch", branch_from=str(source))
+    assert "pretrain goes on from step 2 of" in capsys.readouterr().err
+    assert report["stages"]["pretrain"]["steps"] == 4 and report["config"]["seed"] == 5
+    records = [json.loads(x) for x in (tmp_path / "branch/metrics.jsonl").read_text().splitlines()]
+    assert min(x["step"] for x in records if "train/loss" in x) > 2
+    with pytest.raises(WorkdirError, match="seed: 5 -> 0"):
+        start(run_of(digits_dir, steps=4), tmp_path / "branch")
+
+
+def test_flags_of_how_a_run_begins():
+    assert flags.parse_begin(["--extend", "--config=a"]) == ((True, ""), ["--config=a"])
+    assert flags.parse_begin(["--branch_from=x", "b"])[0] == (False, "x")
+    with pytest.raises(ConfigError, match="not both"):
+        flags.parse_begin(["--branch_from=x", "--extend"])

@@ -15,6 +15,7 @@ from flax import nnx
 from tosa_jax.config import InputConfig, RunConfig, as_tuples, build_section, from_json
 from tosa_jax.data import class_names as names_of
 from tosa_jax.data.decoding import Preprocess
+from tosa_jax.distributed.devices import computes_in
 from tosa_jax.errors import ConfigError, UserError, WeightsError, WorkdirError
 from tosa_jax.models.factory import abstract_model, build, structure
 from tosa_jax.models.method import MAIN, METHODS, is_fitted, method_of
@@ -60,7 +61,7 @@ def from_workdir(workdir: Path, keep_rate: KeepRate, on_message: OnMessage) -> L
     Raises WorkdirError (not a work directory), WeightsError (no checkpoint yet), ConfigError (`keep_rate`).
     """
     run = read_run(workdir)
-    config = with_keep_rate(run.model, keep_rate)
+    config = on_this_device(with_keep_rate(run.model, keep_rate), on_message)
     if has_checkpoint(workdir):
         params = _load(config, workdir, None, on_message)
     elif run.init_from:
@@ -101,6 +102,7 @@ def from_pretrained(
     if selectors or keep_rate is not None:
         fields = {"plan": METHODS[MAIN].plan} | fields
     config = with_keep_rate(model_config(task, name, **fields), keep_rate)
+    config = on_this_device(config, on_message)
     if not selectors and is_fitted(config.plan):
         on_message("no selectors were given: tokens are chosen by the map of the layer before")
     file = read_weights(weights)
@@ -141,7 +143,7 @@ def from_weights(path: str | Path, keep_rate: KeepRate, on_message: OnMessage) -
         raise WeightsError(
             f"{path} describes no model that this version knows ({type(error).__name__}: {error})"
         ) from error
-    config = with_keep_rate(config, keep_rate)
+    config = on_this_device(with_keep_rate(config, keep_rate), on_message)
     params = _load(config, file, None, on_message)
     return LoadedModel(
         model=_model(config, params),
@@ -192,6 +194,14 @@ def with_keep_rate(config: ViTConfig, keep_rate: KeepRate) -> ViTConfig:
             f"keep_rate={keep_rate} was given, but no layer of this model selects tokens: its plan is all standard"
         )
     return dataclasses.replace(config, keep_rate=keep_rate)
+
+
+def on_this_device(config: ViTConfig, on_message: OnMessage) -> ViTConfig:
+    """The configuration, which computes in float32 where the device cannot compute in its type; a message says so."""
+    if computes_in(config.dtype):
+        return config
+    on_message(f"this device does not compute in {config.dtype}: float32 is taken")
+    return dataclasses.replace(config, dtype="float32")
 
 
 def read_run(workdir: Path) -> RunConfig:

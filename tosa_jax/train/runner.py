@@ -14,7 +14,7 @@ from tosa_jax.config import RunConfig, to_json
 from tosa_jax.data.class_names import write_names
 from tosa_jax.data.pipeline import open_dataset
 from tosa_jax.distributed import coordination, memory
-from tosa_jax.distributed.devices import describe_device, versions
+from tosa_jax.distributed.devices import check_dtype, describe_device, versions
 from tosa_jax.distributed.mesh import make_mesh, to_global, to_host
 from tosa_jax.distributed.messages import say
 from tosa_jax.distributed.preemption import Stopped, StopRequest, catch_signals
@@ -63,10 +63,7 @@ class Runner:
     def __init__(self, run: RunConfig, workdir: AnyPath, stop: StopRequest) -> None:
         self.run, self.workdir, self.stop = run, workdir, stop
         self.mesh: Mesh = make_mesh(run.mesh)
-        if run.model.dtype == "float16" and self.mesh.devices.flat[0].platform == "cpu":
-            raise ConfigError(
-                "config.model.dtype='float16': a CPU does not multiply matrices of that type; set bfloat16 or float32"
-            )
+        check_dtype("config.model.dtype", run.model.dtype, self.mesh.devices.flat[0])
         memory.keep_freed_memory()
         dataset = coordination.together(lambda: open_dataset(run.data).facts)
         coordination.check_same({"data set": dataclasses.asdict(dataset)})

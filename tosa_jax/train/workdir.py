@@ -20,6 +20,7 @@ from tosa_jax.distributed.messages import say
 from tosa_jax.errors import WorkdirError, one_line
 from tosa_jax.models.weights.run_checkpoints import has_checkpoint, recorded_run
 from tosa_jax.paths import AnyPath, as_path, is_remote, parse_json, write_atomically
+from tosa_jax.train.branching import branch
 
 BEAT_SECONDS = 20.0
 """How often a run renews its lease on a bucket; three times as long without a beat, and another run takes over."""
@@ -30,11 +31,12 @@ VISIBLE_SECONDS = 20.0
 
 @contextlib.contextmanager
 def open_workdir(
-    workdir: str | os.PathLike, run: RunConfig, *, extend: bool = False
+    workdir: str | os.PathLike, run: RunConfig, *, extend: bool = False, branch_from: str = ""
 ) -> Iterator[AnyPath]:
     """Makes or re-opens the work directory of a run and locks it; all processes of the run call this.
 
-    extend  the run may be the one that is there with a longer last stage: a finished one then goes on.
+    extend       the run may be the one that is there with a longer last stage: a finished one then goes on.
+    branch_from  a checkpoint of another run that a new work directory starts from; "": none.
 
     Raises WorkdirError on all of them if another run works in it, if it cannot be written, if it holds a run of another
     configuration (the fields that differ are named), or if one of them does not see it. A run that came to no
@@ -55,6 +57,8 @@ def open_workdir(
             try:
                 workdir.mkdir(parents=True, exist_ok=True)
                 held.enter_context(lease(workdir) if is_remote(workdir) else lock(workdir))
+                if branch_from:
+                    branch(branch_from, workdir)
                 if longer and finished:
                     (workdir / "report.json").rename(workdir / "report.before.json")
                 if longer or not (begun and (workdir / "config.json").exists()):
