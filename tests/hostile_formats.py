@@ -776,6 +776,152 @@ def config_flags() -> Format:
     return Format([b""], read, 5, bombs, mutate=change, start=start)
 
 
+def in_child(make: Callable[[], bytes]) -> bytes:
+    """What a function returns, called in another process: JAX's threads are not there in the children of this one."""
+    end, pipe = os.pipe()
+    if (pid := os.fork()) == 0:
+        with open(pipe, "wb") as file:
+            file.write(make())
+        os._exit(0)
+    os.close(pipe)
+    with open(end, "rb") as file:
+        data = file.read()
+    os.waitpid(pid, 0)
+    return data
+
+
+def tiny_model() -> Any:
+    """A network with selectors."""
+    from flax import nnx
+
+    from tosa_jax.tasks import create_model
+
+    sizes = {"embed_dim": 8, "depth": 2, "num_heads": 2, "image_size": 8, "patch_size": 4}
+    return create_model("vit", **sizes, num_classes=3, keep_rate=0.5, rngs=nnx.Rngs(0))
+
+
+def saved_model(*, selectors: bool) -> Callable[[], Format]:
+    """The format of what the project says in the header of its own weight files: of selectors, or of a `Predictor`."""
+
+    def write(path: Path) -> None:
+        from tosa_jax.data.decoding import Preprocess
+        from tosa_jax.inference import loading
+        from tosa_jax.models.weights.load import save_selectors
+
+        model = tiny_model()
+        if selectors:
+            return save_selectors(model, path)
+        form = Preprocess(image_size=8, channels=3)
+        from tosa_jax.tasks.classification import Classification
+
+        loading.save(
+            loading.LoadedModel(
+                model=model,
+                form=form,
+                mean=(0.5,),
+                std=(0.5,),
+                options=Classification.options(),
+                task="classification",
+                class_names=("a", "b", "c"),
+            ),
+            path,
+        )
+        return None
+
+    def header() -> bytes:
+        with tempfile.TemporaryDirectory() as folder:
+            write(Path(folder) / "a.safetensors")
+            with safetensors.safe_open(Path(folder) / "a.safetensors", "numpy") as file:
+                metadata = dict(file.metadata())
+        metadata.pop("tosa_jax.sha256")
+        return json.dumps(metadata).encode()
+
+    def start(folder: Path) -> None:
+        write(folder / "whole.safetensors")
+        read(sample, folder)
+
+    def change(data: bytes, rng: np.random.Generator, general: Bytes) -> bytes:
+        from tests.hostile import mutate_json
+
+        metadata = json.loads(data)
+        if "tosa_jax.predictor" in metadata or rng.random() < 0.5:
+            name = max(metadata, key=lambda name: len(metadata[name]))
+            text = metadata[name].encode()
+            try:
+                changed = mutate_json(text, rng) if rng.random() < 0.7 else general(text, rng)
+            except ValueError:
+                changed = general(text, rng)
+            return json.dumps(metadata | {name: changed.decode("latin-1")}).encode()
+        return mutate_json(data, rng)
+
+    def read(content: bytes, folder: Path) -> None:
+        from tosa_jax.inference import loading
+        from tosa_jax.models.weights.load import selector_params
+        from tosa_jax.models.weights.readers import read_weights, write_safetensors
+
+        metadata = {str(name): str(x) for name, x in json.loads(content).items()}
+        arrays = read_weights(folder / "whole.safetensors").arrays
+        write_safetensors(folder / "a.safetensors", arrays, metadata)
+        if selectors:
+            found = selector_params(tiny_model(), folder / "a.safetensors")
+            assert found.keys() == arrays.keys()
+        else:
+            found = loading.from_weights(folder / "a.safetensors", None, lambda line: None)
+            assert found["model"].config.num_classes == 3
+
+    sample = b""
+
+    def make() -> Format:
+        nonlocal sample
+        sample = in_child(header)
+        return Format([sample], read, 0.3, mutate=change, start=start)
+
+    return make
+
+
+def checkpoint() -> Format:
+    """A checkpoint without digests, as earlier versions wrote it: Orbax's own files are read as they are."""
+    import shutil
+
+    golden = next((GOLDEN / "old_workdir/checkpoints/pretrain").iterdir())
+    files = [path for path in sorted(golden.rglob("*")) if path.is_file()]
+    samples = [f"{x.relative_to(golden)}\n".encode() + x.read_bytes() for x in files]
+
+    def start(folder: Path) -> None:
+        shutil.copytree(golden, folder / "w/checkpoints/pretrain/1")
+        read(samples[0], folder)
+
+    def change(data: bytes, rng: np.random.Generator, general: Bytes) -> bytes:
+        from tests.hostile import mutate_json
+
+        name, _, content = data.partition(b"\n")
+        if content.startswith(b"{") and rng.random() < 0.7:
+            try:
+                return name + b"\n" + mutate_json(content, rng)
+            except ValueError:
+                pass
+        return name + b"\n" + general(content or b"\0", rng)
+
+    def read(content: bytes, folder: Path) -> None:
+        from tosa_jax.models.weights.readers import read_weights
+        from tosa_jax.models.weights.run_checkpoints import recorded_run
+        from tosa_jax.train.checkpoints import read_scores
+
+        name, _, data = content.partition(b"\n")
+        path = folder / "w/checkpoints/pretrain/1" / name.decode()
+        whole = path.read_bytes()
+        path.write_bytes(data)
+        try:
+            recorded_run(folder / "w")
+            read_scores(folder / "w/checkpoints/pretrain")
+            arrays = read_weights(folder / "w").arrays
+            assert arrays and sum(x.nbytes for x in arrays.values()) < 2**24
+        finally:
+            path.write_bytes(whole)
+
+    return Format(samples, read, 0.3, mutate=change, start=start)
+
+
 def class_names() -> Format:
     def read(content: bytes, folder: Path) -> None:
         from tosa_jax.data.class_names import read_names
@@ -803,6 +949,9 @@ MAKERS: dict[str, Callable[[], Format]] = {
     "pth legacy": legacy_pth,
     "safetensors": safetensor,
     "npz": npz,
+    "selectors": saved_model(selectors=True),
+    "predictor": saved_model(selectors=False),
+    "checkpoint": checkpoint,
     "config.json": config_json,
     "weights config": weights_config,
     "report": report_json,

@@ -90,7 +90,7 @@ def _fits(value: Any, hint: Any) -> bool:
             return whole and abs(int(value)) < 2**32
         case builtins.float:
             real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-            return real and abs(value) < 1e300
+            return real and abs(value if isinstance(value, int) else float(value)) < 1e300
     return True
 
 
