@@ -155,7 +155,7 @@ def parse_begin(argv: list[str]) -> tuple[Begin, list[str]]:
         rest = values(["tosa_jax", *argv], known_only=True)[1:]
     except flags.Error as error:
         raise ConfigError(f"command line: {error}") from error
-    begin = Begin(values["extend"].value, values["branch_from"].value)
+    begin = Begin(bool(values["extend"].value), values["branch_from"].value or "")
     if begin.extend and begin.branch_from:
         raise ConfigError("command line: give --extend or --branch_from, not both")
     return begin, rest

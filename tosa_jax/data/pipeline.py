@@ -211,7 +211,8 @@ class Dataset:
         if self.config.repeats > 1:
             dataset = sources.Repeated(dataset, self.config.repeats, len(source))
         places = range(step * batch_size, (step + 1) * batch_size)
-        return [sources.called(dataset[i]) for i in places]
+        records: Any = dataset  # pyright takes its elements for None
+        return [sources.called(records[i]) for i in places]
 
     def eval_batches(
         self,

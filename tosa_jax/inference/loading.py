@@ -128,32 +128,37 @@ def from_weights(path: str | Path, keep_rate: KeepRate, on_message: OnMessage) -
             "Predictor.from_pretrained)"
         )
     try:
-        said = as_tuples(parse_json(text))
-        task = said.get("task", "classification")  # older files have none: they are all classifiers
-        options = build_section(TASKS[task].options, "options", said.get("options", {}))
-        config = TASKS[task].model_class.config_class(**said["model"])
-        form = Preprocess(**said["form"])
-        mean, std, names = said["mean"], said["std"], said["class_names"]
-        build_section(InputConfig, "inputs", {"mean": mean, "std": std})
-        if names is not None and not (
-            len(names) == config.num_classes and all(isinstance(x, str) for x in names)
-        ):
-            raise ValueError("its class names are not those of its classes")
+        said = _described(text)
     except (ValueError, TypeError, KeyError, AttributeError, ConfigError) as error:
         raise WeightsError(
             f"{path} describes no model that this version knows ({type(error).__name__}: {error})"
         ) from error
+    config = said.pop("config")
     config = on_this_device(with_keep_rate(config, keep_rate), on_message)
     params = _load(config, file, None, on_message)
-    return LoadedModel(
-        model=_model(config, params),
-        form=form,
-        mean=mean,
-        std=std,
-        options=options,
-        task=task,
-        class_names=names,
-    )
+    return LoadedModel(model=_model(config, params), **said)
+
+
+def _described(text: str) -> dict[str, Any]:
+    """What the text of `save` says of a model: its `config`, and the other fields of `LoadedModel`, checked."""
+    said = as_tuples(parse_json(text))
+    task = said.get("task", "classification")  # older files have none: they are all classifiers
+    config = TASKS[task].model_class.config_class(**said["model"])
+    inputs = build_section(InputConfig, "inputs", {name: said[name] for name in ("mean", "std")})
+    names = said["class_names"]
+    if names is not None and not (
+        len(names) == config.num_classes and all(isinstance(x, str) for x in names)
+    ):
+        raise ValueError("its class names are not those of its classes")
+    return {
+        "config": config,
+        "form": Preprocess(**said["form"]),
+        "mean": inputs.mean,
+        "std": inputs.std,
+        "options": build_section(TASKS[task].options, "options", said.get("options", {})),
+        "task": task,
+        "class_names": names,
+    }
 
 
 def save(network: LoadedModel, path: str | Path) -> None:

@@ -224,6 +224,19 @@ def batch_examples(run: RunConfig, setup: StepSetup, step: int) -> str:
     return f"{', '.join(found[:8])}{rest}"
 
 
+def step_watch(
+    stage: StageRun, run: RunConfig, state: TrainState, checkpoints: Checkpoints
+) -> StepWatch:
+    """What looks at the steps of a stage, as `on_nonfinite` says."""
+    return StepWatch(
+        stage.name,
+        sorted(state.params),
+        checkpoints.kept,
+        functools.partial(batch_examples, run, stage.setup),
+        run.skip_at_most if run.on_nonfinite == "skip" else None,
+    )
+
+
 class Saver:
     """Saves the states of one stage: when it is asked to, and when the last checkpoint is too long ago.
 
@@ -293,13 +306,7 @@ def train_stage(
     bar = Progress(stage.name, first, stage.total_steps, main_process=is_main())
     with contextlib.closing(batches), bar as progress, trace:
         peak_share = stage.flops_per_image / peak_flops(mesh.devices.ravel().tolist())
-        watch = StepWatch(
-            stage.name,
-            sorted(state.params),
-            checkpoints.kept,
-            functools.partial(batch_examples, run, stage.setup),
-            run.skip_at_most if run.on_nonfinite == "skip" else None,
-        )
+        watch = step_watch(stage, run, state, checkpoints)
         log = Log(stage.name, writer, progress, chrono, peak_share, watch)
         for step in range(first, stage.total_steps + 1):
             trace.at(step, state)

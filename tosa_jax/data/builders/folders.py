@@ -182,9 +182,8 @@ def _is_same(found: FolderSet, path: Path) -> bool:
     encoded = [name for name, x in found.features.items() if isinstance(x, tfds.features.Image)]
     for split, items in found.items.items():
         by_name = {item.name: item for item in items}
-        records = builder.as_data_source(  # pyright: ignore[reportCallIssue]
-            split, decoders=dict.fromkeys(encoded, tfds.decode.SkipDecoding())
-        )
+        open_split: Any = builder.as_data_source  # Any: pyright misreads TFDS's decorator
+        records = open_split(split, decoders=dict.fromkeys(encoded, tfds.decode.SkipDecoding()))
         for record in records:
             item = by_name.get(record["file_name"].decode("utf-8", "replace"))
             if item is None or record.get("label", item.label) != item.label:

@@ -25,20 +25,24 @@ def open_prepared(path: AnyPath) -> tfds.core.DatasetBuilder:
     any module that is named there.
     """
     try:
-        for name in _class_names(parse_json((path / "features.json").read_bytes())):
-            if not name.startswith("tensorflow_datasets."):
-                raise ValueError(f"features.json names {name}, which is not TFDS's")
-        builder = tfds.builder_from_directory(str(path))
-        splits = builder.info.splits
-        lengths = [n for split in splits.values() for n in split.shard_lengths]
-        if not splits or min(lengths, default=0) < 0:
-            raise ValueError("dataset_info.json has no split, or one of a negative length")
+        return _opened(path)
     except FileNotFoundError as error:
         raise DataError(f"{path}: {error.filename or error} is missing; {_AGAIN}") from error
     except Exception as error:  # TFDS and protobuf stumble over a damaged file in any way
         raise DataError(
             f"{path}: its description cannot be read ({type(error).__name__}: {str(error)[:300]}); {_AGAIN}"
         ) from error
+
+
+def _opened(path: AnyPath) -> tfds.core.DatasetBuilder:
+    for name in _class_names(parse_json((path / "features.json").read_bytes())):
+        if not name.startswith("tensorflow_datasets."):
+            raise ValueError(f"features.json names {name}, which is not TFDS's")
+    builder = tfds.builder_from_directory(str(path))
+    splits = builder.info.splits
+    lengths = [n for split in splits.values() for n in split.shard_lengths]
+    if not splits or min(lengths, default=0) < 0:
+        raise ValueError("dataset_info.json has no split, or one of a negative length")
     return builder
 
 

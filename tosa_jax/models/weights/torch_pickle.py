@@ -113,7 +113,8 @@ class _Machine:
 
     def load(self, file: io.BytesIO | mmap.mmap) -> Any:
         """The value of the pickle that begins here; the file is left at its end."""
-        for opcode, argument, _ in pickletools.genops(file):
+        stream: Any = file  # `genops` only reads, by bytes and by lines
+        for opcode, argument, _ in pickletools.genops(stream):
             if opcode.name == "STOP":
                 return self.stack.pop()
             self.step(opcode.name, argument)
