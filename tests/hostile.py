@@ -270,7 +270,8 @@ def _collected(pid: int, end: int, numbers: range) -> list[str]:
     while True:
         ready, _, _ = select.select([end], [], [], 1.0)
         if not ready:
-            late = time.monotonic() - began > 10 * SECONDS or _seconds_used(pid) - used > SECONDS
+            allowed = SECONDS if said else 6 * SECONDS  # at first it opens what all cases need
+            late = time.monotonic() - began > 10 * allowed or _seconds_used(pid) - used > allowed
             if late and not hangs:
                 hangs = True
                 os.kill(pid, signal.SIGKILL)

@@ -65,12 +65,8 @@ def test_other_data_are_refused_and_both_named(digits_dir, folder, monkeypatch):
     fingerprint = Dataset.fingerprint
     before = fingerprint(workdirs_dataset(digits_dir))
     monkeypatch.setattr(Dataset, "fingerprint", lambda self: "0123456789ab")
-    from tosa_jax.data.pipeline import open_dataset
-
-    open_dataset.cache_clear()
     with pytest.raises(WorkdirError) as caught:
         start(run_of(digits_dir), folder)
-    open_dataset.cache_clear()
     text = str(caught.value)
     assert f"1437 training and 360 evaluation examples, fingerprint {before}" in text
     assert "fingerprint 0123456789ab" in text
@@ -164,6 +160,7 @@ def test_a_checkpoint_of_an_earlier_version_goes_on(digits_dir):
 
     run = run_of(digits_dir)
     own = Identity(run, workdirs_dataset(digits_dir).facts)
+    assert own.to_json()["data"]["num_eval"] == 360
     own.check({}, "checkpoint")
     own.check(json.loads(json.dumps(own.to_json())), "checkpoint")
     with pytest.raises(WorkdirError, match="batch_size: 8 -> 16"):

@@ -39,7 +39,7 @@ class DatasetFacts:
     num_classes  0 for a set without classes.
     class_names  in the order of the labels.
     kind         `ExampleKind.name`: "classification" or "depth".
-    fingerprint  of what the two splits hold (`Dataset.fingerprint`).
+    fingerprint  of what the two splits hold (`Dataset.fingerprint`), which takes a moment; "": not looked at.
     """
 
     num_train: int
@@ -77,9 +77,7 @@ class Dataset:
         num_eval = self.num_examples(self.config.eval_split, "eval_split")
         self.split_kind(self.config.eval_split, train=False)
         names = self.kind.class_names(self._features)
-        return DatasetFacts(
-            num_train, num_eval, len(names), names, self.kind.name, self.fingerprint()
-        )
+        return DatasetFacts(num_train, num_eval, len(names), names, self.kind.name)
 
     def fingerprint(self) -> str:
         """Twelve hexadecimal digits that depend on the sizes of both splits and on `SAMPLES` examples of each.

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +13,7 @@ from jax.sharding import Mesh
 
 from tosa_jax.config import RunConfig, to_json
 from tosa_jax.data.class_names import write_names
-from tosa_jax.data.pipeline import open_dataset
+from tosa_jax.data.pipeline import DataConfig, DatasetFacts, open_dataset
 from tosa_jax.distributed import coordination, memory
 from tosa_jax.distributed.devices import check_dtype, describe_device, versions
 from tosa_jax.distributed.mesh import make_mesh, to_global, to_host
@@ -65,7 +66,7 @@ class Runner:
         self.mesh: Mesh = make_mesh(run.mesh)
         check_dtype("config.model.dtype", run.model.dtype, self.mesh.devices.flat[0])
         memory.keep_freed_memory()
-        dataset = coordination.together(lambda: open_dataset(run.data).facts)
+        dataset = coordination.together(functools.partial(identified, run.data))
         coordination.check_same({"data set": dataclasses.asdict(dataset)})
         self.builder = StageBuilder(run, self.mesh, dataset, workdir)
         params, self.init_is_trained = load_init(run)
@@ -175,6 +176,12 @@ class Runner:
             except OSError as error:
                 say(f"{name}.png cannot be written ({error.strerror or error})")
             writer.image("eval", 0, name, figure)
+
+
+def identified(data: DataConfig) -> DatasetFacts:
+    """The facts of a data set with its fingerprint."""
+    dataset = open_dataset(data)
+    return dataclasses.replace(dataset.facts, fingerprint=dataset.fingerprint())
 
 
 def _single_number(keep_rate: KeepRate) -> float | list[float] | None:

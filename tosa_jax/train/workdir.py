@@ -176,61 +176,79 @@ def lease(workdir: AnyPath, beat: float = BEAT_SECONDS) -> Iterator[None]:
 
     Raises WorkdirError if another run holds it.
     """
-    fs, path = fsspec.url_to_fs(f"{workdir}/.lease")
-    owner = f"{socket.gethostname()} {os.getpid()} {uuid.uuid4()}"
+    held = _Lease(workdir, beat)
+    held.take()
+    thread = threading.Thread(target=held.keep, name="lease", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        held.stop.set()
+        thread.join()
+        held.give_back()
 
-    def write(mode: str) -> None:
-        fs.pipe_file(path, json.dumps({"owner": owner, "beat": time.time()}).encode(), mode=mode)
 
-    def is_ours() -> bool:
-        fs.invalidate_cache()
+class _Lease:
+    """The object `.lease` of a work directory in a bucket, and this run as its owner."""
+
+    def __init__(self, workdir: AnyPath, beat: float) -> None:
+        self.workdir, self.beat, self.stop = workdir, beat, threading.Event()
+        self.fs, self.path = fsspec.url_to_fs(f"{workdir}/.lease")
+        self.owner = f"{socket.gethostname()} {os.getpid()} {uuid.uuid4()}"
+
+    def write(self, mode: str) -> None:
+        """Writes this run's name. mode  "create" or "overwrite"."""
+        text = json.dumps({"owner": self.owner, "beat": time.time()})
+        self.fs.pipe_file(self.path, text.encode(), mode=mode)
+
+    def is_ours(self) -> bool:
+        """Whether the lease has this run's name; garbage is nobody's."""
+        self.fs.invalidate_cache()
         try:
-            return fs.exists(path) and parse_json(fs.cat_file(path))["owner"] == owner
-        except (ValueError, KeyError, TypeError):  # garbage is nobody's
+            content: Any = self.fs.cat_file(self.path) if self.fs.exists(self.path) else b""
+            return parse_json(content)["owner"] == self.owner
+        except (ValueError, KeyError, TypeError):
             return False
 
-    try:
-        write("create")
-    except FileExistsError:
-        _outlast(fs, path, workdir, beat)
-        write("overwrite")
-        time.sleep(beat)
-        if not is_ours():
-            raise WorkdirError(
-                f"{workdir} has just been taken by another run; wait for it"
-            ) from None
-    stop = threading.Event()
+    def take(self) -> None:
+        """Makes the lease this run's. Raises WorkdirError: another run holds it."""
+        try:
+            self.write("create")
+        except FileExistsError:
+            _outlast(self.fs, self.path, self.workdir, self.beat)
+            self.write("overwrite")
+            time.sleep(self.beat)
+            if not self.is_ours():
+                raise WorkdirError(
+                    f"{self.workdir} has just been taken by another run; wait for it"
+                ) from None
 
-    def keep() -> None:
+    def keep(self) -> None:
+        """Renews the lease at every beat until `stop` is set; sends SIGTERM to this process if that is not possible."""
         renewed = time.monotonic()
-        while not stop.wait(beat):
+        while not self.stop.wait(self.beat):
             try:
-                if not is_ours():
-                    say(f"error: {workdir} was taken by another run; stopping")
+                if not self.is_ours():
+                    say(f"error: {self.workdir} was taken by another run; stopping")
                     break
-                write("overwrite")
+                self.write("overwrite")
                 renewed = time.monotonic()
             except Exception as error:  # clients of buckets have errors of their own
-                say(f"{workdir}: the lease cannot be renewed ({one_line(str(error))[:160]})")
-                if (
-                    time.monotonic() - renewed > 2 * beat
-                ):  # after a third beat another run may take it
-                    say(f"error: {workdir}: the lease runs out; stopping")
+                why = one_line(str(error))[:160]
+                say(f"{self.workdir}: the lease cannot be renewed ({why})")
+                # After a third beat another run may take it.
+                if time.monotonic() - renewed > 2 * self.beat:
+                    say(f"error: {self.workdir}: the lease runs out; stopping")
                     break
         else:
             return
         signal.raise_signal(signal.SIGTERM)
 
-    thread = threading.Thread(target=keep, name="lease", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-        with contextlib.suppress(Exception):  # it runs out by itself
-            if is_ours():
-                fs.rm_file(path)
+    def give_back(self) -> None:
+        """Removes the lease; one that cannot be removed runs out by itself."""
+        with contextlib.suppress(Exception):
+            if self.is_ours():
+                self.fs.rm_file(self.path)
 
 
 def _outlast(fs: fsspec.AbstractFileSystem, path: str, workdir: AnyPath, beat: float) -> None:
