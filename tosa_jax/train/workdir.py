@@ -67,8 +67,9 @@ def open_workdir(
             except OSError as error:
                 if finished and not longer:
                     return  # another user's, perhaps: its report can be read
+                what = "written" if workdir.exists() else "made"
                 raise WorkdirError(
-                    f"{workdir} cannot be written ({error.strerror or error}); mend that, or give another --workdir"
+                    f"{workdir} cannot be {what} ({error.strerror or error}); mend that, or give another --workdir"
                 ) from error
 
         coordination.together(claim)
