@@ -14,6 +14,7 @@ from PIL import Image
 
 from tosa_jax.data.class_names import default_names
 from tosa_jax.data.decoding import Preprocess
+from tosa_jax.distributed.devices import check_dtype
 from tosa_jax.distributed.memory import check_fits
 from tosa_jax.errors import DeviceError, NonFiniteOutputError
 from tosa_jax.inference import loading
@@ -77,6 +78,7 @@ class Predictor:
     ) -> None:
         config = model.config
         batch_sizes = _batch_sizes(batch_sizes)
+        check_dtype("dtype", config.dtype)
         num_classes = 0 if "num_classes" in config.unused else config.num_classes
         names = tuple(default_names(num_classes) if class_names is None else class_names)
         check(

@@ -27,8 +27,8 @@ from tosa_jax.models.weights import names as names_of
 from tosa_jax.models.weights.checks import (
     WEIGHTS_FORMAT,
     check_config,
-    check_finite,
     check_fit,
+    stored_as,
 )
 from tosa_jax.models.weights.preprocessing import Preprocessing, stated
 from tosa_jax.models.weights.readers import WeightFile, read_weights, write_safetensors
@@ -153,10 +153,10 @@ def pretrained_params(
     kept |= _other_heads(arrays, own, messages.append)
     arrays = {name: x for name, x in arrays.items() if name not in kept}
     check_fit(file.path, arrays, {name: x for name, x in own.items() if name not in kept})
-    check_finite(file.path, arrays)
+    stored = stored_as(file.path, arrays, own)
     for message in messages:  # only now: of a file that is refused, only the error is shown
         on_message(f"{file.path}: {message}")
-    return {name: np.asarray(x).astype(own[name].dtype) for name, x in arrays.items()}
+    return stored
 
 
 def _kept_head(arrays: Mapping[str, np.ndarray], own: Params, say: Say) -> set[str]:
@@ -317,7 +317,7 @@ def selector_params(model: VisionTransformer, path: str | Path) -> dict[str, np.
             f"plan: {file.metadata.get('plan')})"
         )
     check_fit(file.path, file.arrays, own)
-    return {name: x.astype(own[name].dtype) for name, x in file.arrays.items()}
+    return stored_as(file.path, file.arrays, own)
 
 
 def head_params(model: VisionTransformer, path: str | Path) -> dict[str, np.ndarray]:
@@ -339,7 +339,7 @@ def head_params(model: VisionTransformer, path: str | Path) -> dict[str, np.ndar
             "(_linear_head.pth)"
         )
     check_fit(file.path, arrays, own)
-    return {name: x.astype(own[name].dtype) for name, x in arrays.items()}
+    return stored_as(file.path, arrays, own)
 
 
 def _selectors_of(model: VisionTransformer) -> Params:
