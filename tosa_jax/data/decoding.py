@@ -95,8 +95,11 @@ class Preprocess:
 
     def __post_init__(self) -> None:
         size = self.image_size
-        if not (size is None or (type(size) is int and 0 < size < 2**16)):
-            raise ConfigError(f"image_size={size!r} must be a number of pixels, or None")
+        sides = size if isinstance(size, tuple) and len(size) == 2 else (size,)
+        if size is not None and not all(type(x) is int and 0 < x < 2**16 for x in sides):
+            raise ConfigError(
+                f"image_size={size!r} must be a number of pixels, (height, width), or None"
+            )
         if self.channels not in _MODES or self.resize not in RESIZES:
             raise ConfigError(f"channels={self.channels!r} and resize={self.resize!r} are unknown")
         if self.interpolation not in INTERPOLATIONS or not 0 < self.crop_pct <= 1:

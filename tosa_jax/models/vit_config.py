@@ -37,6 +37,7 @@ POOLS = {
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}  # as in recipes
 
 _PLAIN = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
+_MOST = {int: 2**32, float: 1e300}
 
 
 MOST_LAYERS = 1000
@@ -65,12 +66,14 @@ def plain_value(name: str, value: Any, kind: type) -> Any:
     """
     if getattr(value, "shape", None) == ():
         value = np.asarray(value).item()
-    numbers = {int: int, float: int | float, bool: bool, str: str}
+    taken = {int: int, float: int | float, bool: bool, str: str}
     exact = kind is int and isinstance(value, float) and value.is_integer()
     fits = exact or (
-        isinstance(value, numbers[kind]) and (kind is bool or not isinstance(value, bool))
+        isinstance(value, taken[kind]) and (kind is bool or not isinstance(value, bool))
     )
     check(fits, f"{name}={value!r} must be {_PLAIN[kind]}")
+    if kind in _MOST:
+        check(abs(value) < _MOST[kind], f"{name}={value!r} is too large or not finite")
     return kind(value)
 
 
@@ -127,7 +130,13 @@ class _TakesOptions(type):
         for name in values:
             check_choice("model field", name, [*own, *OPTIONS])
         of_methods = {name: values.pop(name) for name in values.keys() - own}
-        check_types(cls, values)
+        # Those of one plain type, and these two, are made plain values in `__post_init__`.
+        plain = {
+            "image_size",
+            "keep_rate",
+            *(x for x, hint in _hints(cls).items() if hint in _PLAIN),
+        }
+        check_types(cls, {name: x for name, x in values.items() if name not in plain})
         for name, value in of_methods.items():
             check_types(OPTIONS[name], {name: value})
         return super().__call__(options=with_values(options, of_methods), **values)
