@@ -4,7 +4,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -25,12 +25,13 @@ from tosa_jax.distributed.mesh import (
 from tosa_jax.distributed.preemption import Stopped, StopRequest
 from tosa_jax.errors import NonFiniteLossError
 from tosa_jax.models.params import Params
-from tosa_jax.tasks.task import Batch, HostBatch
+from tosa_jax.tasks.task import Batch
 from tosa_jax.train.checkpoints import Checkpoints, Timer, with_shardings
 from tosa_jax.train.finite import ADVICE, check_metrics, check_state
 from tosa_jax.train.metric_writer import MetricWriter
 from tosa_jax.train.profiling import StepTrace
 from tosa_jax.train.progress import Chrono, Progress
+from tosa_jax.train.reading import Batches, reading
 from tosa_jax.train.stage_run import StageRun
 from tosa_jax.train.step import StepSetup, TrainState, saved_tree, train_step, trained_params
 
@@ -196,16 +197,6 @@ def evaluate(stage: StageRun, step: int, params: Params, writer: MetricWriter) -
     return metrics
 
 
-@runtime_checkable
-class Batches(Protocol):
-    """An endless iterator of batches, to be closed when no more are wanted."""
-
-    def __next__(self) -> HostBatch: ...
-
-    def close(self) -> None:
-        """Ends the threads and workers that read ahead."""
-
-
 def stage_batches(run: RunConfig, setup: StepSetup, mesh: Mesh, first: int = 0) -> Batches:
     """This process's rows of a stage's batches, from the update `first` on."""
     index, count = process_rows(mesh)
@@ -282,21 +273,28 @@ def train_stage(
     update = Updates(stage, shardings, mesh, run.batch_size)
     chrono = Chrono(first, stage.total_steps, run.batch_size)
     save = Saver(stage, run, checkpoints, writer, chrono, facts.get("seconds", 0.0))
-    batches = stage_batches(run, stage.setup, mesh, first)
+    batches = reading(stage_batches(run, stage.setup, mesh, first), stage.name)
     trace = StepTrace(profile_range(run.profile_steps), stage.profile_dir)
     bar = Progress(stage.name, first, stage.total_steps, main_process=is_main())
-    with contextlib.closing(batches), bar as progress, trace:
+    with batches as reader, bar as progress, trace:
         peak_share = stage.flops_per_image / peak_flops(mesh.devices.ravel().tolist())
         log = Log(stage.name, writer, progress, chrono, peak_share, checkpoints.kept)
+
+        def save_here() -> None:
+            log.flush(everything=True)
+            save(step, state, facts)
+
+        def stop_here(signum: int) -> NoReturn:
+            save_here()
+            checkpoints.wait()
+            raise Stopped(signum)
+
         for step in range(first, stage.total_steps + 1):
             trace.at(step, state)
-            stopped_by = stop.agreed()
-            if (step > first or not restored) and (save.is_due(step) or stopped_by):
-                log.flush(everything=True)
-                save(step, state, facts)
-            if stopped_by:
-                checkpoints.wait()
-                raise Stopped(stopped_by)
+            if (signum := stop.agreed()) is not None:
+                stop_here(signum)
+            if (step > first or not restored) and save.is_due(step):
+                save_here()
             scores = stage.evaluates_at(step) and step not in checkpoints.scores
             if scores:
                 log.flush(everything=True)
@@ -305,13 +303,19 @@ def train_stage(
                 progress.message(line)
             if step == stage.total_steps:
                 break
-            with chrono.data_wait():
-                batch = to_global(next(batches), mesh)
+            try:
+                with chrono.data_wait():
+                    batch = to_global(next(reader), mesh)
+            except Stopped as stopped:  # input may have stalled: there is no next step
+                stop_here(stopped.signum)
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, step_metrics = update(step, state, batch)
             log.add(step + 1, step_metrics)
             if step == first and not scores:
-                stage.evaluator.check(trained_params(state))  # not after all of the training
+                with contextlib.suppress(
+                    Stopped
+                ):  # the next turn of the loop asks again, and saves
+                    stage.evaluator.check(trained_params(state))  # not after all of the training
             if (step + 1) % run.log_steps == 0:
                 log.flush()
     checkpoints.wait()
