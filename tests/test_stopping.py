@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -145,17 +146,43 @@ def test_a_run_that_hangs_ends_when_its_grace_is_over(ended, capsys):
     assert ended.empty()
 
 
+PARENT = """
+import multiprocessing, os, time
+from tosa_jax.data.workers import follow_parent
+
+def work():
+    follow_parent(0, 1)
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+
+multiprocessing.get_context("fork").Process(target=work).start()
+time.sleep(600)
+"""
+
+
 @pytest.mark.subprocess
-@pytest.mark.parametrize("signum", ["KILL", "TERM"])
-def test_runs_that_are_stopped_end_as_one_that_is_left_alone(signum):
-    command = [
-        sys.executable,
-        "-m",
-        "tests.kill",
-        "--stages=one",
-        "--kills=2",
-        f"--signal={signum}",
-    ]
+def test_a_worker_ends_when_the_process_that_started_it_is_killed():
+    command = [sys.executable, "-c", PARENT]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout
+        stat = Path(f"/proc/{int(parent.stdout.readline())}/stat")
+        for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+            os.kill(int(stat.parent.name), signum)  # not for a worker
+        assert is_alive(stat)
+        parent.kill()
+    end = time.monotonic() + 60
+    while is_alive(stat) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not is_alive(stat)
+
+
+def is_alive(stat: Path) -> bool:
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] not in "ZX"
+
+
+@pytest.mark.subprocess
+def test_a_run_that_is_killed_ends_as_one_that_is_left_alone():
+    command = [sys.executable, "-m", "tests.kill", "--stages=one", "--kills=2"]
     compiled = str(ROOT / ".pytest_cache/jax")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": compiled}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -104,10 +104,13 @@ def catch_signals(grace_seconds: float = 0.0) -> Iterator[StopRequest]:
 def signals_stop_at_once() -> Iterator[None]:
     """In this context each of `SIGNALS` raises Stopped, as long as `catch_signals` does not take over.
 
-    For the time before and after training, when there is nothing to save. A signal that was ignored stays ignored.
+    For the time before and after training, when there is nothing to save. A signal that was ignored stays ignored. One
+    of several processes ends, and the others with it: they do not wait for one that left.
     """
 
     def handler(signum, frame):
+        if are_several():
+            _end(signum, "outside of training")
         raise Stopped(signum)
 
     caught = [n for n in SIGNALS if signal.getsignal(n) not in (signal.SIG_IGN, None)]
