@@ -32,7 +32,7 @@ from tosa_jax.errors import ConfigError
 from tosa_jax.models.bypass_fit import fit_bypass
 from tosa_jax.models.cost import gmacs
 from tosa_jax.models.factory import control_config
-from tosa_jax.models.method import METHODS, Method, controls, register
+from tosa_jax.models.method import METHODS, Method, controls, every_layer, register
 from tosa_jax.models.params import get_params, set_params, split
 from tosa_jax.models.plan import layer_specs
 from tosa_jax.models.token_state import TokenState
@@ -55,7 +55,7 @@ def added(monkeypatch):
     before = dict(METHODS)
     register(
         Method(name="fuse", kind=Fuse, label="fused for good"),
-        Method(name="merge", kind=Merge, label="merged, and back", every_layer=True),
+        Method(name="merge", kind=Merge, label="merged, and back", whole_plan=every_layer),
         Method(name="cluster", kind=Cluster),
         Method(name="parallel", kind=Parallel),
         Method(name="hide", kind=Hide),

@@ -131,13 +131,13 @@ def test_fine_tunes_share_a_chart_and_ids_mean_one_thing():
 
 
 def test_every_method_has_a_name_and_a_colour_of_its_own(monkeypatch):
-    for i in range(len(METHODS), 20):
+    for i in range(len(METHODS), 30):
         monkeypatch.setitem(METHODS, f"method{i}", Method(name=f"method{i}", kind=Random))
     drawn = page(records=[r for name in METHODS for r in records(f"finetune_{name}", 1.0)])
     style = drawn.partition("</style>")[0]
     colours = [re.findall(rf"--series-{name}: (#[0-9a-f]{{6}});", style) for name in METHODS]
     assert all(len(both) == 2 for both in colours)  # light and dark
-    assert all(len(set(theme)) == len(METHODS) == 20 for theme in zip(*colours, strict=True))
+    assert all(len(set(theme)) == len(METHODS) == 30 for theme in zip(*colours, strict=True))
     curves = drawn.partition("</style>")[2]
     assert all(f"var(--series-{name})" in curves for name in METHODS)
     labels = [METHODS[name].label for name in ("tosa", *controls())]

@@ -18,7 +18,6 @@ from small import random_images, small_model
 
 from tosa_jax.distributed.mesh import BATCH_AXES, MeshConfig, kernels_over, make_mesh
 from tosa_jax.models.layers import gelu, project
-from tosa_jax.models.methods.redundancy import mean_of_heads
 from tosa_jax.models.params import set_params, split
 from tosa_jax.ops import token_matching, tpu_attention
 from tosa_jax.ops.attention import attention_and_column_sums
@@ -205,7 +204,7 @@ def moved_tokens():
     """Everything that gathers, places, groups and matches tokens, with the gradients."""
     tokens, keys = normal(0, 2, 21, 8), normal(1, 2, 21, 2, 4)
     selection = select_tokens(normal(2, 2, 21), 9, 1)
-    matched, scores = token_matching.bipartite_matching(mean_of_heads(keys), 15, 1)
+    matched, scores = token_matching.bipartite_matching(token_matching.mean_of_heads(keys), 15, 1)
     stand_in = token_matching.with_representatives(tokens, selection, 1)
 
     def outputs(tokens):

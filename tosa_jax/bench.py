@@ -118,8 +118,19 @@ def _add_model_fields(parser: argparse.ArgumentParser) -> None:
         default = getattr(options(), name)
         if isinstance(default, bool):
             add(f"--{name}", action=argparse.BooleanOptionalAction, default=default)
+        elif isinstance(default, tuple):
+            add(
+                f"--{name}",
+                type=_whole_numbers,
+                default=default,
+                help="whole numbers, with commas between",
+            )
         else:
             add(f"--{name}", type=type(default), default=default, help=f"default: {default!r}")
+
+
+def _whole_numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(",") if number)
 
 
 def _bench(argv: Sequence[str], args: argparse.Namespace, overrides: list[str]) -> int:

@@ -1,10 +1,12 @@
 """Paths and files, local or in a bucket (`gs://`)."""
 
 import io
+import json
 import os
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -63,6 +65,14 @@ def write_atomically(path: str | os.PathLike, data: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text. Raises ValueError for anything else, one that is nested too deeply included."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def png_bytes(image: np.ndarray, compress_level: int = 6) -> bytes:

@@ -8,13 +8,13 @@ ignored, as published results ignore it, unless `exif_rotate` is set.
 import contextlib
 import dataclasses
 import io
-import struct
-import zlib
 from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from tosa_jax.errors import ConfigError, one_line
 
 RESIZES = ("squeeze", "crop")  # see `Preprocess`
 
@@ -27,26 +27,44 @@ INTERPOLATIONS = {
 _MODES = {1: "L", 3: "RGB"}  # channels -> PIL mode
 _16_BITS_AS_I = ("PNG", "PPM")  # formats whose 16-bit pixels PIL reads in its 32-bit mode "I"
 
-# What PIL's plugins raise for broken files. Any other exception is a defect of this project.
-_PIL_ERRORS = (
-    *(OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError),
-    *(struct.error, zlib.error, Image.DecompressionBombError),
-)
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF")
+"""The formats that are read, by Pillow's names. It knows more: for EPS it starts another program."""
+
+MOST_PIXELS = 2**31
+"""Most pixels of all scans of a JPEG file together. A progressive file has about ten scans; one made to take hours has
+thousands. Of other images Pillow limits the pixels: 179 million."""
 
 
 class BadImageError(ValueError):
-    """One image cannot be decoded. The text says why; whoever catches it adds which image it is."""
+    """One image cannot be decoded. The text says why, in one line; whoever catches it adds which image it is."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(one_line(why))
 
 
 @contextlib.contextmanager
 def pil_errors() -> Iterator[None]:
-    """Turns what PIL raises for a broken file into BadImageError."""
+    """Turns what PIL raises for a broken file into BadImageError. Nothing but calls of PIL belongs in this context."""
     try:
         yield
+    except BadImageError:
+        raise
     except UnidentifiedImageError as error:
         raise BadImageError("not the bytes of an image") from error
-    except _PIL_ERRORS as error:
+    except Exception as error:  # a plugin stumbles over a broken file in any way
         raise BadImageError(f"{type(error).__name__}: {error}"[:200]) from error
+
+
+def load(encoded: bytes) -> Image.Image:
+    """Decodes bytes with Pillow: one of `FORMATS`, with its pixels loaded. Raises BadImageError."""
+    with pil_errors():
+        image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+        if image.format in ("JPEG", "MPO"):  # two of one are MPO
+            scans = encoded.count(b"\xff\xda")
+            if scans * image.width * image.height > MOST_PIXELS:
+                raise BadImageError(f"{scans} scans of {image.width}x{image.height} pixels")
+        image.load()
+    return image
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,6 +79,8 @@ class Preprocess:
     crop_pct     share of the resized short side that "crop" keeps, in (0, 1].
     interpolation  of "crop": a key of `INTERPOLATIONS`.
     exif_rotate  whether an image is turned upright as its EXIF orientation says.
+
+    Raises ConfigError for other values.
     """
 
     image_size: int | None
@@ -69,6 +89,17 @@ class Preprocess:
     crop_pct: float = 0.875
     interpolation: str = "bicubic"
     exif_rotate: bool = False
+
+    def __post_init__(self) -> None:
+        size = self.image_size
+        if not (size is None or (type(size) is int and 0 < size < 2**16)):
+            raise ConfigError(f"image_size={size!r} must be a number of pixels, or None")
+        if self.channels not in _MODES or self.resize not in RESIZES:
+            raise ConfigError(f"channels={self.channels!r} and resize={self.resize!r} are unknown")
+        if self.interpolation not in INTERPOLATIONS or not 0 < self.crop_pct <= 1:
+            raise ConfigError(
+                f"interpolation={self.interpolation!r} and crop_pct={self.crop_pct!r} are unknown"
+            )
 
     def open(self, image: bytes | UInt8[np.ndarray, "h w c"]) -> Image.Image:
         """The whole image as a loaded PIL image in mode "L" or "RGB". Raises BadImageError."""
@@ -108,11 +139,10 @@ def open_image(encoded: bytes, *, channels: int, exif_rotate: bool = False) -> I
     """
     # Not `Image.draft` (JPEG decoded at 1/2 or 1/4 of its size): for noise and print it changes
     # pixels by 1.6 grey levels on average, even if the halved crop is three times the target size.
-    with pil_errors():
-        image = Image.open(io.BytesIO(encoded))
-        file_format = image.format
-        image.load()
-        if exif_rotate:
+    image = load(encoded)
+    file_format = image.format
+    if exif_rotate:
+        with pil_errors():
             image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
         image = _to_8_bits(image, file_format)
@@ -127,8 +157,11 @@ def _to_8_bits(image: Image.Image, file_format: str | None) -> Image.Image:
     """Scales 16-bit grey to 8 bits. PIL itself would clip at 255 without a word."""
     if not (image.mode.startswith("I;16") or (image.mode == "I" and file_format in _16_BITS_AS_I)):
         raise BadImageError(f"mode {image.mode} has pixels without a known range")
-    wide = np.asarray(image).astype(np.uint32)
-    return Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8))
+    wide = np.array(image, np.uint32)  # changed in place, as it may be large
+    wide *= 255
+    wide += 32767
+    wide //= 65535
+    return Image.fromarray(wide.astype(np.uint8))
 
 
 def resize_and_crop(

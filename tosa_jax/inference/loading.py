@@ -12,9 +12,10 @@ from typing import Any, TypedDict
 import jax
 from flax import nnx
 
-from tosa_jax.config import RunConfig, as_tuples, from_json
+from tosa_jax.config import InputConfig, RunConfig, as_tuples, build_section, from_json
 from tosa_jax.data import class_names as names_of
 from tosa_jax.data.decoding import Preprocess
+from tosa_jax.distributed.devices import computes_in
 from tosa_jax.errors import ConfigError, UserError, WeightsError, WorkdirError
 from tosa_jax.models.factory import abstract_model, build, structure
 from tosa_jax.models.method import MAIN, METHODS, is_fitted, method_of
@@ -25,6 +26,7 @@ from tosa_jax.models.weights.load import pretrained_params, save_weights, select
 from tosa_jax.models.weights.preprocessing import PREDICTOR, Preprocessing, preprocessing_of
 from tosa_jax.models.weights.readers import WeightFile, read_weights
 from tosa_jax.models.weights.run_checkpoints import has_checkpoint
+from tosa_jax.paths import parse_json
 from tosa_jax.tasks import TASKS, model_config
 
 KeepRate = float | tuple[float, ...] | None
@@ -59,7 +61,7 @@ def from_workdir(workdir: Path, keep_rate: KeepRate, on_message: OnMessage) -> L
     Raises WorkdirError (not a work directory), WeightsError (no checkpoint yet), ConfigError (`keep_rate`).
     """
     run = read_run(workdir)
-    config = with_keep_rate(run.model, keep_rate)
+    config = on_this_device(with_keep_rate(run.model, keep_rate), on_message)
     if has_checkpoint(workdir):
         params = _load(config, workdir, None, on_message)
     elif run.init_from:
@@ -100,6 +102,7 @@ def from_pretrained(
     if selectors or keep_rate is not None:
         fields = {"plan": METHODS[MAIN].plan} | fields
     config = with_keep_rate(model_config(task, name, **fields), keep_rate)
+    config = on_this_device(config, on_message)
     if not selectors and is_fitted(config.plan):
         on_message("no selectors were given: tokens are chosen by the map of the layer before")
     file = read_weights(weights)
@@ -124,12 +127,38 @@ def from_weights(path: str | Path, keep_rate: KeepRate, on_message: OnMessage) -
             f"{path} has no model configuration: name the variant too (--model=NAME, or "
             "Predictor.from_pretrained)"
         )
-    said = as_tuples(json.loads(text))
-    task = said.pop("task", "classification")  # older files have no task: they are all classifiers
-    options = TASKS[task].options(**said.pop("options", {}))
-    config = with_keep_rate(TASKS[task].model_class.config_class(**said.pop("model")), keep_rate)
-    params, form = _load(config, file, None, on_message), Preprocess(**said.pop("form"))
-    return LoadedModel(model=_model(config, params), form=form, options=options, task=task, **said)
+    try:
+        said = _described(text)
+    except (ValueError, TypeError, KeyError, AttributeError, ConfigError) as error:
+        raise WeightsError(
+            f"{path} describes no model that this version knows ({type(error).__name__}: {error})"
+        ) from error
+    config = said.pop("config")
+    config = on_this_device(with_keep_rate(config, keep_rate), on_message)
+    params = _load(config, file, None, on_message)
+    return LoadedModel(model=_model(config, params), **said)
+
+
+def _described(text: str) -> dict[str, Any]:
+    """What the text of `save` says of a model: its `config`, and the other fields of `LoadedModel`, checked."""
+    said = as_tuples(parse_json(text))
+    task = said.get("task", "classification")  # older files have none: they are all classifiers
+    config = TASKS[task].model_class.config_class(**said["model"])
+    inputs = build_section(InputConfig, "inputs", {name: said[name] for name in ("mean", "std")})
+    names = said["class_names"]
+    if names is not None and not (
+        len(names) == config.num_classes and all(isinstance(x, str) for x in names)
+    ):
+        raise ValueError("its class names are not those of its classes")
+    return {
+        "config": config,
+        "form": Preprocess(**said["form"]),
+        "mean": inputs.mean,
+        "std": inputs.std,
+        "options": build_section(TASKS[task].options, "options", said.get("options", {})),
+        "task": task,
+        "class_names": names,
+    }
 
 
 def save(network: LoadedModel, path: str | Path) -> None:
@@ -172,6 +201,14 @@ def with_keep_rate(config: ViTConfig, keep_rate: KeepRate) -> ViTConfig:
     return dataclasses.replace(config, keep_rate=keep_rate)
 
 
+def on_this_device(config: ViTConfig, on_message: OnMessage) -> ViTConfig:
+    """The configuration, which computes in float32 where the device cannot compute in its type; a message says so."""
+    if computes_in(config.dtype):
+        return config
+    on_message(f"this device does not compute in {config.dtype}: float32 is taken")
+    return dataclasses.replace(config, dtype="float32")
+
+
 def read_run(workdir: Path) -> RunConfig:
     """The configuration of the run in a work directory. Raises WorkdirError if it cannot be read."""
     path = workdir / "config.json"
@@ -180,7 +217,7 @@ def read_run(workdir: Path) -> RunConfig:
             f"{workdir} is not the work directory of a run (it has no config.json); python -m tosa_jax.main makes one"
         )
     try:
-        return from_json(json.loads(path.read_text(encoding="utf-8")))
+        return from_json(parse_json(path.read_text(encoding="utf-8")))
     except (ValueError, OSError, UserError) as error:
         raise WorkdirError(f"{path} cannot be read ({error})") from error
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from tosa_jax.data.class_names import default_names
 from tosa_jax.data.decoding import Preprocess
+from tosa_jax.distributed.devices import check_dtype
 from tosa_jax.distributed.memory import check_fits
 from tosa_jax.inference import loading
 from tosa_jax.inference.loading import KeepRate, OnMessage
@@ -68,6 +69,7 @@ class Predictor:
         batch_sizes: Sequence[int] = (1, 8, 64),
     ) -> None:
         config = model.config
+        check_dtype("dtype", config.dtype)
         check(
             len(batch_sizes) > 0 and min(batch_sizes) >= 1,
             f"batch_sizes={tuple(batch_sizes)} must be numbers of at least 1",

@@ -58,9 +58,10 @@ def run_layers(
     read           how many of the first tokens are read after the last layer; the others need not be there. None: all.
     """
     rates = drop_path_rates(config)
+    drops = [train and rate > 0 for rate in rates]
     return _run_stretch(
-        config, blocks, kinds, state, first=0, rates=rates, drops=[train and rate > 0 for rate in rates],
-        key=key, gather_params=gather_params, wrap=lambda layer: _remat(config, layer, gather_params), read=read,
+        config, blocks, kinds, state, first=0, rates=rates, drops=drops, train=train, key=key,
+        gather_params=gather_params, wrap=lambda layer: _remat(config, layer, gather_params), read=read,
     )  # fmt: skip
 
 
@@ -96,7 +97,7 @@ def run_scanned(
         part_blocks, part_kinds = _gathered(nnx.merge(graphdef, state), gather_params)
         inner = _run_stretch(
             config, part_blocks, part_kinds, placed._replace(tokens=tokens), first=start, rates=part_rates,
-            drops=drops, key=key,
+            drops=drops, train=train, key=key,
         )  # fmt: skip
         return inner.tokens, (inner.selected, inner.scores, inner.aux)
 
@@ -114,6 +115,7 @@ def _run_stretch(
     first: Any,
     rates: Any,
     drops: Sequence[bool],
+    train: bool,
     key: jax.Array | None,
     gather_params: GatherParams | None = None,
     wrap: Callable[[Callable], Callable] = lambda layer: layer,
@@ -123,6 +125,7 @@ def _run_stretch(
 
     first          number of the first one in the plan: an int, or a traced integer in a scan.
     rates, drops   for each layer the rate of drop path, and whether it is on.
+    train          whether the network is being trained.
     gather_params  as in `run_layers`.
     wrap           turns a layer, `(state, key) -> state`, into the function that is called.
     read           as in `run_layers`, after the last of these layers.
@@ -136,7 +139,8 @@ def _run_stretch(
         def layer(state, layer_key, i=i, kind=kind, block=block, after=after, wanted=wanted):
             block, kind = _gathered(nnx.List([block, kind]), gather_params)
             attention_fn = after or plain_attention
-            context = LayerContext(attention_fn, layer_key, rates[i], drops[i], wanted)
+            rate = rates[i] if drops[i] else None
+            context = LayerContext(attention_fn, layer_key, rate, train, wanted)
             return kind.apply(block, state, context)
 
         state = wrap(layer)(state, layer_key)

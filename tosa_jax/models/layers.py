@@ -17,16 +17,26 @@ from jaxtyping import Array, Float
 
 from tosa_jax.errors import ConfigError
 from tosa_jax.models.vit_config import ViTConfig
-from tosa_jax.ops.array_types import Heads, Images, Keys, Queries, Tokens
+from tosa_jax.ops.array_types import AttnMap, Heads, Images, Keys, Queries, Scores, Tokens
 from tosa_jax.ops.attention import attention, attention_logits
 from tosa_jax.ops.rotary import Rotary, turn
 from tosa_jax.ops.tpu_kernels import SUBLANES
 
 AttentionFn = Callable[[Heads, Heads, Heads], tuple[Heads, Any]]
-"""`(query, key, value) -> (output, summary)`: how an attention runs, and what it reports of its map."""
+"""`(query, key, value) -> (output, summary)`: how an attention runs, and what it reports of its map.
+
+One that may read a layer whose tokens are merged also takes `key_bias`, a `Bias`. The output may have fewer rows than
+the query.
+"""
+
+Bias = Float[Array, "b k"] | None
+"""What is added to the attention logits of each key; None: nothing."""
 
 Between = Callable[[Tokens, Any], tuple[Tokens, Any]]
 """`(tokens, summary) -> (tokens, summary)` between a block's two branches; the number of tokens may change."""
+
+UNREAD = 1e-7
+"""What a token that is not read counts beside one that is, where a gradient has to reach the choice."""
 
 token_init = nnx.initializers.normal(0.02)
 """How DeiT starts linear weights, tokens and positions."""
@@ -123,8 +133,9 @@ class Attention(nnx.Module):
         key_value: Float[Array, "b k d"] | None = None,
         rotary: Rotary | None = None,
         key_rotary: Rotary | None = None,
-    ) -> tuple[Tokens, Any]:
-        """x [b n d] attends to `key_value` [b k d], or to itself: the result [b n d], and the report.
+    ) -> tuple[Float[Array, "b q d"], Any]:
+        """x [b n d] attends to `key_value` [b k d], or to itself: the result [b n d] (fewer rows where
+        `attention_fn` gives fewer), and the report.
 
         rotary      positions of x, with which queries and keys are turned; a network without such positions has none.
         key_rotary  those of `key_value`.
@@ -132,39 +143,64 @@ class Attention(nnx.Module):
         Raises ConfigError: the network has rotary positions, and none were given.
         """
         query, key, value = self._heads(x, key_value)
-        if self.turns:
-            key_rotary = rotary if key_value is None else key_rotary
-            if rotary is None or key_rotary is None:
-                raise ConfigError(
-                    "this network has rotary positions: pass rotary=state.rotary where one of its blocks is run"
-                )
-            query, key = turn(query, rotary), turn(key, key_rotary)
+        key_rotary = rotary if key_value is None else key_rotary
+        query, key = self._turned(query, rotary), self._turned(key, key_rotary)
         out, summary = attention_fn(query, key, value)
-        return self.proj(out.reshape(x.shape)), summary
+        return self.proj(out.reshape(*out.shape[:2], -1)), summary
 
-    def _heads(
-        self, x: Tokens, key_value: Float[Array, "b k d"] | None
-    ) -> tuple[Queries, Keys, Keys]:
-        """Query, key and value of all heads, [b n h dh] each."""
-        d, dtype = x.shape[2], self.qkv.dtype
+    def query_key(self, x: Tokens, rotary: Rotary | None = None) -> tuple[Queries, Keys]:
+        """Queries and keys of x [b n d] alone, from which a method makes a map of its own, [b n h dh] each."""
+        return self._turned(self._part(x, 0), rotary), self._turned(self._part(x, 1), rotary)
+
+    def mix(self, x: Tokens, attn_map: AttnMap) -> Float[Array, "b q d"]:
+        """The values of x [b n d], mixed by a given map [b h q n] and projected."""
+        value = self._part(x, 2)
+        out = jnp.einsum("bhqk,bkhc->bqhc", attn_map.astype(value.dtype), value)
+        return self.proj(out.reshape(*out.shape[:2], -1))
+
+    def _turned(self, heads: Heads, rotary: Rotary | None) -> Heads:
+        """Queries or keys, turned by their tokens' positions in a network that has rotary ones."""
+        if not self.turns:
+            return heads
+        if rotary is None:
+            raise ConfigError(
+                "this network has rotary positions: pass rotary=state.rotary where one of its blocks is run"
+            )
+        return turn(heads, rotary)
+
+    def _kernel_and_bias(self) -> tuple[Float[Array, "d e"], Float[Array, " e"] | None]:
+        d, dtype = self.qkv.in_features, self.qkv.dtype
         kernel, bias = self.qkv.kernel[...].astype(dtype), None
         if self.qkv.bias is not None:
             bias = self.qkv.bias[...].astype(dtype)
             if not self.key_bias:
                 bias = jnp.concatenate([bias[:d], jnp.zeros_like(bias[:d]), bias[2 * d :]])
-        if (
-            key_value is not None
-        ):  # apart: there is no product of all three that XLA could find again
-            parts: Sequence[Any] = []
-            for i, source in enumerate((x, key_value, key_value)):
-                columns = slice(i * d, (i + 1) * d)
-                own_bias = None if bias is None else bias[columns]
-                parts = [*parts, *project(source.astype(dtype), kernel[:, columns], own_bias, 1)]
-        elif dtype == jnp.bfloat16 or not self.key_bias:
-            parts = project(x.astype(dtype), kernel, bias, 3)
+        return kernel, bias
+
+    def _part(self, x: Tokens, number: int) -> Heads:
+        """Queries (0), keys (1) or values (2) of x [b n d]: [b n h dh]."""
+        b, n, d = x.shape
+        kernel, bias = self._kernel_and_bias()
+        columns = slice(number * d, (number + 1) * d)
+        own_bias = None if bias is None else bias[columns]
+        (part,) = project(x.astype(kernel.dtype), kernel[:, columns], own_bias, 1)
+        return part.reshape(b, n, self.num_heads, d // self.num_heads)
+
+    def _heads(
+        self, x: Tokens, key_value: Float[Array, "b k d"] | None
+    ) -> tuple[Queries, Keys, Keys]:
+        """Query, key and value of all heads, [b n h dh] each."""
+        if key_value is not None:
+            # Apart: there is no product of all three that XLA could find again.
+            sources = (x, key_value, key_value)
+            query, key, value = (self._part(source, i) for i, source in enumerate(sources))
+            return query, key, value
+        kernel, bias = self._kernel_and_bias()
+        if kernel.dtype == jnp.bfloat16 or not self.key_bias:
+            parts: Sequence[Any] = project(x.astype(kernel.dtype), kernel, bias, 3)
         else:
             parts = jnp.split(self.qkv(x), 3, axis=2)
-        heads = self.num_heads, d // self.num_heads
+        heads = self.num_heads, x.shape[2] // self.num_heads
         query, key, value = (part.reshape(*part.shape[:2], *heads) for part in parts)
         return query, key, value
 
@@ -309,7 +345,7 @@ class Block(nnx.Module):
         key_value: Float[Array, "b k d"] | None = None,
         rotary: Rotary | None = None,
         key_rotary: Rotary | None = None,
-    ) -> tuple[Tokens, Any]:
+    ) -> tuple[Float[Array, "b q d"], Any]:
         """The update [b n d] that attention adds to `x`, and what `attention_fn` reports.
 
         Keys and values come from `key_value` [b k d], or from `x` itself. Rotary positions as in `Attention`.
@@ -317,6 +353,18 @@ class Block(nnx.Module):
         normed = None if key_value is None else self.norm1(key_value)
         update, summary = self.attn(self.norm1(x), attention_fn, normed, rotary, key_rotary)
         return self.ls1(update) if self.ls1 else update, summary
+
+    @jax.named_scope("attention")
+    def map_branch(self, x: Tokens, attn_map: AttnMap) -> Float[Array, "b q d"]:
+        """The update [b q d] that attention by a given map [b h q n] adds; x [b n d] has the values."""
+        update = self.attn.mix(self.norm1(x), attn_map)
+        return self.ls1(update) if self.ls1 else update
+
+    def finished(self, x: Tokens, update: Tokens, drop_path: DropPath | None = None) -> Tokens:
+        """The tokens after the layer: x [b n d], the update of its attention, and the MLP."""
+        x = x + (drop_path(update, 0) if drop_path else update)
+        update = self.mlp_branch(x)
+        return x + (drop_path(update, 1) if drop_path else update)
 
     @jax.named_scope("mlp")
     def mlp_branch(self, x: Tokens) -> Tokens:
@@ -382,13 +430,17 @@ class AttentionPool(nnx.Module):
         self.mlp = Mlp(config, rngs=rngs)
         self.width, self.mlp_weights = d, config.mlp_weights
 
-    def __call__(self, tokens: Tokens) -> Float[Array, "b d"]:
+    def __call__(self, tokens: Tokens, weights: Scores | None = None) -> Float[Array, "b d"]:
+        """`weights` [b n]: how often each token counts as a key; None: once."""
         b, n, d = tokens.shape
         heads = self.num_heads, d // self.num_heads
         latent = self.latent[...].astype(self.q.dtype)
         query = jnp.broadcast_to(self.q(latent), (b, 1, d)).reshape(b, 1, *heads)
         key, value = (x.reshape(b, n, *heads) for x in jnp.split(self.kv(tokens), 2, axis=2))
-        attn_map = jax.nn.softmax(attention_logits(query, key), axis=-1).astype(value.dtype)
+        logits = attention_logits(query, key)
+        if weights is not None:
+            logits += jnp.log(weights + UNREAD)[:, None, None]
+        attn_map = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
         pooled = self.proj(jnp.einsum("bhqk,bkhc->bqhc", attn_map, value).reshape(b, 1, d))
         return (pooled + self.mlp(self.norm(pooled)))[:, 0]
 

@@ -5,7 +5,7 @@ method's file knows the method by name.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +36,8 @@ class Method:
     needs_key    it draws random numbers, so that the network must be called with a key.
     free_choice  its layers run as those of the main network do, but choosing tokens costs no time: the benchmark takes
                  the difference between the two for the time of choosing (`selector_overhead`).
-    every_layer  its name as a plan means all layers; otherwise every second layer, between standard ones.
+    whole_plan   `(plan, depth) ->` the kind of each layer: what its name means as a plan, and as a control. None:
+                 every second layer, between standard ones; as a control, the places of layers that are not standard.
     has_budget   its cost depends on `keep_rate`.
     equal_gmacs  as a control its `keep_rate` is solved for the GMACs of the main network.
     fields       fields of `ViTConfig` and options that it sets as a control, by name.
@@ -54,7 +55,7 @@ class Method:
     oracle: bool = False
     needs_key: bool = False
     free_choice: bool = False
-    every_layer: bool = False
+    whole_plan: Callable[[str, int], tuple[str, ...]] | None = None
     has_budget: bool = True
     equal_gmacs: bool = False
     fields: Mapping[str, Any] = field(default_factory=dict)
@@ -72,6 +73,21 @@ class Method:
     def fit_plan(self) -> str:
         """What plans call its layers in the selector stage."""
         return STANDARD if self.fit_kind is None else f"{self.plan}_fit"
+
+
+def every_layer(plan: str, depth: int) -> tuple[str, ...]:
+    """A `whole_plan`: all layers."""
+    return (plan,) * depth
+
+
+def at_quarters(plan: str, depth: int) -> tuple[str, ...]:
+    """A `whole_plan`: the layers after a quarter, a half and three quarters of the depth: 3, 6 and 9 of twelve."""
+    return at_layers(plan, depth, {depth * part // 4 for part in (1, 2, 3)} - {0})
+
+
+def at_layers(plan: str, depth: int, layers: Collection[int]) -> tuple[str, ...]:
+    """The plan whose `layers`, counted from 0, are of the kind `plan`, and all others standard."""
+    return tuple(plan if i in layers else STANDARD for i in range(depth))
 
 
 METHODS: dict[str, Method] = {}
@@ -129,17 +145,18 @@ def controls(*, timed: bool = False) -> tuple[str, ...]:
 
 def plan_named(kind: str, depth: int) -> tuple[str, ...]:
     """The plan that the name of a layer kind alone means. Raises ConfigError if there is no such kind."""
-    return alternate(kind, depth, 0 if method_of(kind).every_layer else 2)
+    whole_plan = method_of(kind).whole_plan
+    return whole_plan(kind, depth) if whole_plan else alternate(kind, depth)
 
 
 def control_plan(plan: tuple[str, ...], name: str) -> tuple[str, ...]:
     """The plan of the control `name` beside a network with `plan`.
 
-    Layers of the control take the places of all layers that are not standard, or of all layers (`every_layer`).
+    Layers of the control take the places of all layers that are not standard, or those of its `whole_plan`.
     """
     method = METHODS[name]
-    if method.every_layer:
-        return (method.plan,) * len(plan)
+    if method.whole_plan:
+        return method.whole_plan(method.plan, len(plan))
     return tuple(kind if kind == STANDARD else method.plan for kind in plan)
 
 

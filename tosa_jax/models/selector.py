@@ -14,7 +14,13 @@ from jaxtyping import Array, Float
 
 from tosa_jax.models.options import Options
 from tosa_jax.models.vit_config import ViTConfig, check, check_choice
-from tosa_jax.ops.array_types import AttnLogits
+from tosa_jax.ops.array_types import AttnLogits, Keys, Queries
+from tosa_jax.ops.attention import (
+    attention,
+    attention_and_selector_sums,
+    column_sums,
+    walk_map,
+)
 
 _FEW_MACS = 200
 """Multiply-adds for an entry of the map. Up to this many, a CPU is faster entry by entry than by matrix products."""
@@ -111,6 +117,35 @@ class TokenSelector(nnx.Module):
             return jax.nn.log_softmax(self._convolve(logits), axis=-1)
         found = jax.lax.platform_dependent(logits, cpu=self._mix_heads, default=self._convolve)
         return jax.nn.log_softmax(found, axis=-1)
+
+    def attention_and_sums(
+        self,
+        query: Queries,
+        key: Keys,
+        value: Keys,
+        chunk: int | None = None,
+        key_bias: Float[Array, "b k"] | None = None,
+    ) -> tuple[Queries, Float[Array, "b h k"]]:
+        """Attention of a layer, and the column sums of the map that is predicted for the next one, float32 [b h k].
+
+        They go over the rows that the selector reads, and no gradient passes through them. Arguments are those of
+        `ops.attention.attention_and_column_sums`.
+        """
+
+        def summarise(logits, attn_map, rows):
+            # Probabilities are summed, not their logarithms, which would be ruled by the smallest ones.
+            return column_sums(jnp.exp(self(logits)))
+
+        def walked(query, key, value, *_):
+            rows = query[:, :: self.query_stride]
+            out, sums = walk_map(rows, key, value, summarise, chunk=chunk, key_bias=key_bias)
+            out = out if self.query_stride == 1 else attention(query, key, value, key_bias)
+            return out, jax.lax.stop_gradient(sums)
+
+        if self.size > 1 or key_bias is not None:
+            return walked(query, key, value)
+        layers, stride = self.layers(), self.query_stride
+        return attention_and_selector_sums(query, key, value, layers, walked, stride)
 
     def _convolve(self, logits: AttnLogits) -> AttnLogits:
         return self.conv2(jax.nn.relu(self.conv1(logits)))

@@ -4,6 +4,8 @@ A method of token reduction is one file in `methods/`, which declares layer kind
 name: it runs its blocks in the order of a plan, each through the kind that the plan names.
 """
 
+import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -14,14 +16,16 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from tosa_jax.errors import ConfigError
-from tosa_jax.models.layers import AttentionFn, Block, DropPath, plain_attention
+from tosa_jax.models.layers import UNREAD, AttentionFn, Block, DropPath, plain_attention
 from tosa_jax.models.options import Options
 from tosa_jax.models.vit_config import ViTConfig
 from tosa_jax.ops.array_types import Indices, PerExample, Scores, Tokens
 from tosa_jax.ops.attention import attention
-from tosa_jax.ops.reduction import Reduction
+from tosa_jax.ops.reduction import Reduction, TokenWeights
 from tosa_jax.ops.rotary import Rotary
-from tosa_jax.ops.token_selection import Selection
+
+Mask = Bool[Array, "b s"] | Float[Array, "b s"] | None
+"""Which tokens attention may read: booleans, or 1 and 0 with a gradient; None: all."""
 
 
 class TokenState(NamedTuple):
@@ -38,6 +42,8 @@ class TokenState(NamedTuple):
     intermediate   for each layer that the head reads, by its number: all tokens [b n d] after that layer.
     attention_map  float [b h m m], rows sum to 1: the map of an earlier layer, for later layers to use in place of one
                    of their own (`shared_map`). A kind hands it on in `apply`; a change of the tokens ends it.
+    policy         float [b m], 1 for tokens that later layers read and 0 for others: a choice in training, which a
+                   gradient passes through. None: all are read. The tokens stay as many as they were.
     grid_rotary    rotary positions of all n tokens; None: the network has none. `rotary` has those of `tokens`.
     """
 
@@ -50,6 +56,7 @@ class TokenState(NamedTuple):
     aux: dict[str, PerExample] = {}
     intermediate: dict[int, Tokens] = {}
     attention_map: Float[Array, "b h m m"] | None = None
+    policy: Float[Array, "b m"] | None = None
     grid_rotary: Rotary | None = None
 
     @property
@@ -68,9 +75,19 @@ class TokenState(NamedTuple):
         return self._last.sizes if self._last else None
 
     @property
-    def mask(self) -> Bool[Array, "b s"] | None:
-        """Booleans [b s], false for those of `tokens` that no attention may read; None: all are read."""
+    def mask(self) -> Mask:
+        """Which of `tokens` attention may read: booleans [b s], or `policy`; None: all."""
+        if self.policy is not None:
+            return self.policy
         return self._last.mask if self._last else None
+
+    @property
+    def weights(self) -> Float[Array, "b s"] | None:
+        """How much each of `tokens` counts in a mean over all: its size, 0 where it is not read; None: all the same."""
+        if self.mask is None:
+            return self.sizes
+        read = self.mask.astype(jnp.float32)
+        return read if self.sizes is None else self.sizes * read
 
     @property
     def rotary(self) -> Rotary | None:
@@ -79,6 +96,10 @@ class TokenState(NamedTuple):
 
     def _placed(self, reduction: Reduction) -> Reduction:
         """The reduction with the rotary positions of its tokens."""
+        if self.policy is not None:
+            raise ConfigError(
+                "the plan has a layer that reduces tokens after one that masks them in training; use one method alone"
+            )
         if self.rotary is None:
             return reduction
         return reduction._replace(rotary=reduction.places(self.rotary))
@@ -94,7 +115,7 @@ class TokenState(NamedTuple):
 
         tokens  float [b s d], the new tokens.
         scores  float [b m], what the old tokens were chosen by, or None. If given, the reduction is reported as a
-                selection; it and every reduction before it must then have a `Selection` as its source.
+                selection of the tokens that represent the new ones.
         """
         state = self if scores is None else self._reporting(reduction, scores)
         opened = (*self.open, self._placed(reduction))
@@ -111,14 +132,12 @@ class TokenState(NamedTuple):
 
     def _reporting(self, reduction: Reduction, scores: Float[Array, "b m"]) -> "TokenState":
         """The state that reports one more selection, as indices into all n tokens."""
-        sources = [around.source for around in (*self.persisting, *self.open)]
-        assert isinstance(reduction.source, Selection)
-        chosen = reduction.source.indices
-        for source in reversed(sources):
-            assert isinstance(source, Selection)
-            chosen = jnp.take_along_axis(source.indices, chosen, axis=1)
-            seen = jnp.take_along_axis(scores, source.slot, axis=1)
-            scores = jnp.where(source.mask, seen, 0)
+        chosen = reduction.representatives()
+        for around in reversed((*self.persisting, *self.open)):
+            chosen = jnp.take_along_axis(around.representatives(), chosen, axis=1)
+            scores = around.scores_before(scores)
+        if isinstance(reduction.source, TokenWeights):
+            chosen = jnp.sort(chosen, axis=1)
         return self._replace(selected=(*self.selected, chosen), scores=(*self.scores, scores))
 
     def restored(self) -> "TokenState":
@@ -183,49 +202,65 @@ class LayerSpec(NamedTuple):
     count_out: int
 
 
+def key_bias(sizes: Float[Array, "b s"] | None, mask: Mask) -> Float[Array, "b s"] | None:
+    """What is added to the attention logits of tokens as keys, float32; None: nothing.
+
+    A token that stands for several counts as often as a key (ToMe's proportional attention), one that the mask leaves
+    out not at all. Arguments are those of `LayerContext.weighing`.
+    """
+    bias = None if sizes is None else jnp.log(sizes)
+    if mask is not None and mask.dtype != bool:
+        read = jnp.log(mask.astype(jnp.float32) + UNREAD)
+        return read if bias is None else bias + read
+    if mask is not None:
+        bias = jnp.where(mask, 0.0 if bias is None else bias, jnp.finfo(jnp.float32).min)
+    return bias
+
+
 class LayerContext(NamedTuple):
     """What one run of a layer gets beside its tokens.
 
     attention_fn  the attention that the layer must run. It reports what the next layer needs.
     key           the layer's own random key, or one an example; None: the network was called without a key.
-    drop_path     rate in [0, 1); used only with `train`.
-    train         whether drop path is on.
+    drop_path     rate in [0, 1), used only with `train`; None: there is none.
+    train         whether the network is being trained.
     read          how many of the first tokens are read after this layer, which then is the last one; None: all. A kind
                   may return these alone; it need not.
     """
 
     attention_fn: AttentionFn
     key: jax.Array | None
-    drop_path: Float[Array, ""] | float
+    drop_path: Float[Array, ""] | float | None
     train: bool
     read: int | None = None
 
     @property
     def drop(self) -> DropPath | None:
         """The drop path that the block's branches go through; None: they go through none."""
-        return DropPath(self.drop_path, self.key) if self.train and self.key is not None else None
+        if not self.train or self.drop_path is None or self.key is None:
+            return None
+        return DropPath(self.drop_path, self.key)
 
-    def weighing(
-        self, sizes: Float[Array, "b s"] | None, mask: Bool[Array, "b s"] | None
-    ) -> "LayerContext":
+    def weighing(self, sizes: Float[Array, "b s"] | None, mask: Mask) -> "LayerContext":
         """The context whose attention weighs tokens by their number and reads no masked ones.
 
         sizes  [b s], how many tokens each one stands for: it counts that often as a key (ToMe's proportional
                attention). None: once.
-        mask   [b s], false for tokens that must not be read. None: all are read.
+        mask   [b s], false or 0 for tokens that must not be read. None: all are read.
 
-        Raises ConfigError if the next layer reads this layer's attention map: there is none with weights or a mask.
+        Raises ConfigError if the next layer reads this layer's attention by a function that takes no `key_bias`.
         """
         if sizes is None and mask is None:
             return self
-        if self.attention_fn is not plain_attention:
+        bias, read = key_bias(sizes, mask), self.attention_fn
+        if read is plain_attention:
+            return self._replace(attention_fn=lambda q, k, v: (attention(q, k, v, bias), None))
+        if "key_bias" not in inspect.signature(read).parameters:
             raise ConfigError(
                 "the plan has a layer that reads the attention map of merged tokens; put it before the merging ones"
             )
-        bias = None if sizes is None else jnp.log(sizes)
-        if mask is not None:
-            bias = jnp.where(mask, 0.0 if bias is None else bias, jnp.finfo(jnp.float32).min)
-        return self._replace(attention_fn=lambda q, k, v: (attention(q, k, v, bias), None))
+        fields: dict[str, Any] = {"key_bias": bias}
+        return self._replace(attention_fn=functools.partial(read, **fields))
 
     def run(
         self, block: Block, tokens: Tokens, rotary: Rotary | None = None

@@ -34,7 +34,8 @@ class Output(NamedTuple):
     predictions  what the model is for, arrays by name whose first axis is the example: `logits` [b c], `features` [b d]
               without classes, or `depth` [b height width] at the images' size.
     tokens    [b n d] after the final norm, prefix included, as timm's `forward_features`; that norm comes after the
-              mean with `global_pool="avg"`, and they are as the last layer left them. None where they were not wanted.
+              mean with `global_pool="avg"`, and they are as the last layer left them. Fewer than n where a method has
+              removed some for good. None where they were not wanted.
     selected  a tuple with one int32 [b s] a selection: indices into the n tokens, ascending, prefix included.
     aux       per-example scalars [b] that layers report, by name.
     scores    one float [b n] a selection: what it chose by, higher is better; a program that does not return them
@@ -46,6 +47,11 @@ class Output(NamedTuple):
     selected: tuple[Indices, ...]
     aux: dict[str, PerExample]
     scores: tuple[Scores, ...] = ()
+
+    @property
+    def layer_losses(self) -> PerExample | float:
+        """What layers add to the loss of each example in training, [b]: the sum of `aux` under "loss/"; 0: nothing."""
+        return sum((x for name, x in self.aux.items() if name.startswith("loss/")), start=0.0)
 
     @property
     def logits(self) -> Any:
@@ -207,20 +213,29 @@ class VisionTransformer(nnx.Module):
         return run_layers(*parts, read=read, **fields)
 
     @jax.named_scope("head")
-    def classify(self, tokens: Tokens) -> Float[Array, "b c"]:
-        """Logits of `Output.tokens` [b n d]."""
-        logits = self.head(self.pool(tokens))
+    def classify(self, tokens: Tokens, weights: Scores | None = None) -> Float[Array, "b c"]:
+        """Logits of `Output.tokens` [b n d]; `weights` as in `pool`."""
+        logits = self.head(self.pool(tokens, weights))
         read_two = self.config.distilled and self.config.global_pool == "token"
         return (logits + self.head_dist(tokens[:, 1])) / 2 if read_two else logits
 
-    def pool(self, tokens: Tokens) -> Float[Array, "b e"]:
-        """What the head classifies of `Output.tokens` [b n d]: e is d, or 2d with `global_pool="token_avg"`."""
+    def pool(self, tokens: Tokens, weights: Scores | None = None) -> Float[Array, "b e"]:
+        """What the head classifies of `Output.tokens` [b n d]: e is d, or 2d with `global_pool="token_avg"`.
+
+        weights  [b n], how often each token counts beside others (`TokenState.weights`); None: once.
+        """
         config = self.config
         if config.global_pool == "token":
             return tokens[:, 0]
         if config.global_pool == "map":
-            return self.attn_pool(tokens)
-        mean = tokens[:, config.num_prefix_tokens :].mean(axis=1)
+            return self.attn_pool(tokens, weights)
+        patches = tokens[:, config.num_prefix_tokens :]
+        if weights is None:
+            mean = patches.mean(axis=1)
+        else:
+            shares = weights[:, config.num_prefix_tokens :]
+            shares = (shares / shares.sum(axis=1, keepdims=True)).astype(patches.dtype)
+            mean = (patches * shares[:, :, None]).sum(axis=1)
         if config.global_pool == "avg":
             return self.fc_norm(mean)
         return jnp.concatenate([tokens[:, 0], mean], axis=1)
@@ -246,10 +261,11 @@ class VisionTransformer(nnx.Module):
         read = min(READ_TOGETHER, self.config.num_tokens) if first and not tokens else None
         state = self.layers(self.embed(images), key=key, train=train, read=read)
         last = state.tokens if mean else self.norm(state.tokens[:, :read])
+        weights = state.weights
         predictions = (
-            {"logits": self.classify(last)}
+            {"logits": self.classify(last, weights)}
             if self.config.num_classes
-            else {"features": self.pool(last)}
+            else {"features": self.pool(last, weights)}
         )
         shown = last if tokens else None
         return Output(predictions, shown, state.selected, state.aux, state.scores)

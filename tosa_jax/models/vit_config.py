@@ -3,9 +3,14 @@
 A plan is a tuple with the name of a layer kind for each layer, `("standard", "selective", "standard", ...)`.
 """
 
+import builtins
 import dataclasses
 import difflib
-from collections.abc import Iterable
+import functools
+import numbers
+import types
+import typing
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -32,6 +37,9 @@ POOLS = {
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}  # as in recipes
 
 
+MOST_LAYERS = 1000
+
+
 def check_choice(field: str, value: Any, known: Iterable[Any]) -> None:
     """Raise a ConfigError that names the choices, unless `value` is one of them."""
     known = list(known)
@@ -48,6 +56,44 @@ def check(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def check_types(cls: type, values: Mapping[str, Any]) -> None:
+    """Raise a ConfigError that names the field, for a value that is not of the type that a dataclass says.
+
+    Numbers must be finite too, and whole ones below 2**32.
+    """
+    for name, value in values.items():
+        hint = _hints(cls).get(name, Any)
+        if not _fits(value, hint):
+            said = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else hint
+            bounds = {int: ", above -2**32 and below 2**32", float: ", and finite"}.get(hint, "")
+            raise ConfigError(f"{name}={value!r} must be of type {said}{bounds}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    options = typing.get_args(hint)
+    match typing.get_origin(hint) or hint:
+        case types.UnionType | typing.Union:
+            return any(_fits(value, option) for option in options)
+        case builtins.tuple:
+            if not isinstance(value, tuple | list):
+                return False
+            return all(_fits(x, options[0]) for x in value)  # how many, the class itself says
+        case builtins.bool | builtins.str as kind:
+            return isinstance(value, kind)
+        case builtins.int:
+            whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+            return whole and abs(int(value)) < 2**32
+        case builtins.float:
+            real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+            return real and abs(value if isinstance(value, int) else float(value)) < 1e300
+    return True
+
+
 def _own_fields(config: Any) -> list[str]:
     """Names of the fields that a configuration, or its class, declares itself: all but the options of methods."""
     return [field.name for field in dataclasses.fields(config) if field.name != "options"]
@@ -61,6 +107,9 @@ class _TakesOptions(type):
         for name in values:
             check_choice("model field", name, [*own, *OPTIONS])
         of_methods = {name: values.pop(name) for name in values.keys() - own}
+        check_types(cls, values)
+        for name, value in of_methods.items():
+            check_types(OPTIONS[name], {name: value})
         return super().__call__(options=with_values(options, of_methods), **values)
 
 
@@ -142,6 +191,7 @@ class ViTConfig(metaclass=_TakesOptions):
         for name in ("patch_size", "in_chans", "embed_dim", "depth", "num_heads"):
             value = getattr(self, name)
             check(value >= 1, f"{name}={value!r} must be at least 1")
+        check(self.depth <= MOST_LAYERS, f"depth={self.depth} must be at most {MOST_LAYERS}")
         check(self.num_classes >= 0, f"num_classes={self.num_classes} must be at least 0 (no head)")
         self._check_image_size()
         self._check_form()
@@ -287,6 +337,7 @@ class ViTConfig(metaclass=_TakesOptions):
 def alternate(kind: str, depth: int, period: int = 2) -> tuple[str, ...]:
     """The plan in which a standard layer is followed by `period - 1` layers of `kind`, over and over.
 
-    With period 0 there are no standard layers.
+    With period 0 there are no standard layers. Raises ConfigError: more than `MOST_LAYERS`.
     """
+    check(depth <= MOST_LAYERS, f"depth={depth} must be at most {MOST_LAYERS}")
     return tuple(STANDARD if period and i % period == 0 else kind for i in range(depth))

@@ -68,6 +68,18 @@ def attention_logits(query: Queries, key: Keys) -> AttnLogits:
     return jnp.einsum("bqhc,bkhc->bhqk", query * scale, key, preferred_element_type=jnp.float32)
 
 
+def first_row(
+    query: Queries, key: Keys, key_bias: Float[Array, "b k"] | None = None
+) -> Float[Array, "b h k"]:
+    """The map's row of the first token, the class token where there is one; float32. `key_bias` as in `attention`."""
+    logits = _biased(attention_logits(query[:, :1], key), key_bias)
+    return jax.nn.softmax(logits[:, :, 0], axis=-1)
+
+
+def _biased(logits: AttnLogits, key_bias: Float[Array, "b k"] | None) -> AttnLogits:
+    return logits if key_bias is None else logits + key_bias[:, None, None]
+
+
 def walk_map(
     query: Queries,
     key: Keys,
@@ -76,6 +88,7 @@ def walk_map(
     *,
     rows: PyTree = None,
     chunk: int | None = None,
+    key_bias: Float[Array, "b k"] | None = None,
 ) -> tuple[Queries, PyTree]:
     """Exact attention, and a sum over its map, without the map ever leaving this function.
 
@@ -83,11 +96,11 @@ def walk_map(
     `[b h q k]` of a chunk with the same rows of `rows` (a tree of `[b n ...]`), and returns a tree of arrays
     that are added up over the chunks. Memory is `h * chunk * n` an example, also backward, where each chunk
     is computed again (Rabe and Staats 2021, arXiv 2112.05682); `chunk=None` takes all rows at once and recomputes
-    nothing.
+    nothing. `key_bias` is added to the logits, as in `attention`.
     """
 
     def step(query_rows, other_rows):
-        logits = attention_logits(query_rows, key)
+        logits = _biased(attention_logits(query_rows, key), key_bias)
         attn_map = jax.nn.softmax(logits, axis=-1)
         out = jnp.einsum("bhqk,bkhc->bqhc", attn_map.astype(value.dtype), value)
         return out, summarise(logits, attn_map, other_rows)
@@ -122,18 +135,23 @@ def walk_map(
 
 
 def attention_and_column_sums(
-    query: Queries, key: Keys, value: Keys, chunk: int | None = None
+    query: Queries,
+    key: Keys,
+    value: Keys,
+    chunk: int | None = None,
+    key_bias: Float[Array, "b k"] | None = None,
 ) -> tuple[Queries, Float[Array, "b h k"]]:
     """Attention, and how much of it each token is paid, float32 [b h k]; no gradient passes through the sums.
 
-    A kernel where the program is compiled for a TPU or an NVIDIA GPU and the shapes fit; else the walk, `chunk` query
-    rows at a time.
+    A kernel where the program is compiled for a TPU or an NVIDIA GPU, the shapes fit, and there is no bias of the keys;
+    else the walk, `chunk` query rows at a time.
     """
 
     def walked(query, key, value):
         out, sums = walk_map(
-            query, key, value, lambda _, attn_map, __: column_sums(attn_map), chunk=chunk
-        )
+            query, key, value, lambda _, attn_map, __: column_sums(attn_map), chunk=chunk,
+            key_bias=key_bias,
+        )  # fmt: skip
         return out, jax.lax.stop_gradient(sums)
 
     forms = {}
@@ -141,7 +159,7 @@ def attention_and_column_sums(
         forms["tpu"] = tpu_attention.attention_and_column_sums
     if gpu_attention.is_short(query, key) and _has_cuda():
         forms["cuda"] = gpu_attention.attention_and_column_sums
-    if not forms:
+    if not forms or key_bias is not None:
         return walked(query, key, value)
     return jax.lax.platform_dependent(query, key, value, **forms, default=walked)
 

@@ -5,10 +5,11 @@ Selected, merged and clustered tokens have the same form here.
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from tosa_jax.ops.array_types import Tokens
+from tosa_jax.ops.array_types import Indices, Scores, Tokens
 from tosa_jax.ops.rotary import Rotary
 from tosa_jax.ops.token_matching import spread_groups, sum_groups
 from tosa_jax.ops.token_selection import Selection, gather_tokens, scatter_tokens
@@ -17,7 +18,7 @@ from tosa_jax.ops.token_selection import Selection, gather_tokens, scatter_token
 class TokenWeights(NamedTuple):
     """Weights for new tokens that are weighted means of old ones.
 
-    weights  [b s n]: share of each old token in a new one; rows sum to 1.
+    weights  [b s n]: share of each old token in a new one; rows of means sum to 1.
     back     [b n s]: share of each new token in a restored old one; None: `weights` transposed, with rows divided by
              their sums.
     """
@@ -30,8 +31,9 @@ class Reduction(NamedTuple):
     """How n old tokens became s new ones.
 
     source   a `Selection`: the old tokens that are kept; or `TokenWeights`: how old tokens are mixed.
-    weights  [b n]: weight of each old token in the mean of its group, which a selected token becomes. None: selected
-             tokens stay as they are. Not read with `TokenWeights`.
+    weights  [b n]: weight of each old token in the mean of its group, which a selected token becomes; 0 for tokens that
+             are dropped. None: selected tokens stay as they are. Not read with `TokenWeights`.
+    totals   [b s]: the sum of `weights` over each group; None: `sizes`.
     sizes    [b s]: how many old tokens each new one represents, itself included; None: one.
     mask     [b s]: false for new tokens that no attention may read; None: all are read.
     before   [b n d]: the old tokens into which the new ones are put back; bypassed tokens keep these values. None: each
@@ -43,6 +45,7 @@ class Reduction(NamedTuple):
 
     source: Selection | TokenWeights
     weights: Float[Array, "b n"] | None = None
+    totals: Float[Array, "b s"] | None = None
     sizes: Float[Array, "b s"] | None = None
     mask: Bool[Array, "b s"] | None = None
     before: Tokens | None = None
@@ -54,10 +57,26 @@ class Reduction(NamedTuple):
         if isinstance(self.source, TokenWeights):
             weights = self.source.weights.astype(values.dtype)
             return jnp.einsum("bsn,bnd->bsd", weights, values, precision="highest")
-        if self.weights is None or self.sizes is None:
+        totals = self.sizes if self.totals is None else self.totals
+        if self.weights is None or totals is None:
             return gather_tokens(values, self.source)
         total = sum_groups(values * self.weights[:, :, None].astype(values.dtype), self.source)
-        return total / self.sizes[:, :, None].astype(values.dtype)
+        return total / totals[:, :, None].astype(values.dtype)
+
+    def representatives(self) -> Indices:
+        """The old token that represents each new one: the selected token, or the one with the largest weight."""
+        if isinstance(self.source, Selection):
+            return self.source.indices
+        return self.source.weights.argmax(axis=2).astype(jnp.int32)
+
+    def scores_before(self, scores: Float[Array, "b s"]) -> Scores:
+        """Scores [b s] of the new tokens -> [b n], those of the old ones that represent them; 0 for all others."""
+        if isinstance(self.source, Selection):
+            seen = jnp.take_along_axis(scores, self.source.slot, axis=1)
+            return jnp.where(self.source.mask, seen, 0)
+        count = self.source.weights.shape[2]
+        hot = jax.nn.one_hot(self.representatives(), count, dtype=scores.dtype)
+        return jnp.einsum("bsn,bs->bn", hot, scores, precision="highest")
 
     def places(self, rotary: Rotary) -> Rotary:
         """Rotary positions of the old tokens -> those of the new ones: each new token has its representative's.
@@ -67,7 +86,7 @@ class Reduction(NamedTuple):
         """
         if isinstance(self.source, Selection):
             return rotary.selected(self.source)
-        return rotary.at(self.source.weights.argmax(axis=2).astype(jnp.int32))
+        return rotary.at(self.representatives())
 
     def spread(self, values: Float[Array, "b s d"]) -> Tokens:
         """values [b s d] of the new tokens -> [b n d]: each old token gets those of the new one that represents it."""
@@ -97,4 +116,17 @@ class Reduction(NamedTuple):
 
 def pooled(selection: Selection, weights: Float[Array, "b n"]) -> Reduction:
     """A reduction whose selected tokens become the means of their groups; `weights` [b n] of the old tokens."""
-    return Reduction(selection, weights, sum_groups(weights[:, :, None], selection)[:, :, 0])
+    return Reduction(selection, weights, sizes=group_totals(weights, selection))
+
+
+def group_totals(weights: Float[Array, "b n"], selection: Selection) -> Float[Array, "b s"]:
+    """The sum of `weights` [b n] over each group [b s]."""
+    return sum_groups(weights[:, :, None], selection)[:, :, 0]
+
+
+def beside_prefix(weights: Float[Array, "b s n"], num_prefix_tokens: int) -> Float[Array, "b t m"]:
+    """Weights [b s n] among patches, with prefix tokens before them that stay as they are."""
+    first = num_prefix_tokens
+    whole = jnp.pad(weights, ((0, 0), (first, 0), (first, 0)))
+    own = jnp.eye(whole.shape[1], whole.shape[2]) * (jnp.arange(whole.shape[1]) < first)[:, None]
+    return whole + own[None]

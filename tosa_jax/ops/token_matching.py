@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
-from tosa_jax.ops.array_types import Scores, Tokens
+from tosa_jax.ops.array_types import Heads, Scores, Tokens
 from tosa_jax.ops.token_selection import (
     Selection,
     complement,
@@ -65,6 +65,20 @@ sum_groups.defvjp(_sum_forward, lambda selection, grad: (spread_groups(grad, sel
 spread_groups.defvjp(_spread_forward, lambda selection, grad: (sum_groups(grad, selection), None))
 
 
+@jax.named_scope("selection")
+def mean_of_heads(keys: Heads) -> Float[Array, "b n dh"]:
+    """What is compared: keys [b n h dh] as their mean over heads. No gradient passes."""
+
+    def by_product(keys):
+        # On a TPU heads lie side by side in the same registers: to add them is work for the matrix unit.
+        b, n, heads, dim = keys.shape
+        mean = jnp.tile(jnp.eye(dim, dtype=keys.dtype), (heads, 1)) / heads
+        return jnp.einsum("bnd,dc->bnc", keys.reshape(b, n, -1), mean, precision="highest")
+
+    keys = jax.lax.stop_gradient(keys)
+    return jax.lax.platform_dependent(keys, tpu=by_product, default=lambda keys: keys.mean(axis=2))
+
+
 def cosines(a: Float[Array, "b n f"], b: Float[Array, "b m f"]) -> Float[Array, "b n m"]:
     """Cosine similarity of each row of `a` with each row of `b`, in float32. No gradient passes."""
 
@@ -98,23 +112,80 @@ def with_representatives(
     return selection._replace(slot=jnp.where(selection.mask, selection.slot, slot))
 
 
+def candidates(num_tokens: int, num_prefix_tokens: int, first: int = 0) -> np.ndarray:
+    """Booleans [n]: the tokens that `bipartite_matching` may bypass, every second patch from number `first` on."""
+    patch = np.arange(num_tokens) - num_prefix_tokens
+    return (patch >= first) & ((patch - first) % 2 == 0)
+
+
+@jax.named_scope("selection")
+def with_nearest(
+    features: Float[Array, "b n f"], selection: Selection, num_prefix_tokens: int
+) -> tuple[Selection, Scores]:
+    """What `with_representatives` gives, and the cosine [b n] of each token to the selected patch most like it."""
+    similarity = cosines(features, gather_tokens(jax.lax.stop_gradient(features), selection))
+    nearest = _argmax_patch(similarity, num_prefix_tokens)
+    slot = jnp.where(selection.mask, selection.slot, nearest)
+    return selection._replace(slot=slot), similarity[:, :, num_prefix_tokens:].max(axis=2)
+
+
+@jax.named_scope("selection")
+def two_way_matching(
+    similarity: Float[Array, "b e o"], leaving: tuple[int, int], num_prefix_tokens: int
+) -> Selection:
+    """Bypasses tokens at even places, then at odd ones, that are most like one on the other side that stays.
+
+    similarity  of each token at an even place to each one at an odd place.
+    leaving     how many of the even ones leave, and how many of the odd ones after that.
+
+    What represents an even token may itself leave: then both have the same representative (MCTF, Lee et al. 2024).
+    """
+    evens, odds = similarity.shape[1:]
+    n = evens + odds
+    even, odd = np.arange(0, n, 2), np.arange(1, n, 2)
+    prefix = (even < num_prefix_tokens)[:, None] | (odd < num_prefix_tokens)[None]
+    similarity = jnp.where(prefix[None], -jnp.inf, jax.lax.stop_gradient(similarity))
+
+    def leave(likeness, number):
+        """The tokens that stay, [b e], and the most similar one on the other side."""
+        stays = select_tokens(-likeness.max(axis=2), likeness.shape[1] - number, 0).mask
+        return stays, likeness.argmax(axis=2)
+
+    even_stays, to_odd = leave(similarity, leaving[0])
+    among = jnp.where(even_stays[:, :, None], similarity, -jnp.inf).transpose(0, 2, 1)
+    odd_stays, to_even = leave(among, leaving[1])
+    sorted_places = np.argsort(np.concatenate([even, odd]))
+
+    def together(of_even, of_odd):
+        return jnp.concatenate([of_even, of_odd], axis=1)[:, sorted_places]
+
+    own = np.broadcast_to(np.arange(n, dtype=np.int32), (len(similarity), n))
+    stays = together(even_stays, odd_stays)
+    owner = jnp.where(stays, own, together(jnp.asarray(odd)[to_odd], jnp.asarray(even)[to_even]))
+    owner = owner.astype(jnp.int32)
+    selection = select_tokens(stays.astype(jnp.float32), n - sum(leaving), 0)
+    return selection._replace(slot=take(selection.slot, take(owner, owner)))
+
+
 @jax.named_scope("selection")
 def bipartite_matching(
-    features: Float[Array, "b n f"], count: int, num_prefix_tokens: int
+    features: Float[Array, "b n f"], count: int, num_prefix_tokens: int, first: int = 0
 ) -> tuple[Selection, Scores]:
     """Selects `count` tokens and bypasses the `n - count` patches that are most like their representative.
 
-    Every second patch may be bypassed; its representative is one of the other patches. This is the bipartite matching
-    of ToMe (Bolya et al. 2023, "Token Merging: Your ViT But Faster"). `count` is at least
-    `least_after_matching(n, num_prefix_tokens)`.
+    Every second patch may be bypassed, from the one numbered `first`, 0 or 1; its representative is one of the other
+    patches. This is the bipartite matching of ToMe (Bolya et al. 2023, "Token Merging: Your ViT But Faster"). `count`
+    is at least `least_after_matching(n, num_prefix_tokens, first)`.
 
     Returns the selection, and scores [b n]: 1 - cosine to the representative, in [0, 2], for patches that may be
     bypassed, and 3 for all other tokens.
     """
     n = features.shape[1]
     places = np.arange(n)
-    may_leave = (places >= num_prefix_tokens) & ((places - num_prefix_tokens) % 2 == 0)
-    number = np.where(may_leave, (places - num_prefix_tokens) // 2, 0)  # among those that may
+    may_leave = candidates(n, num_prefix_tokens, first)
+    number = np.where(
+        may_leave, (places - num_prefix_tokens - first) // 2, 0
+    )  # among those that may
     stay = places[~may_leave]
     similarity = cosines(features[:, places[may_leave]], features[:, stay])
     likeness = similarity[:, :, num_prefix_tokens:].max(axis=-1)
@@ -151,10 +222,17 @@ def weigh_redundancy(
     return -((1 - weight) * place + weight * rank(redundancy)).astype(jnp.float32)
 
 
-def least_after_matching(num_tokens: int, num_prefix_tokens: int) -> int:
+def least_after_matching(num_tokens: int, num_prefix_tokens: int, first: int = 0) -> int:
     """The smallest `count` that `bipartite_matching` takes: the number of tokens that it cannot bypass."""
-    candidates = (num_tokens - num_prefix_tokens + 1) // 2
-    return num_tokens - (candidates if num_tokens - num_prefix_tokens > 1 else 0)
+    if num_tokens - num_prefix_tokens <= 1:
+        return num_tokens
+    return num_tokens - int(candidates(num_tokens, num_prefix_tokens, first).sum())
+
+
+def matching_macs(num_tokens: int, num_prefix_tokens: int, width: int, first: int = 0) -> int:
+    """Multiply-adds of `bipartite_matching` for one example with features of `width` channels."""
+    leaving = int(candidates(num_tokens, num_prefix_tokens, first).sum())
+    return leaving * (num_tokens - leaving) * width
 
 
 def _argmax_patch(similarity: Float[Array, "b n m"], num_prefix_tokens: int) -> Int32[Array, "b n"]:

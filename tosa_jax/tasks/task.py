@@ -240,7 +240,7 @@ class Task:
         """
         del state
         out = self.run_model(forward, batch["image"], keys)
-        values = self.loss(out, batch)
+        values = self.loss(out, batch) + out.layer_losses
         if teacher is not None:
             taught = self.run_model(teacher, batch["image"], None)
             values = values + self.distill_weight * self.distillation(out, taught)

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
 import jax
@@ -23,11 +22,10 @@ from tosa_jax.distributed.mesh import (
     tree_shardings,
 )
 from tosa_jax.distributed.preemption import Stopped, StopRequest
-from tosa_jax.errors import NonFiniteLossError
 from tosa_jax.models.params import Params
 from tosa_jax.tasks.task import Batch
 from tosa_jax.train.checkpoints import Checkpoints, Timer, with_shardings
-from tosa_jax.train.finite import ADVICE, check_metrics, check_state
+from tosa_jax.train.finite import StepWatch, check_metrics, check_state
 from tosa_jax.train.metric_writer import MetricWriter
 from tosa_jax.train.profiling import StepTrace
 from tosa_jax.train.progress import Chrono, Progress
@@ -56,7 +54,7 @@ class Log:
     """Fetches the metrics of steps one interval late, so that the device never waits for the log.
 
     peak_share  the operations that training on one image takes, as a share of what all devices do in a second.
-    kept        says which checkpoint is left, for errors.
+    watch       looks at each step.
     """
 
     def __init__(
@@ -66,9 +64,9 @@ class Log:
         progress: Progress,
         chrono: Chrono,
         peak_share: float,
-        kept: Callable[[], str],
+        watch: StepWatch,
     ) -> None:
-        self.kept = kept
+        self.watch = watch
         self.stage, self.writer, self.progress, self.chrono = stage, writer, progress, chrono
         self.peak_share = peak_share
         self.fresh: list[tuple[int, dict]] = []
@@ -92,13 +90,12 @@ class Log:
         values = jax.device_get([metrics for _, metrics in due])
         self.chrono.tick(due[-1][0])
         for (step, _), step_metrics in zip(due, values, strict=True):
-            if not math.isfinite(step_metrics["loss"]):
-                raise NonFiniteLossError(
-                    f"{self.stage}: the loss of step {step} is {step_metrics['loss']}; {self.kept()}. {ADVICE}"
-                )
+            if line := self.watch.look(step, step_metrics):
+                self.progress.message(line)
         last = due[-1][0]
-        record = {name: float(x) for name, x in values[-1].items()}
-        record["loss"] = sum(float(v["loss"]) for v in values) / len(values)
+        record = {name: float(x) for name, x in values[-1].items() if name != "bad_gradient"}
+        losses = [float(v["loss"]) for v in values if math.isfinite(v["loss"])]
+        record["loss"] = sum(losses) / len(losses) if losses else math.nan
         mfu = self.chrono.images_per_second * self.peak_share
         self.writer.write(
             self.stage,
@@ -228,6 +225,28 @@ def stage_batches(run: RunConfig, setup: StepSetup, mesh: Mesh, first: int = 0) 
     )
 
 
+def batch_examples(run: RunConfig, setup: StepSetup, step: int) -> str:
+    """Which examples the update that led to `step` took, as a part of a sentence."""
+    found = open_dataset(run.data).batch_examples(
+        batch_size=run.batch_size, seed=run.seed + setup.stage_id, step=step - 1
+    )
+    rest = f" and {len(found) - 8} more" if len(found) > 8 else ""
+    return f"{', '.join(found[:8])}{rest}"
+
+
+def step_watch(
+    stage: StageRun, run: RunConfig, state: TrainState, checkpoints: Checkpoints
+) -> StepWatch:
+    """What looks at the steps of a stage, as `on_nonfinite` says."""
+    return StepWatch(
+        stage.name,
+        sorted(state.params),
+        checkpoints.kept,
+        functools.partial(batch_examples, run, stage.setup),
+        run.skip_at_most if run.on_nonfinite == "skip" else None,
+    )
+
+
 class Saver:
     """Saves the states of one stage: when it is asked to, and when the last checkpoint is too long ago.
 
@@ -302,7 +321,8 @@ def train_stage(
     bar = Progress(stage.name, first, stage.total_steps, main_process=is_main())
     with batches as reader, bar as progress, trace:
         peak_share = stage.flops_per_image / peak_flops(mesh.devices.ravel().tolist())
-        log = Log(stage.name, writer, progress, chrono, peak_share, checkpoints.kept)
+        watch = step_watch(stage, run, state, checkpoints)
+        log = Log(stage.name, writer, progress, chrono, peak_share, watch)
         save = Saver(stage, run, checkpoints, log, facts.get("seconds", 0.0))
         for step in range(first, stage.total_steps + 1):
             trace.at(step, state)

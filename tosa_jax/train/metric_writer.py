@@ -14,7 +14,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import summary_pb2
 
 from tosa_jax.distributed.messages import say
-from tosa_jax.paths import Mirror, as_path, write_atomically
+from tosa_jax.paths import Mirror, as_path, parse_json, write_atomically
 from tosa_jax.train.event_files import EVENT, cut
 
 _SUMMARY: Any = summary_pb2  # made at run time, where type checkers do not see it
@@ -199,11 +199,11 @@ def _say_left_out(what: str, error: Exception) -> None:
 
 def _is_record_until(line: bytes, stage: str, step: int, with_scores: bool) -> bool:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
         of_evaluation = any(name.startswith("val/") for name in record)
         last = step if with_scores or not of_evaluation else step - 1
         return record["stage"] != stage or record["step"] <= last
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return False
 
 

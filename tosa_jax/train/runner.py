@@ -1,6 +1,7 @@
 """Carries a run through its stages, then scores and draws what they left."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -11,9 +12,9 @@ from jax.sharding import Mesh
 
 from tosa_jax.config import RunConfig, to_json
 from tosa_jax.data.class_names import write_names
-from tosa_jax.data.pipeline import open_dataset
+from tosa_jax.data.pipeline import DataConfig, DatasetFacts, open_dataset
 from tosa_jax.distributed import coordination, memory
-from tosa_jax.distributed.devices import describe_device, versions
+from tosa_jax.distributed.devices import check_dtype, describe_device, versions
 from tosa_jax.distributed.mesh import make_mesh, to_global, to_host
 from tosa_jax.distributed.messages import say
 from tosa_jax.distributed.preemption import Stopped, StopRequest, catch_signals
@@ -32,6 +33,7 @@ from tosa_jax.tasks.task import FrozenTeacher
 from tosa_jax.train.checkpoints import Checkpoints
 from tosa_jax.train.evaluate import Evaluator, shard, throughput
 from tosa_jax.train.finite import check_metrics
+from tosa_jax.train.identity import Identity
 from tosa_jax.train.loop import stage_batches, train_stage
 from tosa_jax.train.metric_writer import MetricWriter
 from tosa_jax.train.reading import reading
@@ -62,12 +64,9 @@ class Runner:
     def __init__(self, run: RunConfig, workdir: AnyPath, stop: StopRequest) -> None:
         self.run, self.workdir, self.stop = run, workdir, stop
         self.mesh: Mesh = make_mesh(run.mesh)
-        if run.model.dtype == "float16" and self.mesh.devices.flat[0].platform == "cpu":
-            raise ConfigError(
-                "config.model.dtype='float16': a CPU does not multiply matrices of that type; set bfloat16 or float32"
-            )
+        check_dtype("config.model.dtype", run.model.dtype, self.mesh.devices.flat[0])
         memory.keep_freed_memory()
-        dataset = coordination.together(lambda: open_dataset(run.data).facts)
+        dataset = coordination.together(functools.partial(identified, run.data))
         coordination.check_same({"data set": dataclasses.asdict(dataset)})
         self.builder = StageBuilder(run, self.mesh, dataset, workdir)
         params, self.init_is_trained = load_init(run)
@@ -95,7 +94,11 @@ class Runner:
         task = stage_run.setup.task
         folder = stage_folder(self.workdir, stage.name)
         with Checkpoints(
-            folder, task.best_metric, task.lower_is_better, self.run.keep_checkpoints
+            folder,
+            task.best_metric,
+            task.lower_is_better,
+            self.run.keep_checkpoints,
+            Identity(self.run, self.builder.dataset),
         ) as checkpoints:
             state, facts = train_stage(
                 stage_run, self.run, self.mesh, checkpoints, writer, self.stop
@@ -174,6 +177,12 @@ class Runner:
             except OSError as error:
                 say(f"{name}.png cannot be written ({error.strerror or error})")
             writer.image("eval", 0, name, figure)
+
+
+def identified(data: DataConfig) -> DatasetFacts:
+    """The facts of a data set with its fingerprint."""
+    dataset = open_dataset(data)
+    return dataclasses.replace(dataset.facts, fingerprint=dataset.fingerprint())
 
 
 def _single_number(keep_rate: KeepRate) -> float | list[float] | None:

@@ -1,15 +1,14 @@
 """Control: tokens selected by the attention of the class token, as EViT does (Liang et al. 2022)."""
 
-import jax
 from flax import nnx
 
-from tosa_jax.models.layers import AttentionFn, Block
+from tosa_jax.models.layers import AttentionFn, Bias, Block
 from tosa_jax.models.method import Method
 from tosa_jax.models.methods.selective import SelectiveLayer
 from tosa_jax.models.token_state import LayerSpec
 from tosa_jax.models.vit_config import ViTConfig, check
 from tosa_jax.ops.array_types import Heads, Scores
-from tosa_jax.ops.attention import attention, attention_logits, column_sums, pool_heads
+from tosa_jax.ops.attention import attention, first_row, pool_heads
 
 
 class ClassAttention(SelectiveLayer):
@@ -26,9 +25,11 @@ class ClassAttention(SelectiveLayer):
     def needs(self) -> AttentionFn | None:
         return self._read_class_row if self.spec.opens else None
 
-    def _read_class_row(self, query: Heads, key: Heads, value: Heads) -> tuple[Heads, Scores]:
-        row = jax.nn.softmax(attention_logits(query[:, :1], key), axis=-1)
-        return attention(query, key, value), pool_heads(column_sums(row), self.head_pool)
+    def _read_class_row(
+        self, query: Heads, key: Heads, value: Heads, key_bias: Bias = None
+    ) -> tuple[Heads, Scores]:
+        row = first_row(query, key, key_bias)
+        return attention(query, key, value, key_bias), pool_heads(row, self.head_pool)
 
     def own_macs(self, block: Block) -> int:
         reading = self.num_tokens * self.width if self.spec.opens else 0

@@ -1,6 +1,6 @@
 """Control: tokens selected by the attention map of the layer before, as ToSA would do without a selector."""
 
-from tosa_jax.models.layers import AttentionFn
+from tosa_jax.models.layers import AttentionFn, Bias
 from tosa_jax.models.method import Method
 from tosa_jax.models.methods.selective import SelectiveLayer
 from tosa_jax.ops.array_types import Heads, Scores
@@ -13,8 +13,10 @@ class Previous(SelectiveLayer):
     def needs(self) -> AttentionFn | None:
         return self._sum_columns if self.spec.opens else None
 
-    def _sum_columns(self, query: Heads, key: Heads, value: Heads) -> tuple[Heads, Scores]:
-        out, sums = attention_and_column_sums(query, key, value, self.map_chunk)
+    def _sum_columns(
+        self, query: Heads, key: Heads, value: Heads, key_bias: Bias = None
+    ) -> tuple[Heads, Scores]:
+        out, sums = attention_and_column_sums(query, key, value, self.map_chunk, key_bias)
         return out, pool_heads(sums, self.head_pool)
 
 

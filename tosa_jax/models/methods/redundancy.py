@@ -6,35 +6,24 @@ of both. Every layer leaves fewer tokens. Unlike ToMe's merged tokens, bypassed 
 and rejoin different from it. No attention map is read, and nothing is fitted.
 """
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
 
 from tosa_jax.models.bypass import BypassOptions
 from tosa_jax.models.layers import Block
-from tosa_jax.models.method import Method
+from tosa_jax.models.method import Method, every_layer
+from tosa_jax.models.methods.reducing import reduced_between
 from tosa_jax.models.methods.selective import SelectiveLayer
+from tosa_jax.models.methods.standard import Standard
 from tosa_jax.models.token_state import LayerContext, LayerSpec, TokenState
 from tosa_jax.models.vit_config import ViTConfig, check
-from tosa_jax.ops.array_types import Heads
 from tosa_jax.ops.reduction import Reduction
-from tosa_jax.ops.token_matching import bipartite_matching, least_after_matching
+from tosa_jax.ops.token_matching import (
+    bipartite_matching,
+    least_after_matching,
+    matching_macs,
+    mean_of_heads,
+)
 from tosa_jax.ops.token_selection import with_one_hot
-
-
-@jax.named_scope("selection")
-def mean_of_heads(keys: Heads) -> Float[Array, "b n dh"]:
-    """What is compared: keys [b n h dh] as their mean over heads. No gradient passes."""
-
-    def by_product(keys):
-        # On a TPU heads lie side by side in the same registers: to add them is work for the matrix unit.
-        b, n, heads, dim = keys.shape
-        mean = jnp.tile(jnp.eye(dim, dtype=keys.dtype), (heads, 1)) / heads
-        return jnp.einsum("bnd,dc->bnc", keys.reshape(b, n, -1), mean, precision="highest")
-
-    keys = jax.lax.stop_gradient(keys)
-    return jax.lax.platform_dependent(keys, tpu=by_product, default=lambda keys: keys.mean(axis=2))
 
 
 class Redundancy(SelectiveLayer):
@@ -70,33 +59,26 @@ class Redundancy(SelectiveLayer):
         super().__init__(config, spec, rngs=rngs)
 
     def apply(self, block: Block, state: TokenState, context: LayerContext) -> TokenState:
-        context = context.weighing(state.sizes if self.proportional else None, state.mask)
+        if self.bypass is None:
+            state = Standard.apply(self, block, state, context)
+            return state.restored() if self.spec.closes else state
+        bypass, before = self.bypass, state
 
-        def attend(query, key, value):
-            out, summary = context.attention_fn(query, key, value)
-            return out, (summary, mean_of_heads(key))
-
-        before = state
-
-        def between(tokens, reported):
-            summary, keys = reported
-            if self.bypass is None:
-                return tokens, (summary, before)
+        def reduce(tokens, keys):
             chosen, scores = bipartite_matching(keys, self.spec.count, self.num_prefix_tokens)
             if context.read is not None:  # nobody reads what merging would change
-                inside = before.opened(tokens, Reduction(chosen), scores)
-                return tokens, (summary, inside)
+                return before.opened(tokens, Reduction(chosen), scores)
             if self.one_hot:
                 chosen = with_one_hot(chosen, tokens.dtype)
-            entered = self.bypass.open(block, tokens, chosen, before.sizes)
-            inside = before.opened(*entered, scores)
-            return inside.tokens, (summary, inside)
+            entered = bypass.open(block, tokens, chosen, before.sizes)
+            return before.opened(*entered, scores)
 
-        run = block(state.tokens, attend, context.drop, between, context.read, state.rotary)
-        tokens, (summary, state) = run
+        weighing = context.weighing(state.sizes if self.proportional else None, state.mask)
+        state = reduced_between(
+            block, state, weighing, lambda query, key, value: mean_of_heads(key), reduce
+        )
         if context.read is not None:
-            return state.cut_off(tokens, summary)
-        state = state._replace(tokens=tokens, summary=summary)
+            return state.cut_off(state.tokens, state.summary)
         return state.restored() if self.spec.closes else state
 
     def block_macs(self, block: Block) -> int:
@@ -106,8 +88,8 @@ class Redundancy(SelectiveLayer):
         if self.bypass is None:
             return 0
         into, left = self.spec.count_in, self.spec.count
-        candidates = (into - self.num_prefix_tokens + 1) // 2
-        matching = candidates * (into - candidates) * (block.width // block.attn.num_heads)
+        head_dim = block.width // block.attn.num_heads
+        matching = matching_macs(into, self.num_prefix_tokens, head_dim)
         return matching + (into - left) * left * block.width * self.bypass.pool
 
 
@@ -118,7 +100,7 @@ METHODS = (
         label="redundancy, every layer",
         short_label="redundancy",
         colours=("#b03a9a", "#e58ad4"),
-        every_layer=True,
+        whole_plan=every_layer,
         equal_gmacs=True,
         # Its bypass is always "shared", and layers with different token counts cannot be scanned.
         fields={"budget": "linear", "bypass": "", "redundancy_weight": 0.0, "scan_layers": False},

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tosa_jax.models.layers import AttentionFn, Block
+from tosa_jax.models.layers import AttentionFn, Bias, Block
 from tosa_jax.models.method import MAIN, Method
 from tosa_jax.models.methods.selective import SelectiveLayer
 from tosa_jax.models.methods.standard import Standard
@@ -19,8 +19,6 @@ from tosa_jax.models.token_state import LayerContext, LayerSpec, TokenState
 from tosa_jax.models.vit_config import ViTConfig
 from tosa_jax.ops.array_types import Heads, Scores
 from tosa_jax.ops.attention import (
-    attention,
-    attention_and_selector_sums,
     attention_logits,
     column_sums,
     map_kl,
@@ -43,27 +41,13 @@ class Selective(SelectiveLayer):
     def needs(self) -> AttentionFn | None:
         return self._predict if self.spec.opens else None
 
-    def _predict(self, query: Heads, key: Heads, value: Heads) -> tuple[Heads, Scores]:
+    def _predict(
+        self, query: Heads, key: Heads, value: Heads, key_bias: Bias = None
+    ) -> tuple[Heads, Scores]:
         """The attention of the layer before; it reports the scores [b n] from the map that the selector predicts."""
         selector = self.selector
         assert selector is not None  # only the first layer of a group asks for this, and it has one
-
-        def summarise(logits, attn_map, rows):
-            # Probabilities are summed, not their logarithms, which would be ruled by the smallest ones.
-            return column_sums(jnp.exp(selector(logits)))
-
-        def walked(query, key, value, *_):
-            rows = query[:, :: selector.query_stride]
-            out, sums = walk_map(rows, key, value, summarise, chunk=self.map_chunk)
-            out = out if selector.query_stride == 1 else attention(query, key, value)
-            return out, jax.lax.stop_gradient(sums)
-
-        if selector.size > 1:
-            out, sums = walked(query, key, value)
-        else:
-            out, sums = attention_and_selector_sums(
-                query, key, value, selector.layers(), walked, selector.query_stride
-            )
+        out, sums = selector.attention_and_sums(query, key, value, self.map_chunk, key_bias)
         return out, pool_heads(sums, self.head_pool)
 
     def own_macs(self, block: Block) -> int:

@@ -26,6 +26,7 @@ from tosa_jax.models.weights.checks import (
     WEIGHTS_FORMAT,
     check_config,
     check_fit,
+    stored_as,
 )
 from tosa_jax.models.weights.dpt import split_decoder
 from tosa_jax.models.weights.readers import WeightFile, read_weights, write_safetensors
@@ -124,7 +125,7 @@ def pretrained_params(
     check_fit(file.path, arrays, {name: x for name, x in own.items() if name not in kept})
     for message in messages:  # only now: of a file that is refused, only the error is shown
         on_message(f"{file.path}: {message}")
-    return {name: np.asarray(x).astype(own[name].dtype) for name, x in arrays.items()}
+    return stored_as(file.path, arrays, own)
 
 
 def _to_ours(arrays: names.Arrays, config: ViTConfig, say: Say) -> names.Arrays:
@@ -290,7 +291,7 @@ def selector_params(model: VisionTransformer, path: str | Path) -> dict[str, np.
             f"plan: {file.metadata.get('plan')})"
         )
     check_fit(file.path, file.arrays, own)
-    return {name: x.astype(own[name].dtype) for name, x in file.arrays.items()}
+    return stored_as(file.path, file.arrays, own)
 
 
 def head_params(model: VisionTransformer, path: str | Path) -> dict[str, np.ndarray]:
@@ -312,7 +313,7 @@ def head_params(model: VisionTransformer, path: str | Path) -> dict[str, np.ndar
             "(_linear_head.pth)"
         )
     check_fit(file.path, arrays, own)
-    return {name: x.astype(own[name].dtype) for name, x in arrays.items()}
+    return stored_as(file.path, arrays, own)
 
 
 def _selectors_of(model: VisionTransformer) -> Params:

@@ -1,13 +1,15 @@
 """How images were prepared for released weights: one table by family, and what a file states of itself."""
 
-import json
+import math
 import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from tosa_jax.errors import WeightsError
 from tosa_jax.models.variants import HUB_NAMES
 from tosa_jax.models.weights.names import is_google
 from tosa_jax.models.weights.readers import WeightFile
+from tosa_jax.paths import parse_json
 
 PREDICTOR = "predictor"
 """Key in a weights file's metadata under which `inference.loading.save` states all that a `Predictor` needs."""
@@ -108,9 +110,34 @@ def stated(file: WeightFile) -> dict[str, Any]:
     """The fields of `Preprocessing` that a file states, in its metadata or the config.json of timm or of a run.
 
     A run's, and that of a `Predictor`, state no crop where images are not cropped.
+
+    Raises WeightsError: what it states is of an unknown form.
     """
+    try:
+        found = _said(file)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise WeightsError(f"{_unknown(file)} ({type(error).__name__}: {error})") from error
+    for name in ("mean", "std"):
+        values = found.get(name, (1.0,))
+        lowest = 0.0 if name == "std" else -math.inf
+        numbers = isinstance(values, tuple) and all(type(x) in (int, float) for x in values)
+        if not numbers or not all(lowest < x < math.inf for x in values):
+            raise WeightsError(f"{_unknown(file)} ({name}={values!r})")
+    crop = found.get("crop_pct", 1)
+    if type(crop) not in (int, float) or not 0 < crop <= 1:
+        raise WeightsError(f"{_unknown(file)} (crop_pct={crop!r})")
+    if (way := found.get("interpolation", "bicubic")) not in ("bicubic", "bilinear"):
+        raise WeightsError(f"{_unknown(file)} (interpolation={way!r})")
+    return found
+
+
+def _unknown(file: WeightFile) -> str:
+    return f"{file.path}: what it or the config.json beside it says of images is of an unknown form"
+
+
+def _said(file: WeightFile) -> dict[str, Any]:
     if text := file.metadata.get(PREDICTOR):
-        said = json.loads(text)
+        said = parse_json(text)
         form = said["form"]
         said |= form if form["resize"] == "crop" else {}
     elif "inputs" in file.config:

@@ -1,18 +1,20 @@
 """Reads PyTorch's `.pth` files as NumPy arrays, without PyTorch and without running code from the file.
 
 A `.pth` is a pickle of dictionaries whose tensors refer to storages of raw bytes. Since PyTorch 1.6 pickle and
-storages are entries of a zip file; before, they followed each other in a plain file, which timm still writes. The
-unpickler accepts a dozen names. Any other name is an error, so no code of a file is ever run.
+storages are entries of a zip file; before, they followed each other in a plain file, which timm still writes. A machine
+for two dozen opcodes and a dozen names reads the pickle. It calls nothing, so no code of a file is ever run, and it
+takes no more memory than the file has bytes, times a constant.
 
-Source of the formats: torch/serialization.py and torch/_utils.py of PyTorch.
+Source of the formats: torch/serialization.py and torch/_utils.py of PyTorch, pickletools.py of Python.
 """
 
 import io
+import mmap
 import pickle
+import pickletools
 import struct
 import sys
 import zipfile
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,8 +53,6 @@ _DAMAGE = (
     TypeError,
     AttributeError,
     OverflowError,
-    MemoryError,
-    RecursionError,
     NotImplementedError,
 )
 
@@ -71,49 +71,147 @@ class _Tensor(NamedTuple):
     strides: tuple[int, ...]
 
 
-class _Ignored:
-    """Takes the place of an `argparse.Namespace`, which training checkpoints hold, and keeps none of it."""
+class _Known(NamedTuple):
+    """One of the names that a pickle may refer to; what a call of it gives is decided here, and nothing is run."""
 
-    def __init__(self, *args: Any, **fields: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
+    module: str
+    name: str
 
 
-class _Unpickler(pickle.Unpickler):
-    """Rebuilds tensors, containers and numbers. Raises WeightsError for a file that asks for anything else."""
+_TENSORS = ("_rebuild_tensor", "_rebuild_tensor_v2")
+_IGNORED = _Known("argparse", "Namespace")  # training checkpoints hold one
+_KNOWN = {
+    _IGNORED,
+    _Known("collections", "OrderedDict"),
+    _Known("torch", "Size"),
+    *(_Known("torch._utils", name) for name in (*_TENSORS, "_rebuild_parameter")),
+    *(_Known(module, name) for module in ("torch", "torch.storage") for name in _DTYPES),
+}
 
-    def __init__(self, file: io.BufferedIOBase, path: Path) -> None:
-        super().__init__(file, encoding="utf-8")
-        self._path = path
-        self.storages: dict[str, _Storage] = {}  # those that the pickle refers to, by key
+_MARK = object()
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_NUMBERS = ("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT")
+_TEXTS = ("UNICODE", "BINUNICODE", "BINUNICODE8", "SHORT_BINUNICODE", "STRING", "BINSTRING")
+_TEXTS += ("SHORT_BINSTRING", "BINBYTES", "BINBYTES8", "SHORT_BINBYTES")
 
-    def find_class(self, module: str, name: str) -> Any:
-        if module in ("torch", "torch.storage") and name in _DTYPES:
-            return name
-        # New functions at each look-up, because a pickle can set attributes of the objects that it gets.
-        known: dict[tuple[str, str], Any] = {
-            ("collections", "OrderedDict"): OrderedDict,
-            ("torch", "Size"): lambda sizes: tuple(sizes),
-            ("torch._utils", "_rebuild_tensor"): lambda *parts: _Tensor(*parts[:4]),
-            ("torch._utils", "_rebuild_tensor_v2"): lambda *parts: _Tensor(*parts[:4]),
-            ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
-            ("argparse", "Namespace"): _Ignored,
-        }
-        if (module, name) in known:
-            return known[module, name]
-        raise WeightsError(
-            f"{self._path} asks to run {module}.{name} when it is read, which weights do not need; "
-            "nothing was run. If you trust the file, save its state dict alone, as .safetensors"
-        )
 
-    def persistent_load(self, pid: Any) -> _Storage:
+class _Machine:
+    """Carries out the opcodes of a pickle that containers, numbers, texts and tensors need, in time linear in its size.
+
+    `pickle` itself would reserve memory by the numbers in the file, hash keys without an end, and run what it names.
+
+    storages  those that the pickle refers to, by key.
+
+    Raises WeightsError for a pickle that names anything but `_KNOWN`; any of `_DAMAGE` for one that is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.stack: list[Any] = []
+        self.memo: dict[int, Any] = {}
+        self.storages: dict[str, _Storage] = {}
+
+    def load(self, file: io.BytesIO | mmap.mmap) -> Any:
+        """The value of the pickle that begins here; the file is left at its end."""
+        stream: Any = file  # `genops` only reads, by bytes and by lines
+        for opcode, argument, _ in pickletools.genops(stream):
+            if opcode.name == "STOP":
+                return self.stack.pop()
+            self.step(opcode.name, argument)
+        raise EOFError("it ends too early")
+
+    def step(self, name: str, argument: Any) -> None:
+        """Carries out one opcode."""
+        push, pop = self.stack.append, self.stack.pop
+        if name in _CONSTANTS:
+            push(_CONSTANTS[name])
+        elif name in _NUMBERS or name in _TEXTS:
+            push(argument)
+        elif name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            self.memo[len(self.memo) if argument is None else argument] = self.stack[-1]
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
+            push(self.memo[argument])
+        elif name in ("EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE"):
+            push({"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}[name]())
+        elif name == "MARK":
+            push(_MARK)
+        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
+            push(tuple(reversed([pop() for _ in range(int(name[-1]))])))
+        elif name in ("TUPLE", "LIST", "DICT"):
+            items = self.to_mark()
+            push(_mapping(items) if name == "DICT" else {"TUPLE": tuple, "LIST": list}[name](items))
+        elif name in ("APPEND", "APPENDS"):
+            items = [pop()] if name == "APPEND" else self.to_mark()
+            self.stack[-1].extend(items)
+        elif name in ("SETITEM", "SETITEMS"):
+            items = [pop(), pop()][::-1] if name == "SETITEM" else self.to_mark()
+            self.stack[-1].update(_mapping(items))
+        elif name in ("GLOBAL", "STACK_GLOBAL"):
+            parts = argument.split(" ", 1) if name == "GLOBAL" else [pop(), pop()][::-1]
+            push(self.known(*parts))
+        elif name in ("REDUCE", "NEWOBJ"):
+            arguments = pop()
+            push(_called(pop(), arguments))
+        elif name == "BUILD":
+            pop()  # attributes, as the `_metadata` of a state dict
+        elif name == "BINPERSID":
+            push(self.storage(pop()))
+        elif name not in ("PROTO", "FRAME"):
+            raise pickle.UnpicklingError(f"weights have no use for the opcode {name}")
+
+    def to_mark(self) -> list[Any]:
+        """Takes what lies above the last mark, and the mark, off the stack."""
+        at = len(self.stack) - 1 - self.stack[::-1].index(_MARK)
+        items, self.stack[at:] = self.stack[at + 1 :], []
+        return items
+
+    def known(self, module: str, name: str) -> _Known:
+        """A name that is known. Raises WeightsError for any other."""
+        found = _Known(module, name)
+        if found not in _KNOWN:
+            raise WeightsError(
+                f"{self.path} asks to run {module[:80]}.{name[:80]} when it is read, which weights do not need; "
+                "nothing was run. If you trust the file, save its state dict alone, as .safetensors"
+            )
+        return found
+
+    def storage(self, pid: Any) -> _Storage:
+        """The storage that a tensor refers to."""
         kind, dtype, key, _, _, *view = pid
-        if kind != "storage" or (view and view[0] is not None):
-            raise pickle.UnpicklingError(f"unknown reference {pid!r}")
-        self.storages[key] = storage = _Storage(key, np.dtype(_DTYPES[dtype]))
+        if kind != "storage" or not isinstance(key, str) or (view and view[0] is not None):
+            raise pickle.UnpicklingError("unknown reference to a storage")
+        self.storages[key] = storage = _Storage(key, np.dtype(_DTYPES[dtype.name]))
         return storage
+
+
+def _mapping(items: list[Any]) -> dict:
+    """Keys and values in turn as a dictionary; entries whose key is neither text nor number are left out."""
+    return {
+        key: value
+        for key, value in zip(items[::2], items[1::2], strict=True)
+        if isinstance(key, str | int | float)
+    }
+
+
+def _called(what: Any, arguments: tuple) -> Any:
+    """What a call of a known name gives."""
+    if not isinstance(what, _Known):
+        raise pickle.UnpicklingError("a call of what is no function")
+    match what.name:
+        case "OrderedDict":
+            pairs = arguments[0] if arguments else ()
+            return _mapping([part for pair in pairs for part in pair])
+        case "Size":
+            return tuple(arguments[0])
+        case "_rebuild_parameter":
+            return arguments[0]
+        case name if name in _TENSORS:
+            storage, offset, shape, strides = arguments[:4]
+            numbers = (offset, *shape, *strides)
+            if not isinstance(storage, _Storage) or not all(type(n) is int for n in numbers):
+                raise pickle.UnpicklingError("a tensor without a storage and a shape")
+            return _Tensor(storage, offset, tuple(shape), tuple(strides))
+    return None  # an argparse.Namespace
 
 
 def read_torch_file(path: Path) -> tuple[dict[str, np.ndarray], str]:
@@ -145,12 +243,16 @@ def _read_zip(path: Path) -> tuple[dict[str, np.ndarray], str]:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
             # Refused because a small file could then ask for any amount of memory.
             raise WeightsError(f"{path} is a compressed zip file, which torch.save does not write")
+        if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+            raise WeightsError(
+                f"{path} is damaged (its parts are larger than the file); get it again"
+            )
         root = pickles[0].removesuffix("data.pkl")
         swap = False
         if f"{root}byteorder" in archive.namelist():
             swap = archive.read(f"{root}byteorder") != sys.byteorder.encode()
         # Read at once: so its checksum is compared before anything is unpickled.
-        tree = _Unpickler(io.BytesIO(archive.read(pickles[0])), path).load()
+        tree = _Machine(path).load(io.BytesIO(archive.read(pickles[0])))
 
         def read(storage: _Storage) -> np.ndarray:
             array = np.frombuffer(archive.read(f"{root}data/{storage.key}"), storage.dtype)
@@ -161,19 +263,20 @@ def _read_zip(path: Path) -> tuple[dict[str, np.ndarray], str]:
 
 def _read_legacy(path: Path) -> tuple[dict[str, np.ndarray], str]:
     size = path.stat().st_size
-    with open(path, "rb") as file:
-        if _Unpickler(file, path).load() != LEGACY_MAGIC:
+    # Mapped: a number in the file cannot make a read ask for more memory than the file has bytes.
+    with open(path, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as file:
+        if _Machine(path).load(file) != LEGACY_MAGIC:
             raise WeightsError(f"{path} is a pickle, but not one that torch.save wrote")
-        _Unpickler(file, path).load()  # version of the protocol
-        facts = _Unpickler(file, path).load()
+        _Machine(path).load(file)  # version of the protocol
+        facts = _Machine(path).load(file)
         swap = facts.get("little_endian", True) != (sys.byteorder == "little")
-        unpickler = _Unpickler(file, path)
-        tree = unpickler.load()
+        machine = _Machine(path)
+        tree = machine.load(file)
         places = {}
-        for key in _Unpickler(file, path).load():
+        for key in _Machine(path).load(file):
             start = file.tell() + 8
             count = int.from_bytes(file.read(8), sys.byteorder)
-            end = start + count * unpickler.storages[key].dtype.itemsize
+            end = start + count * machine.storages[key].dtype.itemsize
             if end > size:
                 raise EOFError("bytes are missing at its end")
             places[key] = (start, count)
@@ -198,10 +301,12 @@ def _arrays(
                 chosen, wrapper = tree[key], key
                 break
     named = chosen.items() if isinstance(chosen, Mapping) else ()
-    tensors = {name: value for name, value in named if isinstance(value, _Tensor)}
+    tensors = {str(name): value for name, value in named if isinstance(value, _Tensor)}
     if not tensors:
         found = list(tree)[:8] if isinstance(tree, Mapping) else [type(tree).__name__]
-        raise WeightsError(f"{path} holds no state dict, only: {', '.join(map(str, found))}")
+        raise WeightsError(
+            f"{path} holds no state dict, only: {', '.join(str(x)[:80] for x in found)}"
+        )
     contents = {storage: read(storage) for storage in {x.storage for x in tensors.values()}}
     return {name: _view(contents[x.storage], x) for name, x in tensors.items()}, wrapper
 
