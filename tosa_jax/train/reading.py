@@ -47,7 +47,8 @@ class Reader(Iterator[HostBatch]):
     ) -> None:
         self.batches, self.what, self.clock = batches, what, clock
         self._asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        self._read: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+        # No SimpleQueue: where a signal comes just as its time to wait is over, it waits for ever (Python 3.11).
+        self._read: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue()
         self._waits = False
         self._thread = threading.Thread(target=self._serve, name="reader", daemon=True)
         self._thread.start()
