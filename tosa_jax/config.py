@@ -177,6 +177,7 @@ class RunConfig:
     checkpoint_minutes: float = (
         10.0  # a checkpoint is due when the last is so long ago; 0: time does not count
     )
+    grace_seconds: float = 120.0  # from a signal until the run has saved and ended; 0: without end
     keep_checkpoints: int = 2  # the newest ones of each stage that are kept, beside the best
     profile_steps: str = ""  # "100:105": steps of each stage whose trace goes to WORKDIR/profile
     init_from: str = ""  # weights to start from: whatever `load_pretrained` reads
@@ -207,10 +208,9 @@ class RunConfig:
                 f"config.inputs.{name} has {len(values)} values, which is neither 1 nor the number of channels, "
                 f"model.in_chans={channels}",
             )
-        check(
-            0 <= self.checkpoint_minutes < math.inf,
-            f"checkpoint_minutes={self.checkpoint_minutes} must be 0 or more",
-        )
+        for name in ("checkpoint_minutes", "grace_seconds"):
+            value = getattr(self, name)
+            check(0 <= value < math.inf, f"{name}={value} must be 0 or more")
         for stage in ("pretrain", "selector"):
             check(
                 not getattr(self, stage).keep_rates,
@@ -352,6 +352,7 @@ def _check_fields(where: str, values: Mapping[str, Any], template: Mapping[str, 
 
 MAY_CHANGE = {
     "checkpoint_minutes",
+    "grace_seconds",
     "keep_checkpoints",
     "accumulate",
     "log_steps",

@@ -8,18 +8,17 @@ Start the same command again to continue a run that was stopped. DIR may be in a
 model in several processes, start the command with --multihost once in each of them; if they cannot all join, none
 trains. On Cloud TPU, Slurm and Open MPI they find each other without --coordinator. --extend lets a run go on whose
 last stage has more epochs or steps now, a finished one too. --branch_from begins a new work directory with a checkpoint
-of another run and its optimizer. Exit status: 0 done, 1 another process failed, 2 bad
-input, 130 or 143 stopped by SIGINT or SIGTERM after a checkpoint was written.
+of another run and its optimizer. Exit status: 0 done, 1 another process failed, 2 bad input, 128 + the signal's number
+after SIGTERM (143), SIGINT (130), SIGHUP (129) or SIGUSR1 (138), each after a checkpoint was written.
 """
 
-import signal
 import sys
 
 from tosa_jax.cli import flags
-from tosa_jax.cli.command import configure_jax, run_command
+from tosa_jax.cli.command import configure_jax, end_with, run_command
 from tosa_jax.distributed.initialisation import join
 from tosa_jax.distributed.messages import say
-from tosa_jax.distributed.preemption import Stopped
+from tosa_jax.distributed.preemption import Stopped, signals_stop_at_once
 from tosa_jax.paths import AnyPath
 
 
@@ -29,16 +28,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> int:
-    cluster, rest = flags.parse_cluster(argv)
-    begin, rest = flags.parse_begin(rest)
-    config, workdir = flags.parse(__doc__, rest)
-    configure_jax()
-    join(cluster)
     try:
-        try:
+        with signals_stop_at_once():
+            cluster, rest = flags.parse_cluster(argv)
+            begin, rest = flags.parse_begin(rest)
+            config, workdir = flags.parse(__doc__, rest)
+            configure_jax()
+            join(cluster)
             _train(config, workdir, begin)
-        except KeyboardInterrupt:  # a second one while training, or the first before or after it
-            raise Stopped(signal.SIGINT) from None
     except Stopped as stopped:
         say(f"{stopped}; start the same command again to go on")
         return 128 + stopped.signum
@@ -67,4 +64,4 @@ def _train(config, workdir: AnyPath, begin: flags.Begin) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main())

@@ -105,9 +105,15 @@ class Mirror:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def fetch(self, name: str) -> None:
-        """Copies the file `name` from the bucket to the folder, if it exists."""
-        if self._temporary and (self.target / name).exists():
+        """Copies the file `name`, or the files of the folder `name`, from the bucket, if they exist."""
+        if self._temporary is None or not (self.target / name).exists():
+            return
+        if not (self.target / name).is_dir():
             (self.folder / name).write_bytes((self.target / name).read_bytes())
+            return
+        (self.folder / name).mkdir(parents=True, exist_ok=True)
+        for item in (self.target / name).iterdir():
+            self.fetch(f"{name}/{item.name}")
 
     def push(self, *, now: bool = True) -> None:
         """Copies changed files to the bucket; with `now=False` only if the last copy is at least `seconds` ago."""

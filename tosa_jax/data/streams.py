@@ -11,6 +11,7 @@ from absl import flags
 
 from tosa_jax.data.settings import DataConfig
 from tosa_jax.data.sources import BadImages
+from tosa_jax.data.workers import follow_parent
 from tosa_jax.errors import ProcessError
 
 # From this size of an example on, threads read single examples. Below it they read whole batches:
@@ -77,7 +78,7 @@ def read_ahead(
             flags.FLAGS.mark_as_parsed()
         stream = batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
         options = grain.MultiprocessingOptions(workers, max(1, waiting // workers))
-        return iter(stream.mp_prefetch(options))
+        return iter(stream.mp_prefetch(options, follow_parent))
     if example_bytes < _LARGE_EXAMPLE_BYTES:
         return iter(batches.to_iter_dataset(_read_options(count, waiting)))
     waiting = min(config.prefetch_batches * local_size, max(1, affordable))

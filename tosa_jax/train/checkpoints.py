@@ -149,9 +149,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         """Writes down what the evaluation of a step gave, saved or not. Processes other than the first only keep it."""
         self.scores[step] = dict(metrics)
         self._rank(step, metrics)
-        if is_main():
-            text = json.dumps(self.scores, indent=1)
-            write_atomically(self.folder / SCORES, text.encode())
+        self._write_scores()
 
     def restore(self, abstract: Any) -> tuple[Any, dict[str, Any]] | None:
         """The newest whole state, and its facts; None if there is no checkpoint.
@@ -234,10 +232,18 @@ class Checkpoints(contextlib.AbstractContextManager):
                 write_digests(folder)
 
     def _forget_after(self, step: int) -> None:
-        """Drops the scores of steps that are done again."""
+        """Drops the scores of steps that are done again, from the file too: their records are dropped as well."""
+        later = [s for s in self.scores if s > step]
         for scores in (self.scores, self.ranks):
-            for later in [s for s in scores if s > step]:
-                del scores[later]
+            for s in later:
+                scores.pop(s, None)
+        if later:
+            self._write_scores()
+
+    def _write_scores(self) -> None:
+        if is_main():
+            text = json.dumps(self.scores, indent=1)
+            write_atomically(self.folder / SCORES, text.encode())
 
     def _rank(self, step: int, metrics: Mapping[str, float]) -> None:
         value = metrics.get(self.best_metric)

@@ -1,6 +1,5 @@
 """Carries a run through its stages, then scores and draws what they left."""
 
-import contextlib
 import dataclasses
 import functools
 import re
@@ -37,6 +36,7 @@ from tosa_jax.train.finite import check_metrics
 from tosa_jax.train.identity import Identity
 from tosa_jax.train.loop import stage_batches, train_stage
 from tosa_jax.train.metric_writer import MetricWriter
+from tosa_jax.train.reading import reading
 from tosa_jax.train.stage_run import StageBuilder, StageRun
 from tosa_jax.train.stages import (
     INIT,
@@ -125,7 +125,7 @@ class Runner:
 
     def images(self, setup: StepSetup) -> Iterator[jax.Array]:
         """The first `bypass_fit_images` images of a stage, in whole batches: normalised, [b height width c]."""
-        with contextlib.closing(stage_batches(self.run, setup, self.mesh)) as batches:
+        with reading(stage_batches(self.run, setup, self.mesh), "fit of the bypass") as batches:
             for _ in range(-(-self.run.bypass_fit_images // self.run.batch_size)):
                 yield setup.task.inputs(to_global(next(batches), self.mesh)["image"])
 
@@ -170,6 +170,7 @@ class Runner:
         if (draw := self.builder.drawer(row.model)) is None:
             return
         drawn = draw(self.row_params(row))
+        writer.truncate("eval", -1)  # a run that was stopped after this draws again
         for name, figure in drawn.items() if coordination.is_main() else ():
             try:
                 figures.write_png(self.workdir / f"{name}.png", figure)
@@ -226,7 +227,10 @@ def run_stages(run: RunConfig, workdir: AnyPath) -> dict[str, Any]:
             write_reports(workdir, done)
         return done
     stages, rows = plan_stages(run)
-    with catch_signals() as stop, MetricWriter(workdir, coordination.is_main()) as writer:
+    with (
+        catch_signals(run.grace_seconds) as stop,
+        MetricWriter(workdir, coordination.is_main()) as writer,
+    ):
         runner = Runner(run, workdir, stop)
         write_names(workdir, runner.builder.dataset.class_names)
         for stage in stages:
