@@ -100,7 +100,9 @@ class Preprocess:
             raise ConfigError(
                 f"image_size={size!r} must be a number of pixels, (height, width), or None"
             )
-        if self.channels not in _MODES or self.resize not in RESIZES:
+        # Images of other numbers of channels come as arrays: no file is made one.
+        countable = type(self.channels) is int and 0 < self.channels < 2**16
+        if not countable or self.resize not in RESIZES:
             raise ConfigError(f"channels={self.channels!r} and resize={self.resize!r} are unknown")
         if self.interpolation not in INTERPOLATIONS or not 0 < self.crop_pct <= 1:
             raise ConfigError(
