@@ -36,7 +36,7 @@ def recipe(**model):
         (lambda c: c.eval.update(controls=("skipp",)), "did you mean 'skip'"),
         (lambda c: c.update(batch_size=0), "batch_size=0 must be at least 1"),
         (lambda c: c.update(seed=-1), "seed=-1 must be from 0"),
-        (lambda c: c.update(seed=10**23), "must be from 0 to 2**32 - 1"),
+        (lambda c: c.update(seed=10**23), "below 2**32"),
         (lambda c: c.inputs.update(std=(0.0,)), "config.inputs: std=(0.0,) must be"),
         (lambda c: c.inputs.update(mean=(float("nan"),)), "config.inputs: mean=(nan,) must be"),
         (

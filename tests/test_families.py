@@ -270,9 +270,7 @@ def test_a_predictor_without_classes_gives_features_and_says_that_it_classifies_
     predictor = tosa_jax.Predictor(model_of("SiglipModel", plan="previous", keep_rate=0.5))
     picture = np.zeros((40, 50, 3), np.uint8)
     assert predictor(predictor.prepare(picture)[None]).features.shape == (1, 32)
-    with pytest.raises(
-        ConfigError, match=r"no classes \(num_classes=0\): call the Predictor for the features"
-    ):
+    with pytest.raises(ConfigError, match=r"no classes \(num_classes=0\): use out = predictor"):
         predictor.classify([picture])
 
 

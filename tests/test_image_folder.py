@@ -2,6 +2,8 @@
 
 import io
 import os
+import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from tosa_jax.data.builders import folders, image_folder, open_builder, prepare_own, shards
+from tosa_jax.data.decoding import Preprocess
 from tosa_jax.errors import ConfigError, DataError
 
 
@@ -40,7 +43,7 @@ def labels_of(path: Path) -> list[str]:
     return tfds.builder_from_directory(str(path)).info.features["label"].names
 
 
-@pytest.mark.parametrize("second", ["val", "validation", "test"])
+@pytest.mark.parametrize("second", ["val", "valid", "dev", "test"])
 def test_split_folders(tmp_path, second):
     raw = tmp_path / "raw"
     for split, count in (("train", 6), (second, 2)):
@@ -99,6 +102,33 @@ def test_bad_images_are_kept_as_they_are(tmp_path):
     assert found["train/\ufffd.jpg"][0] == b"\xff"
 
 
+def test_a_lone_train_folder_gets_a_held_out_part(tmp_path):
+    for name in "ab":
+        fill(tmp_path / "raw/train" / name, 20)
+    path = make(tmp_path)
+    train, held = rows(path, "train"), rows(path, "validation")
+    assert len(train) == 36 and len(held) == 4 and not train.keys() & held.keys()
+    assert sorted(label for _, label in held.values()) == [0, 0, 1, 1]
+
+
+def test_links_to_nothing_are_told_and_other_formats_read(tmp_path):
+    raw = tmp_path / "raw"
+    fill(raw / "a", 2)
+    for suffix in ("webp", "bmp", "tiff", "jfif"):
+        form = {"jfif": "JPEG"}.get(suffix, suffix)
+        Image.new("RGB", (6, 5), "red").save(raw / f"a/x.{suffix}", form)
+    (raw / "a/gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (raw / "a/movie.gif").write_bytes(b"GIF89a")
+    lines = []
+    prepared_dir = make(tmp_path, say=lines.append)
+    found = rows(prepared_dir, "train") | rows(prepared_dir, "validation")
+    assert {name.rpartition(".")[2] for name in found} == {"jpg", "webp", "bmp", "tiff", "jfif"}
+    form = Preprocess(image_size=4, channels=3)
+    assert all(form.decode(data).shape == (4, 4, 3) for data, _ in found.values())
+    assert "skipped: 1 files that are links to nothing" in lines
+    assert "skipped: 1 files .gif" in lines
+
+
 def test_other_files_are_named_and_skipped(tmp_path):
     raw = tmp_path / "raw"
     for split in ("train", "val"):
@@ -129,10 +159,47 @@ def test_changed_folders_are_prepared_again_and_others_are_not(tmp_path):
     assert moved.parent.name.split("-")[1] == first.parent.name.split("-")[1]
     (tmp_path / "moved").rename(tmp_path / "raw")
     os.utime(tmp_path / "raw/a/3.jpg", ns=(5, 5))
+    lines = []
+    assert make(tmp_path, say=lines.append) == first  # touched: the same files
+    assert "the files are those of" in lines[0]
+    assert make(tmp_path, say=lines.append) == first and len(lines) == 1  # known from now on
+    shutil.copytree(tmp_path / "raw", tmp_path / "copy")
+    assert image_folder.prepare_image_folder(tmp_path / "tfds", tmp_path / "copy") == first
+    changed = bytearray((tmp_path / "raw/a/3.jpg").read_bytes())
+    changed[-3] ^= 1
+    (tmp_path / "raw/a/3.jpg").write_bytes(changed)
     second = make(tmp_path)
     assert second != first and first.exists()
     fill(tmp_path / "raw/b", 1)
     assert make(tmp_path) not in (first, second)
+
+
+def test_two_that_prepare_one_folder_write_it_once(tmp_path, monkeypatch):
+    fill(tmp_path / "raw/a", 5)
+    lines, paths, begun = [], [], threading.Event()
+    written, original = [], shards.write_shard
+
+    def slow(path, records):
+        begun.set()
+        written.append(path)
+        second.start()
+        waited.wait(20)
+        original(path, records)
+
+    waited = threading.Event()
+
+    def say(line):
+        lines.append(line)
+        waited.set()
+
+    second = threading.Thread(target=lambda: paths.append(make(tmp_path, say=say)))
+    monkeypatch.setattr(
+        shards, "write_shard", lambda *a: (original if begun.is_set() else slow)(*a)
+    )
+    first = make(tmp_path)
+    second.join()
+    assert paths == [first] and len(written) == 1
+    assert lines == [f"{first.parents[1]}: another process is preparing this set; waiting for it"]
 
 
 def test_a_split_that_is_complete_is_not_done_again(tmp_path, monkeypatch):
@@ -175,7 +242,7 @@ def two_splits(raw: Path) -> None:
 
 REFUSED = {
     "No such file or directory.*check source_dir": lambda raw: None,
-    "no .jpg, .jpeg, .png files": lambda raw: raw.mkdir(),
+    "no .jpg, .jpeg, .jfif, .png": lambda raw: raw.mkdir(),
     "raw/b: a class without": lambda raw: (fill(raw / "a", 1), (raw / "b").mkdir()),
     "the splits have different classes: 1 are not in all of train, val, for example 'b'": (
         lambda raw: (two_splits(raw), fill(raw / "val/b", 1))

@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 
+import flips
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -91,3 +92,14 @@ def test_it_predicts_what_it_predicted(workdir, tmp_path, capsys):
     assert [guess["name"] for guess in now["top"]] == [guess["name"] for guess in then["top"]]
     for guess, old in zip(now["top"], then["top"], strict=True):
         assert guess["probability"] == pytest.approx(old["probability"], abs=1e-6)
+
+
+def test_checkpoints_of_form_2_are_read(tmp_path):
+    """tests/golden/make_stage_form_2.py wrote them, with digests and their form."""
+    stage = shutil.copytree(GOLDEN / "stage_form_2", tmp_path / "pretrain")
+    for step in (flips.NEW, flips.OLD):
+        text = (stage / f"{step}/facts/metadata").read_text()
+        assert json.loads(text)["format"] == 2
+    assert flips.opened(stage) == "whole"
+    flips.flip(stage / str(flips.NEW), np.random.default_rng(0))
+    assert flips.opened(stage) == "older"

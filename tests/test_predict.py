@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 from small import small_model
 from trained import CLASSES, make_pictures, make_workdir
+from weight_samples import tiny_weights, write
 
 from tosa_jax import predict
 from tosa_jax.data.class_names import default_names, imagenet_classes, readable
@@ -111,7 +112,7 @@ def test_a_file_of_weights_alone_is_enough(workdir, folder, capsys, tmp_path):
         (["--weights=nowhere.pth", "--model=deit_tiny_patch16_224", "{i}"], "nowhere.pth does not exist"),
         (["--weights=nowhere.pth", "--model=deit_tiny", "{i}"], "known: deit_tiny_patch16_224"),
         (["--weights={f}", "--model=deit_tiny_patch16_224", "{i}"], "is for another network than the model"),
-        (["--weights={f}", "{i}"], "--model=NAME"),
+        (["--weights={bare}", "{i}"], "does not state its network: name it (--model=NAME"),
         (["--workdir={dense}", "--show_tokens={empty}", "{i}"], "selects no tokens"),
     ],
 )  # fmt: skip
@@ -121,6 +122,8 @@ def test_bad_input_is_one_line_and_status_2(argv, says, workdir, folder, capsys,
     if "{f}" in str(argv):
         save_weights(small_model(), tmp_path / "w.safetensors")
         names["f"] = tmp_path / "w.safetensors"
+    if "{bare}" in str(argv):
+        names["bare"] = write(tmp_path / "bare", tiny_weights())
     if "{dense}" in str(argv):
         make_workdir(tmp_path / "dense", plan="standard")
         names["dense"] = tmp_path / "dense"

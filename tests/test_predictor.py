@@ -175,7 +175,7 @@ def test_released_weights_with_and_without_selectors(model, tmp_path):
     Predictor.from_pretrained(
         "vit", tmp_path / "w.safetensors", keep_rate=0.25, on_message=said.append, **fields
     )
-    assert "no selectors were given" in said[0]
+    assert not any("no selectors" in line for line in said)  # the file has some
 
 
 def test_what_cannot_be_is_said_in_one_line(predictor, model, tmp_path):

@@ -82,7 +82,7 @@ def test_timms_config_beside_a_file_comes_before_the_table(tmp_path: Path):
     for config in ({"pretrained_cfg": said}, said):
         (tmp_path / "config.json").write_text(json.dumps(config))
         found = preprocessing_of("vit_base_patch16_224", 224, read_weights(tmp_path))
-        assert found == ((0.1, 0.2, 0.3), (1, 1, 1), 0.95, "bilinear")
+        assert found == ((0.1, 0.2, 0.3), (1, 1, 1), 0.95, "bilinear", "crop")
 
 
 def test_recipe_prediction_evaluation_and_fitting_read_the_same(tmp_path: Path):

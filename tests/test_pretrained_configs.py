@@ -81,7 +81,8 @@ def fake_hub(monkeypatch, folder: Path, error: Exception | None = None) -> list[
 def test_the_hub(monkeypatch, tmp_path: Path) -> None:
     asked = fake_hub(monkeypatch, hf_folder(tmp_path / "a"))
     model = load_pretrained(tiny(), "hf:me/net@main")
-    assert asked == ["me/net config.json main", "me/net model.safetensors main"]
+    wanted = ("config.json", "preprocessor_config.json", "model.safetensors")
+    assert asked == [f"me/net {name} main" for name in wanted]
     assert same(model, load_pretrained(tiny(1), "hf:me/net/model.safetensors"))
     assert_refused(tiny(), "hf:me/net/other.pth", "the repository holds no other.pth")
     assert_refused(tiny(), "hf:me", "is not hf:owner/name")

@@ -181,7 +181,32 @@ def test_a_killed_run_has_shown_tensorboard_everything(tmp_path: Path) -> None:
         resumed.truncate("a", 5)
         resumed.write("a", 6, {"train/loss": 0.5})
         after = [(event.step, event.session_log.status) for event in events(tmp_path, "a")]
-        assert after[len(before) :] == [(0, 0), (6, 1), (6, 0)]
+        assert after == [*((step, 0) for step in range(6)), (0, 0), (6, 1), (6, 0)]
+
+
+@pytest.mark.parametrize("with_scores", [False, True])
+def test_tensorboard_has_an_evaluation_once_wherever_the_run_was_killed(
+    tmp_path: Path, with_scores: bool
+) -> None:
+    def go_on(scored: bool) -> None:
+        with MetricWriter(tmp_path) as writer:
+            writer.truncate("a", 4, with_scores=scored)
+            if not scored:
+                writer.write("a", 4, {"val/acc1": 0.5})
+                writer.image("a", 4, "tokens", np.zeros((4, 6, 3), np.uint8))
+            writer.write("a", 5, {"train/loss": 0.5})
+
+    with MetricWriter(tmp_path) as writer:
+        writer.write("a", 4, {"train/loss": 0.5})
+    for scored in (False, with_scores, with_scores):
+        go_on(scored)
+    (first, *_) = sorted((tmp_path / "tensorboard/a").iterdir())
+    with first.open("ab") as file:
+        file.write(b"half")  # of an event
+    with MetricWriter(tmp_path) as writer:
+        writer.truncate("a", 4)
+    tags = [(x.step, value.tag) for x in events(tmp_path, "a") for value in x.summary.value]
+    assert tags == [(4, "train/loss"), (4, "val/acc1"), (4, "tokens")]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:

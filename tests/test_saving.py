@@ -18,7 +18,7 @@ from small import runs_on_one_device, small_run
 from tosa_jax import main as entry
 from tosa_jax.cli.command import run_command
 from tosa_jax.distributed.mesh import MeshConfig, make_mesh
-from tosa_jax.distributed.preemption import Stopped, StopRequest
+from tosa_jax.distributed.preemption import SIGNALS, Stopped, StopRequest
 from tosa_jax.errors import ConfigError, DataError, NonFiniteLossError
 from tosa_jax.models.weights.run_checkpoints import saved_steps
 from tosa_jax.train import checkpoints as train_checkpoints
@@ -215,18 +215,22 @@ def test_a_signal_between_the_rows_of_the_report_stops_the_run(small, monkeypatc
     assert stopped.value.signum == signal.SIGINT
 
 
-def test_an_interrupt_in_the_closing_part_is_one_line_and_status_130(tmp_path, monkeypatch, capsys):
-    def interrupted(run, workdir):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(train_runner, "run_stages", interrupted)
+def test_a_signal_outside_of_training_is_one_line_and_its_status(tmp_path, monkeypatch, capsys):
     (tmp_path / "digits.py").write_bytes(
         (Path(__file__).parents[1] / "configs/digits.py").read_bytes()
     )
-    assert entry.main([f"--config={tmp_path}/digits.py", f"--workdir={tmp_path}/run"]) == 130
-    said = capsys.readouterr().err
-    assert said == "stopped by SIGINT; start the same command again to go on\n"
-    assert run_command(lambda: interrupted(None, None)) == 130  # and that of any other command
+    # Who starts the tests may ignore some of them.
+    before = [signal.signal(signum, signal.SIG_DFL) for signum in SIGNALS]
+    for signum in SIGNALS:
+        monkeypatch.setattr(train_runner, "run_stages", lambda *_, n=signum: signal.raise_signal(n))
+        status = entry.main([f"--config={tmp_path}/digits.py", f"--workdir={tmp_path}/run"])
+        assert status == 128 + signum
+        said = capsys.readouterr().err
+        assert said == f"stopped by {signum.name}; start the same command again to go on\n"
+    for signum, handler in zip(SIGNALS, before, strict=True):
+        assert signal.signal(signum, handler) == signal.SIG_DFL
+    # and Ctrl-C in any other command
+    assert run_command(lambda: signal.raise_signal(signal.SIGINT)) == 130  # pyright: ignore
     assert capsys.readouterr().err == "stopped by SIGINT\n"
 
 

@@ -27,8 +27,10 @@ Predictions of a trained model
     predictor.classify(["a.png", "b.png"])          # five `Guess`es an image: label, name, probability
     out = predictor(uint8_images)                   # a `Prediction`: logits, selected tokens and their scores
 
+    predictor = tosa_jax.load("FOLDER or hf:owner/name", keep_rate=0.7)     # released weights that state what they are
+
     `Predictor.from_pretrained` loads released weights by name, `Predictor.from_weights` a file of `Predictor.save`.
-    `Predictor.depth` is for depth models.
+    `Predictor.depth` is for depth models. `create_model(NAME, pretrained=True)` is the model alone.
 
 From the command line (each says more with --help)
     python -m tosa_jax.main --config=configs/digits.py         train: pretrain, selectors, fine-tune, evaluate
@@ -52,7 +54,8 @@ from etils import epy
 # Importing the package costs next to nothing: each name brings its modules when it is first used.
 with epy.lazy_api_imports(globals()):
     from tosa_jax.errors import UserError
-    from tosa_jax.inference.predictor import Predictor
+    from tosa_jax.inference.predictor import Predictor, load
+    from tosa_jax.models.factory import with_image_size
     from tosa_jax.models.variants import VARIANTS
     from tosa_jax.models.vit import Output, VisionTransformer
     from tosa_jax.models.vit_config import ViTConfig, alternate
@@ -73,7 +76,9 @@ __all__ = [
     "VisionTransformer",
     "alternate",
     "create_model",
+    "load",
     "load_pretrained",
     "save_selectors",
     "save_weights",
+    "with_image_size",
 ]

@@ -1,7 +1,7 @@
 """Find how many tokens each layer of a pretrained network should keep, on a folder of pictures. No labels, no training.
 
     python -m tosa_jax.budget --model=NAME --weights=FILE --images=DIR --target .75 .65 [--method=redundancy]
-    python -m tosa_jax.budget --weights=FILE --images=DIR --target .65          a file of predict --export
+    python -m tosa_jax.budget --weights=FOLDER --images=DIR --target .65      files that state their network
 
 For each share of the dense network's cost it writes a plan file, OUT/MODEL_METHOD_TARGET.json, for
 `create_model(NAME, plan="FILE.json")`, recipes (--config.model.plan=FILE.json) and predict --plan. The counts are those
@@ -50,10 +50,17 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--model", help="name of a variant, as in timm; for released --weights")
-    add("--weights", required=True, help="released weights (with --model), or a file of --export")
-    add("--selectors", help="file of selectors, for --method=tosa with --model")
-    add("--task", choices=list(TASKS), default="classification", help="task of --model")
+    add(
+        "--model",
+        help="name of a variant, as in timm, where the files of --weights do not state it",
+    )
+    add(
+        "--weights",
+        required=True,
+        help="what `tosa_jax.load` reads: a file, a folder, hf:OWNER/NAME",
+    )
+    add("--selectors", help="file of selectors, for --method=tosa")
+    add("--task", choices=list(TASKS), help="default: as the files state, else classification")
     add("--images", required=True, nargs="+", help="pictures: files, folders or globs")
     add("--method", default="redundancy", help="a method of the house that has counts")
     add("--target", type=float, nargs="+", required=True, help="shares of the dense cost")
@@ -61,7 +68,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--cost", choices=COSTS, default="gmacs")
     add("--count", type=int, default=32, help="pictures that are read, at most")
     add("--seed", type=int, default=0, help="which pictures, where there are more")
-    add("--image_size", type=int, nargs="+", help="side, or height and width; for --model")
+    add("--image_size", type=int, nargs="+", help="side, or height and width")
     add("--out", type=Path, default=Path("plans"), metavar="DIR")
     args = parser.parse_args(argv)
     check_choice("--method", args.method, METHODS)
@@ -94,26 +101,27 @@ def _main(args: argparse.Namespace) -> int:
 def _load(args: argparse.Namespace) -> tuple[str, loading.LoadedModel]:
     """A name for files, and the network with its preprocessing and the method's layers."""
     method = METHODS[args.method]
-    if args.model is not None:
-        fields = {"plan": method.plan, **method.fields}
-        fields |= {"image_size": flags.image_size(args.image_size)} if args.image_size else {}
-        fields |= {"num_classes": 0} if args.task == "classification" else {}  # the head is not run
-        return args.model, loading.from_pretrained(
-            args.model, args.weights, args.selectors, None, None, print, task=args.task, **fields
-        )
-    for flag in ("selectors", "image_size"):
-        check(not getattr(args, flag), f"command line: --{flag} goes with --model=NAME")
-    loaded = loading.from_weights(args.weights, None, print)
+    fields: dict[str, Any] = {"plan": method.plan, **method.fields}
+    if args.image_size:
+        fields["image_size"] = flags.image_size(args.image_size)
+    if args.task:
+        fields["task"] = args.task
+    loaded = loading.load(
+        args.weights, args.model or "", args.selectors, None, None, print, **fields
+    )
+    name = args.model or Path(args.weights).name.removesuffix(".safetensors")
     model = loaded["model"]
     plan = plan_named(method.plan, model.config.depth)
-    made = structure(dataclasses.replace(model.config, plan=plan, **method.fields))
-    try:
-        loaded["model"] = set_params(made.graphdef, made.select(get_params(model)))
-    except KeyError as error:
-        raise ConfigError(
-            f"{args.weights} has no {error}, which --method={args.method} needs"
-        ) from error
-    return Path(args.weights).stem, loaded
+    if model.config.plan != plan:  # a file of --export or a run, which states a plan of its own
+        check(not args.image_size, f"{args.weights} states its image size: leave out --image_size")
+        made = structure(dataclasses.replace(model.config, plan=plan, **method.fields))
+        try:
+            loaded["model"] = set_params(made.graphdef, made.select(get_params(model)))
+        except KeyError as error:
+            raise ConfigError(
+                f"{args.weights} has no {error}, which --method={args.method} needs"
+            ) from error
+    return name, loaded
 
 
 def _images(

@@ -4,8 +4,10 @@ A recipe starts from `default_config()`, which has every field: so a misspelt na
 where it is set. A duration is given in `epochs` or in `steps`; the other of the two stays 0.
 """
 
+import contextlib
 import dataclasses
 import difflib
+import json
 import math
 import re
 from collections.abc import Collection, Mapping
@@ -19,7 +21,7 @@ from tosa_jax.distributed.mesh import MeshConfig
 from tosa_jax.errors import ConfigError
 from tosa_jax.models.method import MAIN, METHODS, controls
 from tosa_jax.models.optim import PERIODS, SCHEDULES, OptimConfig
-from tosa_jax.models.vit_config import ViTConfig, check, check_choice
+from tosa_jax.models.vit_config import ViTConfig, check, check_choice, check_types
 from tosa_jax.models.weights.preprocessing import IMAGENET_MEAN, IMAGENET_STD, preprocessing_of
 from tosa_jax.models.weights.readers import read_weights
 from tosa_jax.tasks import TASKS, model_config
@@ -168,9 +170,14 @@ class RunConfig:
     batch_size: int = 256
     accumulate: int = 1  # parts of a batch, one after the other: less memory, the same result
     log_steps: int = 50
+    on_nonfinite: str = (
+        "stop"  # or "skip": what an update whose loss or gradient is NaN or infinite does
+    )
+    skip_at_most: int = 10  # such updates in a row; one more stops the run
     checkpoint_minutes: float = (
         10.0  # a checkpoint is due when the last is so long ago; 0: time does not count
     )
+    grace_seconds: float = 120.0  # from a signal until the run has saved and ended; 0: without end
     keep_checkpoints: int = 2  # the newest ones of each stage that are kept, beside the best
     profile_steps: str = ""  # "100:105": steps of each stage whose trace goes to WORKDIR/profile
     init_from: str = ""  # weights to start from: whatever `load_pretrained` reads
@@ -186,9 +193,11 @@ class RunConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         counts = ("batch_size", "accumulate", "log_steps", "bypass_fit_images", "keep_checkpoints")
         for name in counts:
             check(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        check_choice("on_nonfinite", self.on_nonfinite, ("stop", "skip"))
         # JAX's keys hold 32 bits of a seed: a larger one would draw as a smaller one does.
         check(0 <= self.seed < 2**32, f"seed={self.seed} must be from 0 to 2**32 - 1")
         channels = self.model.in_chans
@@ -199,10 +208,9 @@ class RunConfig:
                 f"config.inputs.{name} has {len(values)} values, which is neither 1 nor the number of channels, "
                 f"model.in_chans={channels}",
             )
-        check(
-            0 <= self.checkpoint_minutes < math.inf,
-            f"checkpoint_minutes={self.checkpoint_minutes} must be 0 or more",
-        )
+        for name in ("checkpoint_minutes", "grace_seconds"):
+            value = getattr(self, name)
+            check(0 <= value < math.inf, f"{name}={value} must be 0 or more")
         for stage in ("pretrain", "selector"):
             check(
                 not getattr(self, stage).keep_rates,
@@ -221,6 +229,9 @@ class RunConfig:
         """The keep rates that are compared; the first is the main one."""
         return self.eval.keep_rates or self.finetune.keep_rates or (self.model.keep_rate,)
 
+
+STAGES = ("pretrain", "selector", "finetune")
+"""The sections of a recipe that are stages, in their order."""
 
 SECTIONS = {
     "inputs": InputConfig,
@@ -288,6 +299,7 @@ def profile_range(steps: str) -> range:
 def build_section(cls: type, section: str, values: Mapping[str, Any]) -> Any:
     """A section's dataclass; its ConfigErrors name the section."""
     try:
+        check_types(cls, values)
         return cls(**values)
     except ConfigError as error:
         raise ConfigError(f"config.{section}: {error}") from error
@@ -340,9 +352,12 @@ def _check_fields(where: str, values: Mapping[str, Any], template: Mapping[str, 
 
 MAY_CHANGE = {
     "checkpoint_minutes",
+    "grace_seconds",
     "keep_checkpoints",
     "accumulate",
     "log_steps",
+    "on_nonfinite",
+    "skip_at_most",
     "profile_steps",
     "mesh",
     "eval.batch_size",
@@ -367,16 +382,18 @@ def from_json(values: Mapping[str, Any]) -> RunConfig:
 
     Raises ConfigError for values that this version does not know.
     """
+    if not isinstance(values, Mapping):
+        raise ConfigError("config.json holds no fields")
     rest = dict(values)
     task = rest.get("task", "classification")
     check_choice("task", task, TASKS)
     sections = SECTIONS | {"model": TASKS[task].model_class.config_class, "data": DataConfig}
     sections |= {"options": TASKS[task].options}
     try:
-        built = {
-            name: build_section(cls, name, as_tuples(rest.pop(name, {})))
-            for name, cls in sections.items()
-        }
+        said = {name: as_tuples(rest.pop(name, {})) for name in sections}
+        for name, section in said.items():
+            check(isinstance(section, Mapping), f"config.{name} must hold fields, not {section!r}")
+        built = {name: build_section(cls, name, said[name]) for name, cls in sections.items()}
         return RunConfig(**built, **rest)
     except TypeError as error:
         raise ConfigError(f"config.json is of another version of tosa_jax: {error}") from error
@@ -392,6 +409,23 @@ def as_tuples(value: Any) -> Any:
 def process_differences(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """Lines `field: first -> other` for what two processes of a run may not set differently: all but where data is."""
     return differences(first, other, may_change={x for x in MAY_CHANGE if x.startswith("data.")})
+
+
+def run_differences(
+    begun: Mapping[str, Any], run: RunConfig, *, durations: bool = True
+) -> list[str]:
+    """What differs between the JSON of a run that was begun and a run, and may not. Nothing does if it is empty.
+
+    durations  whether the epochs and steps of stages count.
+    """
+    if not begun:
+        return []
+    with contextlib.suppress(ConfigError):
+        begun = to_json(from_json(begun))  # with the defaults of fields that are newer than it
+    now = json.loads(json.dumps(to_json(run)))
+    lines = differences(json.loads(json.dumps(begun)), now)
+    lengths = tuple(f"{stage}.{unit}: " for stage in STAGES for unit in ("epochs", "steps"))
+    return [line for line in lines if durations or not line.startswith(lengths)]
 
 
 def differences(

@@ -8,10 +8,10 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Base class of the errors that a user can fix. Line breaks in the message become blanks."""
+    """Base class of the errors that a user can fix. The message becomes one line (`one_line`)."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        super().__init__(one_line(message))
 
 
 class ConfigError(UserError):
@@ -34,12 +34,34 @@ class NonFiniteLossError(UserError):
     """Training produced a loss that is not finite."""
 
 
+class NonFiniteOutputError(UserError):
+    """A model predicts values that are not finite."""
+
+
 class WeightsError(UserError):
     """A file of weights cannot be read, or does not fit the model."""
 
 
 class ProcessError(UserError):
     """The processes of a run cannot join, differ, or one of them failed."""
+
+
+MOST_CHARACTERS = 2000
+"""A longer message is shortened: it quotes a file that somebody else wrote."""
+
+
+def one_line(text: str) -> str:
+    """A text that is safe to print on one line: white space becomes blanks, what cannot be printed becomes escapes.
+
+    >>> one_line("a\\n b\\x1b[31m")
+    'a b\\\\x1b[31m'
+    """
+    text = " ".join(text.split())
+    if len(text) > MOST_CHARACTERS:
+        text = f"{text[: MOST_CHARACTERS // 2]} ... {text[-MOST_CHARACTERS // 3 :]}"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def nearest(value: str, known: Iterable[str]) -> str:

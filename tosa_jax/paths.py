@@ -1,10 +1,12 @@
 """Paths and files, local or in a bucket (`gs://`)."""
 
 import io
+import json
 import os
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -65,6 +67,14 @@ def write_atomically(path: str | os.PathLike, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text. Raises ValueError for anything else, one that is nested too deeply included."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def png_bytes(image: np.ndarray, compress_level: int = 6) -> bytes:
     """Encodes an image as a PNG file.
 
@@ -95,9 +105,15 @@ class Mirror:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def fetch(self, name: str) -> None:
-        """Copies the file `name` from the bucket to the folder, if it exists."""
-        if self._temporary and (self.target / name).exists():
+        """Copies the file `name`, or the files of the folder `name`, from the bucket, if they exist."""
+        if self._temporary is None or not (self.target / name).exists():
+            return
+        if not (self.target / name).is_dir():
             (self.folder / name).write_bytes((self.target / name).read_bytes())
+            return
+        (self.folder / name).mkdir(parents=True, exist_ok=True)
+        for item in (self.target / name).iterdir():
+            self.fetch(f"{name}/{item.name}")
 
     def push(self, *, now: bool = True) -> None:
         """Copies changed files to the bucket; with `now=False` only if the last copy is at least `seconds` ago."""

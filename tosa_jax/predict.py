@@ -1,8 +1,8 @@
 """Classify images or predict their depth with a trained model, and show which tokens it selected.
 
     python -m tosa_jax.predict --workdir=runs/digits IMAGE ...              the model of a run
-    python -m tosa_jax.predict --weights=FILE IMAGE ...                     a file of --export
-    python -m tosa_jax.predict --model=NAME --weights=FILE [--selectors=FILE] IMAGE ...     released weights
+    python -m tosa_jax.predict --weights=FOLDER IMAGE ...                   of transformers or timm; a file of --export
+    python -m tosa_jax.predict --model=NAME --weights=FILE [--selectors=FILE] IMAGE ...     weights without a statement
     python -m tosa_jax.predict --workdir=runs/rooms --depth_dir=DIR [--truth=DIR] IMAGE ...     a depth model
 
 IMAGE is a file, a folder or a glob. `--keep_rate=.3` runs the same weights at another keep rate; with commas, one a
@@ -14,7 +14,9 @@ images, 2 bad input.
 
 import argparse
 import contextlib
+import dataclasses
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -30,10 +32,14 @@ from tosa_jax.cli.command import configure_jax, run_command
 from tosa_jax.data import class_names
 from tosa_jax.data.decoding import BadImageError
 from tosa_jax.data.image_files import find_images, read_ahead
-from tosa_jax.errors import ConfigError
-from tosa_jax.inference.predictor import Predictor
+from tosa_jax.distributed.messages import say
+from tosa_jax.errors import ConfigError, NonFiniteOutputError
+from tosa_jax.inference.predictor import Predictor, check_finite, load
 from tosa_jax.tasks import TASKS
 from tosa_jax.tasks.prediction_writer import PredictionWriter, Record
+
+READER_GONE = 128 + 13
+"""Exit status where nobody reads the results any more, as a shell's for SIGPIPE."""
 
 _BAR_FROM = 20
 """From this number of images on, a progress bar is shown."""
@@ -54,11 +60,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("images", nargs="*", metavar="IMAGE", help="files, folders or globs")
     add("--workdir", type=Path, help="work directory of a run")
-    add("--model", help="name of a variant, as in timm; for --weights")
-    add("--weights", help="released weights (with --model), or a file of --export")
+    add("--model", help="name of a variant, as in timm, where --weights state no network")
+    add("--weights", help="a file or folder of weights, hf:owner/name, or a file of --export")
     add("--task", choices=list(TASKS), help="task of --model (default classification)")
-    add("--selectors", help="file of selectors, for --model")
-    add("--classes", type=Path, help="text file with one class name a line, for --model")
+    add("--selectors", help="file of selectors, for --weights")
+    add("--classes", type=Path, help="text file with one class name a line, for --weights")
     add(
         "--keep_rate",
         type=shares,
@@ -86,6 +92,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help="write the model and its preprocessing to one file",
     )
+    add("--exif", action="store_true", help="turn images upright as their EXIF orientation says")
     add("--batch_size", type=int, default=16)
     add("--threads", type=int, default=2, help="threads that decode images")
     args, unknown = parser.parse_known_intermixed_args(argv)
@@ -109,9 +116,8 @@ def _check(args: argparse.Namespace) -> None:
     for flag in ("model", "selectors", "classes"):
         if getattr(args, flag) and not args.weights:
             raise ConfigError(f"command line: --{flag} goes with --weights=FILE")
-    for flag in ("task", "selectors", "classes"):
-        if getattr(args, flag) and not args.model:
-            raise ConfigError(f"command line: --{flag} goes with --model=NAME")
+    if args.task and not args.model:
+        raise ConfigError("command line: --task goes with --model=NAME")
     for flag in ("top", "batch_size", "threads"):
         if (value := getattr(args, flag)) is not None and value < 1:
             raise ConfigError(f"command line: --{flag}={value} must be at least 1")
@@ -128,13 +134,13 @@ def make_predictor(args: argparse.Namespace, num_images: int) -> Predictor:
     common: dict[str, Any] = {
         "keep_rate": args.keep_rate,
         "batch_sizes": (min(args.batch_size, max(num_images, 1)),),
-        "on_message": lambda line: print(line, file=sys.stderr),
+        "on_message": _say,
     }
     if args.workdir:
         return Predictor.from_workdir(args.workdir, **common)
-    if not args.model:
-        return Predictor.from_weights(args.weights, **common)
     names = class_names.read_names(args.classes) if args.classes else None
+    if not args.model:
+        return load(args.weights, selectors=args.selectors, class_names=names, **common)
     return Predictor.from_pretrained(
         args.model,
         args.weights,
@@ -146,13 +152,15 @@ def make_predictor(args: argparse.Namespace, num_images: int) -> Predictor:
 
 
 def _predict(args: argparse.Namespace) -> int:
-    paths = find_images(args.images)
+    paths = find_images(args.images, on_message=_say)
     configure_jax()
     predictor = make_predictor(args, len(paths))
+    if args.exif:
+        predictor.form = dataclasses.replace(predictor.form, exif_rotate=True)
     writer = predictor.task.prediction_writer(predictor, args, paths)
     if args.export:
         predictor.save(args.export)
-        print(f"written: {args.export}", file=sys.stderr)
+        _say(f"written: {args.export}")
     failed = 0
     with _bar(len(paths)) as advance:
         ahead = 2 * predictor.batch_sizes[-1]
@@ -160,9 +168,14 @@ def _predict(args: argparse.Namespace) -> int:
         while chunk := list(islice(images, predictor.batch_sizes[-1])):
             for record in _records(predictor, chunk, writer):
                 failed += "error" in record
-                show(record, args.json, writer)
+                if not show(record, args.json, writer):
+                    return READER_GONE
                 advance()
     return 1 if failed else 0
+
+
+def _say(line: str) -> None:
+    say(line)
 
 
 def _records(predictor: Predictor, chunk: list, writer: PredictionWriter) -> Iterator[Record]:
@@ -173,19 +186,34 @@ def _records(predictor: Predictor, chunk: list, writer: PredictionWriter) -> Ite
             yield {"image": str(path), "error": f"cannot be read as an image ({image})"}
             continue
         try:
-            yield writer.record(path, image, next(rows))
-        except BadImageError as error:
+            prediction = next(rows)
+            check_finite(prediction)
+            yield writer.record(path, image, prediction)
+        except (BadImageError, NonFiniteOutputError) as error:
             yield {"image": str(path), "error": str(error)}
 
 
-def show(record: Record, as_json: bool, writer: PredictionWriter) -> None:
-    """Prints one image's result to standard output, and errors to standard error."""
+def show(record: Record, as_json: bool, writer: PredictionWriter) -> bool:
+    """Prints one image's result to standard output, and errors to standard error.
+
+    Returns whether standard output still takes something: `predict ... | head` closes it.
+    """
     if "error" in record:
-        print(f"{record['image']}: {record['error']}", file=sys.stderr)
+        _say(f"{record['image']}: {record['error']}")
     if as_json:
-        print(json.dumps(record))
-    elif "error" not in record:
-        print("\n".join([record["image"], *writer.lines(record)]))
+        return say(json.dumps(_as_json(record), allow_nan=False), sys.stdout)
+    if "error" not in record:
+        return say("\n".join([record["image"], *writer.lines(record)]), sys.stdout)
+    return True
+
+
+def _as_json(value: Any) -> Any:
+    """JSON's values: it has no NaN and no infinity, for which null stands."""
+    if isinstance(value, dict):
+        return {name: _as_json(x) for name, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextlib.contextmanager

@@ -37,10 +37,9 @@ def _prepare(argv: list[str]) -> int:
     config, _ = flags.parse(__doc__, recipe)
     configure_jax()
     # Imported late: mistakes in the command line are reported without this delay.
-    import tensorflow_datasets as tfds
-
     from tosa_jax.config import make_run_config
     from tosa_jax.data import builders
+    from tosa_jax.data.builders.prepared import open_prepared
 
     data = make_run_config(config).data
     path = builders.prepare(
@@ -50,7 +49,7 @@ def _prepare(argv: list[str]) -> int:
         overwrite=_OVERWRITE in argv,
         say=lambda line: print(line, flush=True),
     )
-    splits = tfds.builder_from_directory(str(path)).info.splits
+    splits = open_prepared(path).info.splits
     print(f"\n{data.name} is in {path}")
     for name, split in splits.items():
         print(f"  {name}: {split.num_examples} examples, {split.num_bytes}")

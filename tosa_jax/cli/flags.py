@@ -8,7 +8,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -139,6 +139,35 @@ def parse_cluster(argv: list[str]) -> tuple[Cluster, list[str]]:
         raise ConfigError(f"command line: {error}") from error
     given: dict[str, Any] = {name: values[name].value for name in values}
     return Cluster(**{name: value for name, value in given.items() if value is not None}), rest
+
+
+class Begin(NamedTuple):
+    """How a run begins where it does not simply begin or go on.
+
+    extend       its last stage may be longer than that of the run in the work directory.
+    branch_from  a checkpoint of another run that a new work directory starts from; "": none.
+    """
+
+    extend: bool = False
+    branch_from: str = ""
+
+
+def parse_begin(argv: list[str]) -> tuple[Begin, list[str]]:
+    """Parses `--extend` and `--branch_from=CHECKPOINT`; returns them and the other arguments.
+
+    Raises ConfigError: a flag without its value, or both.
+    """
+    values = flags.FlagValues()
+    flags.DEFINE_boolean("extend", False, "the last stage may be longer", flag_values=values)
+    flags.DEFINE_string("branch_from", "", "a checkpoint of another run", flag_values=values)
+    try:
+        rest = values(["tosa_jax", *argv], known_only=True)[1:]
+    except flags.Error as error:
+        raise ConfigError(f"command line: {error}") from error
+    begin = Begin(bool(values["extend"].value), values["branch_from"].value or "")
+    if begin.extend and begin.branch_from:
+        raise ConfigError("command line: give --extend or --branch_from, not both")
+    return begin, rest
 
 
 def _one_line(error: Exception) -> str:

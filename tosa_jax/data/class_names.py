@@ -48,10 +48,16 @@ def write_names(workdir: str | os.PathLike, names: Sequence[str]) -> None:
 
 
 def read_names(path: Path) -> tuple[str, ...]:
-    """The names in a text file, one a line. Raises DataError if it cannot be read."""
+    """The names in a text file, one a line; empty lines at its end do not count.
+
+    Raises DataError if it cannot be read, or has an empty line before the last name.
+    """
     try:
-        return tuple(path.read_text(encoding="utf-8").splitlines())
+        names = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{path} cannot be read as class names ({error}); write one name a line"
         ) from error
+    if empty := [i for i, name in enumerate(names, 1) if not name.strip()]:
+        raise DataError(f"{path}: line {empty[0]} is empty; write one name a line")
+    return tuple(names)

@@ -8,67 +8,106 @@ ignored, as published results ignore it, unless `exif_rotate` is set.
 import contextlib
 import dataclasses
 import io
-import struct
-import zlib
 from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-RESIZES = ("squeeze", "crop")  # see `Preprocess`
+from tosa_jax.errors import ConfigError, one_line
+
+RESIZES = ("squeeze", "crop", "squash")  # see `Preprocess`
 
 INTERPOLATIONS = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
 }
-"""How "crop" resizes; PIL widens its filter when it makes an image smaller."""
+"""How "crop" and "squash" resize; PIL widens its filter when it makes an image smaller."""
 
 _MODES = {1: "L", 3: "RGB"}  # channels -> PIL mode
 _16_BITS_AS_I = ("PNG", "PPM")  # formats whose 16-bit pixels PIL reads in its 32-bit mode "I"
 
-# What PIL's plugins raise for broken files. Any other exception is a defect of this project.
-_PIL_ERRORS = (
-    *(OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError),
-    *(struct.error, zlib.error, Image.DecompressionBombError),
-)
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF")
+"""The formats that are read, by Pillow's names. It knows more: for EPS it starts another program."""
+
+MOST_PIXELS = 2**31
+"""Most pixels of all scans of a JPEG file together. A progressive file has about ten scans; one made to take hours has
+thousands. Of other images Pillow limits the pixels: 179 million."""
 
 
 class BadImageError(ValueError):
-    """One image cannot be decoded. The text says why; whoever catches it adds which image it is."""
+    """One image cannot be decoded. The text says why, in one line; whoever catches it adds which image it is."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(one_line(why))
 
 
 @contextlib.contextmanager
 def pil_errors() -> Iterator[None]:
-    """Turns what PIL raises for a broken file into BadImageError."""
+    """Turns what PIL raises for a broken file into BadImageError. Nothing but calls of PIL belongs in this context."""
     try:
         yield
+    except BadImageError:
+        raise
     except UnidentifiedImageError as error:
         raise BadImageError("not the bytes of an image") from error
-    except _PIL_ERRORS as error:
+    except Exception as error:  # a plugin stumbles over a broken file in any way
         raise BadImageError(f"{type(error).__name__}: {error}"[:200]) from error
+
+
+def load(encoded: bytes) -> Image.Image:
+    """Decodes bytes with Pillow: one of `FORMATS`, with its pixels loaded. Raises BadImageError."""
+    with pil_errors():
+        image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+        if image.format in ("JPEG", "MPO"):  # two of one are MPO
+            scans = encoded.count(b"\xff\xda")
+            if scans * image.width * image.height > MOST_PIXELS:
+                raise BadImageError(f"{scans} scans of {image.width}x{image.height} pixels")
+        image.load()
+    return image
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preprocess:
-    """How whole images become uint8 [image_size, image_size, channels].
+    """How whole images become uint8 [image_size, image_size, channels], or [height, width, channels].
 
-    image_size   side of the square, pixels. None: images keep their height and width, and `resize`
+    image_size   side of the square, or (height, width), pixels. None: images keep their height and width, and `resize`
                  and `crop_pct` are not used.
     channels     1: grey; colours become luma. 3: RGB; grey is repeated.
     resize       "squeeze": resized to the square, bilinear and antialiased, whatever the aspect
                  ratio. "crop": DeiT's and torchvision's evaluation, see `resize_and_crop`.
-    crop_pct     share of the resized short side that "crop" keeps, in (0, 1].
-    interpolation  of "crop": a key of `INTERPOLATIONS`.
+                 "squash", as timm's and transformers': both sides are resized by `interpolation`,
+                 whatever the aspect ratio, and the centre is kept.
+    crop_pct     share of the resized short side that "crop" keeps, of both that "squash" keeps,
+                 in (0, 1].
+    interpolation  of "crop" and "squash": a key of `INTERPOLATIONS`.
     exif_rotate  whether an image is turned upright as its EXIF orientation says.
+
+    Raises ConfigError for other values.
     """
 
-    image_size: int | None
+    image_size: int | tuple[int, int] | None
     channels: int
     resize: str = "squeeze"
     crop_pct: float = 0.875
     interpolation: str = "bicubic"
     exif_rotate: bool = False
+
+    def __post_init__(self) -> None:
+        size = self.image_size
+        sides = size if isinstance(size, tuple) and len(size) == 2 else (size,)
+        if size is not None and not all(type(x) is int and 0 < x < 2**16 for x in sides):
+            raise ConfigError(
+                f"image_size={size!r} must be a number of pixels, (height, width), or None"
+            )
+        # Images of other numbers of channels come as arrays: no file is made one.
+        countable = type(self.channels) is int and 0 < self.channels < 2**16
+        if not countable or self.resize not in RESIZES:
+            raise ConfigError(f"channels={self.channels!r} and resize={self.resize!r} are unknown")
+        if self.interpolation not in INTERPOLATIONS or not 0 < self.crop_pct <= 1:
+            raise ConfigError(
+                f"interpolation={self.interpolation!r} and crop_pct={self.crop_pct!r} are unknown"
+            )
 
     def open(self, image: bytes | UInt8[np.ndarray, "h w c"]) -> Image.Image:
         """The whole image as a loaded PIL image in mode "L" or "RGB". Raises BadImageError."""
@@ -85,11 +124,19 @@ class Preprocess:
         size = self.image_size
         if size is None:
             return to_array(image)
+        height, width = (size, size) if isinstance(size, int) else size
         if self.resize == "crop":
             image = resize_and_crop(image, size, self.crop_pct, self.interpolation)
-        elif image.size != (size, size):
+        elif self.resize == "squash":
+            whole = int(width / self.crop_pct), int(height / self.crop_pct)
+            image = image.resize(whole, INTERPOLATIONS[self.interpolation])
+            left, top = (
+                int(round((a - b) / 2.0)) for a, b in zip(whole, (width, height), strict=True)
+            )
+            image = image.crop((left, top, left + width, top + height))
+        elif image.size != (width, height):
             # Antialiased: PIL widens its filter when it makes an image smaller.
-            image = image.resize((size, size), Image.Resampling.BILINEAR)
+            image = image.resize((width, height), Image.Resampling.BILINEAR)
         return to_array(image)
 
 
@@ -108,12 +155,21 @@ def open_image(encoded: bytes, *, channels: int, exif_rotate: bool = False) -> I
     """
     # Not `Image.draft` (JPEG decoded at 1/2 or 1/4 of its size): for noise and print it changes
     # pixels by 1.6 grey levels on average, even if the halved crop is three times the target size.
-    with pil_errors():
-        image = Image.open(io.BytesIO(encoded))
-        file_format = image.format
-        image.load()
-        if exif_rotate:
+    image = load(encoded)
+    file_format = image.format
+    if exif_rotate:
+        with pil_errors():
             image = ImageOps.exif_transpose(image)
+    return in_mode_of(image, channels, file_format)
+
+
+def in_mode_of(image: Image.Image, channels: int, file_format: str | None = None) -> Image.Image:
+    """A loaded PIL image in mode "L" (1 channel) or "RGB" (3), whatever its own is.
+
+    file_format  of the file that it was read from, for 16-bit pixels that PIL reads as 32 bits.
+
+    Raises BadImageError: 32-bit or float pixels, whose range is unknown.
+    """
     if image.mode.startswith(("I", "F")):
         image = _to_8_bits(image, file_format)
     if image.mode == _MODES[channels]:
@@ -127,30 +183,43 @@ def _to_8_bits(image: Image.Image, file_format: str | None) -> Image.Image:
     """Scales 16-bit grey to 8 bits. PIL itself would clip at 255 without a word."""
     if not (image.mode.startswith("I;16") or (image.mode == "I" and file_format in _16_BITS_AS_I)):
         raise BadImageError(f"mode {image.mode} has pixels without a known range")
-    wide = np.asarray(image).astype(np.uint32)
-    return Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8))
+    return Image.fromarray(from_16_bits(np.asarray(image)))
+
+
+def from_16_bits(wide: np.ndarray) -> UInt8[np.ndarray, "..."]:
+    """Integers in [0, 65535] as the nearest of 0 to 255."""
+    wide = np.array(wide, np.uint32)  # changed in place, as it may be large
+    wide *= 255
+    wide += 32767
+    wide //= 65535
+    return wide.astype(np.uint8)
 
 
 def resize_and_crop(
-    image: Image.Image, size: int, crop_pct: float, interpolation: str = "bicubic"
+    image: Image.Image,
+    size: int | tuple[int, int],
+    crop_pct: float,
+    interpolation: str = "bicubic",
 ) -> Image.Image:
     """Resizes the short side to int(size / crop_pct), and keeps the central size x size pixels.
 
     Equal, pixel for pixel, to torchvision's Resize and CenterCrop of PIL images. Only of images
     more than 16 times as long as wide, just the kept part is resized: the whole would be huge.
+    With a size of (height, width) the image is made just large enough for both.
     """
-    width, height = image.size
-    short, resample = int(size / crop_pct), INTERPOLATIONS[interpolation]
-    if width <= height:
-        new = short, int(short * height / width)
+    rows, columns = (size, size) if isinstance(size, int) else size
+    tall, wide = int(rows / crop_pct), int(columns / crop_pct)
+    (width, height), resample = image.size, INTERPOLATIONS[interpolation]
+    if width * tall <= height * wide:
+        new = wide, int(wide * height / width)
     else:
-        new = int(short * width / height), short
-    left, top = (int(round((side - size) / 2.0)) for side in new)
-    if max(new) > 16 * short:
+        new = int(tall * width / height), tall
+    left, top = (int(round((a - b) / 2.0)) for a, b in zip(new, (columns, rows), strict=True))
+    if max(new) > 16 * max(tall, wide):
         # 30,000 x 30 pixels would become 256,000 x 256 first.
         x, y = width / new[0], height / new[1]
-        box = (left * x, top * y, (left + size) * x, (top + size) * y)
-        return image.resize((size, size), resample, box=box)
+        box = (left * x, top * y, (left + columns) * x, (top + rows) * y)
+        return image.resize((columns, rows), resample, box=box)
     if new != image.size:
         image = image.resize(new, resample)
-    return image.crop((left, top, left + size, top + size))
+    return image.crop((left, top, left + columns, top + rows))

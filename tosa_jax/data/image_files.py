@@ -11,14 +11,21 @@ import numpy as np
 from tosa_jax.data.decoding import BadImageError
 from tosa_jax.errors import DataError
 
-EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+EXTENSIONS = (
+    *(".apng", ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm"),
+    *(".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
+)
 """Files in folders count as images by these; a file that is named itself is tried whatever it is called."""
 
 
-def find_images(names: Sequence[str]) -> list[Path]:
+def find_images(
+    names: Sequence[str], on_message: Callable[[str], None] = lambda line: None
+) -> list[Path]:
     """The files that names stand for, each once, in the order of the names and sorted within a folder or glob.
 
     A folder stands for the images in it and in its folders, hidden ones left out.
+
+    on_message  gets a line for each folder that has other files too: their number, and how they end.
 
     Raises DataError: a name that is nothing, a folder without images, a glob without a match.
     """
@@ -27,7 +34,13 @@ def find_images(names: Sequence[str]) -> list[Path]:
         path = Path(name).expanduser()
         if path.is_dir():
             inside = sorted(path.rglob("*"))
-            files = [f for f in inside if f.suffix.lower() in EXTENSIONS and _visible(f, path)]
+            shown = [f for f in inside if _visible(f, path)]
+            files = [f for f in shown if f.suffix.lower() in EXTENSIONS]
+            if others := sorted({f.suffix.lower() or f.name for f in shown} - set(EXTENSIONS)):
+                on_message(
+                    f"{name}: {len(shown) - len(files)} files are not taken for images ({', '.join(others[:8])}); "
+                    "name a file itself to try it"
+                )
             if not files:
                 raise DataError(
                     f"{name}: no images in this folder (files ending in {', '.join(EXTENSIONS)})"

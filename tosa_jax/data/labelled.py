@@ -90,6 +90,6 @@ class LabelledImages(ExampleKind):
 
     def blank(self) -> Example:
         size = self.preprocess.image_size
-        assert size is not None, "`DataConfig.preprocess` always resizes"
+        assert isinstance(size, int), "`DataConfig.preprocess` always makes squares"
         image = np.zeros((size, size, self.preprocess.channels), np.uint8)
         return {"image": image, "label": np.int32(0)}

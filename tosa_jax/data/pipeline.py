@@ -4,8 +4,10 @@ Training data is a function of (seed, step) alone, whatever the number of thread
 processes: random draws are keyed by the index in the global, endless stream of examples.
 """
 
+import contextlib
 import dataclasses
 import functools
+import hashlib
 import io
 import re
 from typing import Any
@@ -17,12 +19,15 @@ from PIL import Image
 
 from tosa_jax.data import sources
 from tosa_jax.data.builders import open_builder
-from tosa_jax.data.decoding import BadImageError, pil_errors
+from tosa_jax.data.decoding import FORMATS, BadImageError, load, pil_errors
 from tosa_jax.data.examples import ExampleKind
 from tosa_jax.data.kinds import EXAMPLE_KINDS
 from tosa_jax.data.settings import DataConfig
 from tosa_jax.data.streams import BatchStream, read_ahead
 from tosa_jax.errors import ConfigError, DataError, nearest
+
+SAMPLES = 128
+"""Examples of a split that its fingerprint looks at."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +39,7 @@ class DatasetFacts:
     num_classes  0 for a set without classes.
     class_names  in the order of the labels.
     kind         `ExampleKind.name`: "classification" or "depth".
+    fingerprint  of what the two splits hold (`Dataset.fingerprint`), which takes a moment; "": not looked at.
     """
 
     num_train: int
@@ -41,19 +47,20 @@ class DatasetFacts:
     num_classes: int
     class_names: tuple[str, ...]
     kind: str
+    fingerprint: str = ""
 
 
 class Dataset:
     """A prepared data set, opened with the settings of a `DataConfig`. `open_dataset` makes one.
 
     config   the settings.
-    builder  TFDS's description of the prepared set.
+    builder  TFDS's description of the prepared set; by default that which the settings name.
     kind     what its examples are.
     """
 
-    def __init__(self, config: DataConfig) -> None:
+    def __init__(self, config: DataConfig, builder: tfds.core.DatasetBuilder | None = None) -> None:
         self.config = config
-        self.builder = open_builder(config.name, config.data_dir, config.source_dir)
+        self.builder = builder or open_builder(config.name, config.data_dir, config.source_dir)
         self._features: dict[str, Any] = dict(self.builder.info.features.items())  # pyright: ignore
         self.kind = self._kind()
 
@@ -71,6 +78,28 @@ class Dataset:
         self.split_kind(self.config.eval_split, train=False)
         names = self.kind.class_names(self._features)
         return DatasetFacts(num_train, num_eval, len(names), names, self.kind.name)
+
+    def fingerprint(self) -> str:
+        """Twelve hexadecimal digits that depend on the sizes of both splits and on `SAMPLES` examples of each.
+
+        The examples lie evenly over the split in the set's order, so that one image more or less moves most of them. Of
+        a larger split a single image that was exchanged may go unseen. Where the set lies and who prepared it does not
+        count; of PNG files the pixels do, because every version of zlib writes other bytes.
+
+        Raises DataError: an example cannot be read.
+        """
+        digest = hashlib.sha256()
+        images = [name for name, x in self._features.items() if isinstance(x, tfds.features.Image)]
+        for split in (self.config.train_split, self.config.eval_split):
+            records = sources.Records(self.builder, split, images)
+            count = len(records)
+            digest.update(f"{count},".encode())
+            for i in sorted({k * count // SAMPLES for k in range(SAMPLES)}):
+                record = records[i]
+                for name in ("image", "label", "depth"):
+                    if name in record:
+                        digest.update(_content(record[name]))
+        return digest.hexdigest()[:12]
 
     def num_examples(self, split: str, field: str = "split") -> int:
         """Number of examples of a TFDS split, slice or sum of them: "train", "train[:90%]+test".
@@ -105,8 +134,8 @@ class Dataset:
         images = {key for key, x in self._features.items() if isinstance(x, tfds.features.Image)}
         try:
             with pil_errors():
-                first = sources.undecoded(self.builder, split, images)[0]
-                width, height = Image.open(io.BytesIO(first["image"])).size
+                first = sources.Records(self.builder, split, images)[0]
+                width, height = Image.open(io.BytesIO(first["image"]), formats=FORMATS).size
         except BadImageError as error:
             raise DataError(
                 f"{self.builder.data_path}: the first image of {split} cannot be read: {error}"
@@ -156,11 +185,8 @@ class Dataset:
         if seed < 0 or start_step < 0:
             raise ConfigError(f"seed={seed} and start_step={start_step} must be 0 or more")
         source = self._source(config.train_split, "train_split", train=True)
-        # Explicit seeds: Grain's defaults depend on the position in the pipeline, so that another
-        # augmentation would change the order of the examples.
-        order_seed, draw_seed = np.random.SeedSequence(seed).generate_state(2).tolist()
         # repeat() before random_map(), so that the draws differ from epoch to epoch.
-        dataset = grain.MapDataset.source(source).shuffle(seed=order_seed).repeat(None)
+        dataset, draw_seed = _endless(source, seed)
         dataset = dataset.map(sources.Opened(source.kind))
         if config.repeats > 1:
             dataset = sources.Repeated(dataset, config.repeats, len(source))
@@ -172,6 +198,19 @@ class Dataset:
         dataset = dataset[start_step * local_size :]
         size = self.kind.example_bytes(config)
         return BatchStream(read_ahead(dataset, local_size, size, config), bad)
+
+    def batch_examples(self, *, batch_size: int, seed: int, step: int) -> list[str]:
+        """The examples of a global training batch, by index in the split and name, in the order of the batch.
+
+        A bad image that was skipped is named, not the one that took its place.
+        """
+        source = self._source(self.config.train_split, "train_split", train=True)
+        dataset, _ = _endless(source, seed)
+        if self.config.repeats > 1:
+            dataset = sources.Repeated(dataset, self.config.repeats, len(source))
+        places = range(step * batch_size, (step + 1) * batch_size)
+        records: Any = dataset  # pyright takes its elements for None
+        return [sources.called(records[i]) for i in places]
 
     def eval_batches(
         self,
@@ -233,6 +272,22 @@ def open_dataset(config: DataConfig) -> Dataset:
         its files is missing or broken.
     """
     return Dataset(config)
+
+
+def _endless(source: Any, seed: int) -> tuple[grain.MapDataset, int]:
+    """The endless stream of shuffled epochs of records, and the seed of the draws that follow."""
+    # Explicit seeds: Grain's defaults depend on the position in the pipeline, so that another
+    # augmentation would change the order of the examples.
+    order_seed, draw_seed = np.random.SeedSequence(seed).generate_state(2).tolist()
+    return grain.MapDataset.source(source).shuffle(seed=order_seed).repeat(None), draw_seed
+
+
+def _content(value: Any) -> bytes:
+    """What is hashed of a feature: the pixels of a PNG file, other bytes as they are, arrays and numbers."""
+    if isinstance(value, bytes) and value.startswith(b"\x89PNG"):
+        with contextlib.suppress(BadImageError):
+            return np.asarray(load(value)).tobytes()
+    return value if isinstance(value, bytes) else np.asarray(value).tobytes()
 
 
 def _local_size(batch_size: int, process_index: int, process_count: int) -> int:

@@ -1,6 +1,7 @@
 """`DataConfig`: which data set is read, and how its images become batches."""
 
 import dataclasses
+import os
 
 from tosa_jax.data.decoding import INTERPOLATIONS, RESIZES, Preprocess
 from tosa_jax.errors import ConfigError, nearest
@@ -11,7 +12,8 @@ class DataConfig:
     """Which data set is read, and how its images become batches. Wrong values raise ConfigError."""
 
     name: str  # of TFDS ("imagenet2012", "set/config") or this project, or any name for IDX files
-    data_dir: str = "~/tensorflow_datasets"  # where prepared sets are stored
+    # Where prepared sets are stored; by default where TFDS looks.
+    data_dir: str = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     source_dir: str = ""  # the raw files that this project prepares the set from
     train_split: str = "train"
     eval_split: str = "test"

@@ -5,10 +5,11 @@ bad images (`Following`, `TrainExample`), and the rows of one process (`ProcessR
 In a record or example whose image cannot be decoded, "image" is the BadImageError.
 """
 
+import contextlib
 import functools
 import logging
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from typing import Any
 
@@ -23,10 +24,45 @@ from tosa_jax.errors import DataError
 _log = logging.getLogger(__name__)
 
 
-def undecoded(builder: tfds.core.DatasetBuilder, split: str, encoded: Iterable[str]) -> Any:
-    """A TFDS split as a sequence of features by name. Those named in `encoded` stay the bytes of their files."""
-    open_split: Any = builder.as_data_source  # Any: pyright misreads TFDS's decorator
-    return open_split(split, decoders=dict.fromkeys(encoded, tfds.decode.SkipDecoding()))
+_AGAIN = "a file of the set is damaged or was changed: prepare it again with --overwrite"
+
+
+class Records:
+    """A TFDS split as a sequence of features by name. Those named in `encoded` stay the bytes of their files.
+
+    Raises DataError, also from an index: a file is missing or damaged, or holds other examples than are described.
+    """
+
+    def __init__(
+        self, builder: tfds.core.DatasetBuilder, split: str, encoded: Iterable[str]
+    ) -> None:
+        self._where = f"{builder.data_path}, split {split}"
+        open_split: Any = builder.as_data_source  # Any: pyright misreads TFDS's decorator
+        with self._damage("it"):
+            self._source = open_split(
+                split, decoders=dict.fromkeys(encoded, tfds.decode.SkipDecoding())
+            )
+            self._length = len(self._source)
+        if self._length != (told := builder.info.splits[split].num_examples):
+            raise DataError(f"{self._where}: {self._length} examples, not {told}; {_AGAIN}")
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Record:
+        with self._damage(f"example {index}"):
+            return self._source[index]
+
+    @contextlib.contextmanager
+    def _damage(self, what: str) -> Iterator[None]:
+        """Turns whatever TFDS and ArrayRecord raise for a damaged file into DataError."""
+        try:
+            yield
+        except DataError:
+            raise
+        except Exception as error:
+            why = f"{type(error).__name__}: {str(error)[:200]}"
+            raise DataError(f"{self._where}: {what} cannot be read ({why}); {_AGAIN}") from error
 
 
 class Encoded:
@@ -34,7 +70,7 @@ class Encoded:
 
     def __init__(self, builder: tfds.core.DatasetBuilder, split: str, kind: ExampleKind) -> None:
         self.kind, self.name = kind, f"{builder.data_path}, split {split}"
-        self._records = undecoded(builder, split, kind.encoded)
+        self._records = Records(builder, split, kind.encoded)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -97,7 +133,7 @@ class EvalExamples:
             return {**kind.evaluation_example(record), "mask": np.float32(1)}
         except BadImageError as error:
             raise DataError(
-                f"{self._source.name}: {_called(record)} cannot be decoded ({error}): evaluation "
+                f"{self._source.name}: {called(record)} cannot be decoded ({error}): evaluation "
                 "leaves nothing out; mend or remove it and prepare the set again"
             ) from None
 
@@ -207,7 +243,7 @@ class BadImages:
         if record["index"] in self._seen:
             return
         self._seen.add(record["index"])
-        what = f"{self._set_name}: {_called(record)} cannot be decoded ({error})"
+        what = f"{self._set_name}: {called(record)} cannot be decoded ({error})"
         count = f"{len(self._seen)} of {self._num_examples} images"
         if len(self._seen) > self._max_fraction * self._num_examples:
             raise DataError(
@@ -268,6 +304,7 @@ def _check_cached(record: Record) -> None:
         raise BadImageError(*record["image"].args)
 
 
-def _called(record: Record) -> str:
+def called(record: Record) -> str:
+    """An example by its index in the split and, if the set has one, its name."""
     name = f" ({record['name']})" if record["name"] else ""
     return f"image {record['index']}{name}"

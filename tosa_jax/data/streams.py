@@ -11,6 +11,8 @@ from absl import flags
 
 from tosa_jax.data.settings import DataConfig
 from tosa_jax.data.sources import BadImages
+from tosa_jax.data.workers import follow_parent
+from tosa_jax.errors import ProcessError
 
 # From this size of an example on, threads read single examples. Below it they read whole batches:
 # handing a small example from thread to thread costs as much as reading it.
@@ -35,7 +37,15 @@ class BatchStream(Iterator[dict[str, np.ndarray]]):
     def __next__(self) -> dict[str, np.ndarray]:
         if self._iterator is None:
             raise ValueError("this stream of batches is closed")
-        return next(self._iterator)
+        try:
+            return next(self._iterator)
+        except RuntimeError as error:
+            if "Worker process was terminated" not in str(error):  # Grain's words
+                raise
+            raise ProcessError(
+                "a worker process that reads data was killed, perhaps for its memory; start the same command again, "
+                "with fewer workers (--config.data.workers), fewer prefetch_mib, or without in_memory"
+            ) from error
 
     def close(self) -> None:
         """Ends the stream; a second call does nothing."""
@@ -68,7 +78,7 @@ def read_ahead(
             flags.FLAGS.mark_as_parsed()
         stream = batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
         options = grain.MultiprocessingOptions(workers, max(1, waiting // workers))
-        return iter(stream.mp_prefetch(options))
+        return iter(stream.mp_prefetch(options, follow_parent))
     if example_bytes < _LARGE_EXAMPLE_BYTES:
         return iter(batches.to_iter_dataset(_read_options(count, waiting)))
     waiting = min(config.prefetch_batches * local_size, max(1, affordable))

@@ -12,10 +12,12 @@ import platform
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import flax
 import jax
+
+from tosa_jax.errors import ConfigError
 
 if TYPE_CHECKING:
     # To type checkers, `jax.Device` is a variable and no class.
@@ -80,6 +82,19 @@ def peak_flops(devices: Sequence[Device]) -> float:
 def describe_device() -> str:
     """Number and kind of all devices, for example "8 x TPU v4"."""
     return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+
+
+def computes_in(dtype: Any, device: Device | None = None) -> bool:
+    """Whether a device, by default the first one, multiplies matrices of a type: a CPU has no float16."""
+    return str(dtype) != "float16" or (device or jax.devices()[0]).platform != "cpu"
+
+
+def check_dtype(field: str, dtype: Any, device: Device | None = None) -> None:
+    """Raises ConfigError, which names the field, if a device cannot compute in a type."""
+    if not computes_in(dtype, device):
+        raise ConfigError(
+            f"{field}='float16': a CPU does not multiply matrices of that type; set bfloat16 or float32"
+        )
 
 
 def versions() -> dict[str, str]:

@@ -3,16 +3,19 @@
 import contextlib
 import os
 import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 
-from tosa_jax.distributed.coordination import first_said
+from tosa_jax.distributed.coordination import are_several, end_all, first_said
+from tosa_jax.distributed.messages import say
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
-"""Signals that make a run save and stop: a scheduler's SIGTERM, and SIGINT (Ctrl-C)."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+"""Signals that make a run save and stop: a scheduler's SIGTERM, Ctrl-C, a terminal that is gone, Slurm's warning."""
 
 
 class Stopped(Exception):
@@ -41,33 +44,121 @@ class StopRequest:
         self._calls += 1  # counted over all stages: the service expects numbers that only grow
         if not multihost_utils.reached_preemption_sync_point(self._calls):
             return None
-        # The service receives SIGTERM, Python does not. A SIGINT in any process is the signal of all of them.
-        interrupt = first_said(str(self.signum) if self.signum == signal.SIGINT else "")
-        self.signum = int(interrupt or signal.SIGTERM)
+        # The service receives SIGTERM, Python does not. Any other signal in a process is the signal of all of them.
+        other = first_said(str(self.signum or ""))
+        self.signum = int(other or signal.SIGTERM)
         return self.signum
 
 
-@contextlib.contextmanager
-def catch_signals() -> Iterator[StopRequest]:
-    """In this context SIGTERM and SIGINT ask to stop after the current step. A second one ends the process as usual.
+_active: list[StopRequest] = []  # of `catch_signals`; a run has one
 
-    With several processes, JAX's preemption service handles SIGTERM from the time they joined, and tells the other
-    processes. Cloud TPU sends SIGTERM before maintenance.
+
+def stop_if_asked() -> None:
+    """Raises Stopped if a signal came, wherever all that was done so far is saved, or can be saved by who calls.
+
+    Of several processes none stops alone: there it does nothing, and `StopRequest.agreed` decides.
+    """
+    if _active and _active[-1].signum is not None and not are_several():
+        raise Stopped(_active[-1].signum)
+
+
+@contextlib.contextmanager
+def catch_signals(grace_seconds: float = 0.0) -> Iterator[StopRequest]:
+    """Where the first of `SIGNALS` asks to stop after the current step; a second one ends the process at once.
+
+    A process that has not left the context so many seconds after the first one is ended, with a line: input or a device
+    hangs, or a program takes long to compile. 0: never. What was saved before is whole in any case.
+
+    A signal that was ignored before, as SIGHUP under nohup, stays ignored. With several processes, JAX's preemption
+    service handles SIGTERM from the time they joined, and tells the other processes. Cloud TPU sends SIGTERM before
+    maintenance.
     """
     request = StopRequest()
-    previous = {}
+    late: list[threading.Timer] = []
 
     def handler(signum, frame):
+        if request.signum is not None:
+            _end(request.signum, f"{signal.Signals(signum).name} came again: ending at once")
         request.signum = signum
-        for number, old in previous.items():
-            signal.signal(number, old)
         if jax.distributed.is_initialized():
             os.kill(os.getpid(), signal.SIGTERM)
 
-    for number in SIGNALS[1:] if jax.distributed.is_initialized() else SIGNALS:
-        previous[number] = signal.signal(number, handler)
+    caught = SIGNALS[1:] if jax.distributed.is_initialized() else SIGNALS
+    caught = [n for n in caught if signal.getsignal(n) not in (signal.SIG_IGN, None)]
     try:
-        yield request
+        with _told_at_once(caught, lambda n: late.append(_end_later(grace_seconds, n))):
+            previous = {number: signal.signal(number, handler) for number in caught}
+            _active.append(request)
+            try:
+                yield request
+            finally:
+                _active.pop()
+                for number, old in previous.items():
+                    signal.signal(number, old)
+    finally:
+        for timer in late:
+            timer.cancel()
+
+
+@contextlib.contextmanager
+def signals_stop_at_once() -> Iterator[None]:
+    """In this context each of `SIGNALS` raises Stopped, as long as `catch_signals` does not take over.
+
+    For the time before and after training, when there is nothing to save. A signal that was ignored stays ignored. One
+    of several processes ends, and the others with it: they do not wait for one that left.
+    """
+
+    def handler(signum, frame):
+        if are_several():
+            _end(signum, "outside of training")
+        raise Stopped(signum)
+
+    caught = [n for n in SIGNALS if signal.getsignal(n) not in (signal.SIG_IGN, None)]
+    previous = {number: signal.signal(number, handler) for number in caught}
+    try:
+        yield
     finally:
         for number, old in previous.items():
             signal.signal(number, old)
+
+
+@contextlib.contextmanager
+def _told_at_once(signals: Collection[int], tell: Callable[[int], Any]) -> Iterator[None]:
+    """Calls `tell(signum)` in a thread at the first of these signals, even if Python's main thread is in a long call.
+
+    Python's own handlers run in the main thread, when it is back in Python.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def listen() -> None:
+        while numbers := os.read(reader, 64):
+            if found := [n for n in numbers if n in signals]:
+                tell(found[0])
+                return
+
+    thread = threading.Thread(target=listen, name="signals", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(writer)
+        thread.join()
+        os.close(reader)
+
+
+def _end_later(seconds: float, signum: int) -> threading.Timer:
+    why = f"the run did not come to a point where it can be saved in grace_seconds={seconds:g}"
+    timer = threading.Timer(seconds, _end, (signum, why))
+    timer.daemon = True
+    if seconds:
+        timer.start()
+    return timer
+
+
+def _end(signum: int, why: str) -> None:
+    """Ends this process without more ado."""
+    say(f"{Stopped(signum)}; {why}; start the same command again to go on from the last checkpoint")
+    os._exit(end_all(128 + signum, str(Stopped(signum))))

@@ -12,19 +12,25 @@ from typing import Any, TypedDict
 import jax
 from flax import nnx
 
-from tosa_jax.config import RunConfig, as_tuples, from_json
+from tosa_jax.config import InputConfig, RunConfig, as_tuples, build_section, from_json
 from tosa_jax.data import class_names as names_of
 from tosa_jax.data.decoding import Preprocess
+from tosa_jax.distributed.devices import computes_in
 from tosa_jax.errors import ConfigError, UserError, WeightsError, WorkdirError
 from tosa_jax.models.factory import abstract_model, build, structure
 from tosa_jax.models.method import MAIN, METHODS, is_fitted, method_of
 from tosa_jax.models.params import Params, get_params, set_params
+from tosa_jax.models.variants import variant_config
 from tosa_jax.models.vit import VisionTransformer
-from tosa_jax.models.vit_config import ViTConfig
-from tosa_jax.models.weights.load import pretrained_params, save_weights, selector_params
-from tosa_jax.models.weights.preprocessing import PREDICTOR, Preprocessing, preprocessing_of
+from tosa_jax.models.vit_config import STANDARD, ViTConfig
+from tosa_jax.models.weights import statements
+from tosa_jax.models.weights.architecture import network_of, num_classes_of
+from tosa_jax.models.weights.load import Weights, pretrained_params, save_weights, selector_params
+from tosa_jax.models.weights.preprocessing import Preprocessing, preprocessing_of, stated
 from tosa_jax.models.weights.readers import WeightFile, read_weights
-from tosa_jax.models.weights.run_checkpoints import has_checkpoint
+from tosa_jax.models.weights.run_checkpoints import FOLDER, has_checkpoint
+from tosa_jax.models.weights.statements import PREDICTOR
+from tosa_jax.paths import parse_json
 from tosa_jax.tasks import TASKS, model_config
 
 KeepRate = float | tuple[float, ...] | None
@@ -59,7 +65,7 @@ def from_workdir(workdir: Path, keep_rate: KeepRate, on_message: OnMessage) -> L
     Raises WorkdirError (not a work directory), WeightsError (no checkpoint yet), ConfigError (`keep_rate`).
     """
     run = read_run(workdir)
-    config = with_keep_rate(run.model, keep_rate)
+    config = on_this_device(with_keep_rate(run.model, keep_rate), on_message)
     if has_checkpoint(workdir):
         params = _load(config, workdir, None, on_message)
     elif run.init_from:
@@ -80,7 +86,7 @@ def from_workdir(workdir: Path, keep_rate: KeepRate, on_message: OnMessage) -> L
 
 def from_pretrained(
     name: str,
-    weights: str | Path,
+    weights: Weights,
     selectors: str | Path | None,
     keep_rate: KeepRate,
     class_names: Sequence[str] | None,
@@ -89,23 +95,95 @@ def from_pretrained(
     task: str = "classification",
     **fields: Any,
 ) -> LoadedModel:
-    """Loads released weights, with the preprocessing that they expect (`preprocessing_of`).
+    """Loads released weights into the variant of a name, with the preprocessing that they expect (`preprocessing_of`).
 
     The arguments are those of `Predictor.from_pretrained`.
 
     Raises ConfigError (unknown name or field), WeightsError (missing, damaged or other weights).
     """
+    variant_config(name)  # an unknown name is told before a file is read
+    file = read_weights(weights)
     if class_names is not None:
         fields["num_classes"] = len(class_names)
-    if selectors or keep_rate is not None:
-        fields = {"plan": METHODS[MAIN].plan} | fields
+    elif task == "classification":
+        fields = {"num_classes": num_classes_of(file)} | fields
+    return _from_file(file, name, selectors, keep_rate, class_names, on_message, task, fields)
+
+
+def load(
+    source: Weights,
+    name: str,
+    selectors: str | Path | None,
+    keep_rate: KeepRate,
+    class_names: Sequence[str] | None,
+    on_message: OnMessage,
+    *,
+    checkpoint_key: str | None = None,
+    prefix: str = "",
+    **fields: Any,
+) -> LoadedModel:
+    """Loads a network with all that its files state: configuration, classes, preprocessing.
+
+    The arguments are those of `inference.predictor.load`.
+
+    Raises ConfigError (unknown name or field), WeightsError (missing, damaged, or nothing states the network).
+    """
+    if isinstance(source, str | Path) and is_workdir(folder := Path(source).expanduser()):
+        return from_workdir(folder, keep_rate, on_message)
+    file = read_weights(source, checkpoint_key=checkpoint_key, prefix=prefix)
+    if PREDICTOR in file.metadata:
+        return _from_statement(file, keep_rate, on_message)
+    task, network = network_of(file, name, on_message)
+    task = fields.pop("task", task)
+    if class_names is not None:
+        fields["num_classes"] = len(class_names)
+    family = name or statements.architecture(file) or statements.family(file)
+    if not stated(file).keys() & {"mean", "crop_pct"}:
+        known = "how its family is" if family else "ImageNet's mean and DeiT's crop are"
+        on_message(f"{file.path}: nothing states how images are prepared; {known} a guess")
+    return _from_file(
+        file, "vit", selectors, keep_rate, class_names, on_message, task, network | fields, family
+    )
+
+
+def is_workdir(path: Path) -> bool:
+    """Whether a path is the work directory of a run."""
+    return path.is_dir() and (path / "config.json").exists() and (path / FOLDER).is_dir()
+
+
+def _from_file(
+    file: WeightFile,
+    name: str,
+    selectors: str | Path | None,
+    keep_rate: KeepRate,
+    class_names: Sequence[str] | None,
+    on_message: OnMessage,
+    task: str,
+    fields: dict[str, Any],
+    family: str = "",
+) -> LoadedModel:
+    """The network of a variant with `fields`, with a file's weights.
+
+    family  timm's name of the network, for the preprocessing that the file does not state; "": `name`.
+    """
+    wants_fewer = selectors or keep_rate is not None or fields.get("budget_gmacs")
+    if wants_fewer and set(fields.get("plan") or (STANDARD,)) == {STANDARD}:
+        fields = fields | {"plan": METHODS[MAIN].plan}
     config = with_keep_rate(model_config(task, name, **fields), keep_rate)
-    if not selectors and is_fitted(config.plan):
+    config = on_this_device(config, on_message)
+    if not selectors and is_fitted(config.plan) and not _has_selectors(file):
         on_message("no selectors were given: tokens are chosen by the map of the layer before")
-    file = read_weights(weights)
-    published = preprocessing_of(name, max(config.image_shape), file)
+    published = preprocessing_of(family or name, max(config.image_shape), file)
+    if class_names is None and (names := statements.class_names(file, config.num_classes)):
+        class_names = names_of.readable(names)
+    model = _model(config, _load(config, file, selectors, on_message))
+    if len(published.mean) == 3 and config.in_chans != 3:
+        on_message(f"{file.path}: of mean and std of RGB their mean is a guess for other channels")
+        averaged = {name: (sum(getattr(published, name)) / 3,) for name in ("mean", "std")}
+        published = published._replace(**averaged)
+    model.preprocessing = published
     return LoadedModel(
-        model=_model(config, _load(config, file, selectors, on_message)),
+        model=model,
         form=form_of(config, published),
         mean=published.mean,
         std=published.std,
@@ -115,21 +193,53 @@ def from_pretrained(
     )
 
 
+def _has_selectors(file: WeightFile) -> bool:
+    return any(name.startswith("kinds/") for name in file.arrays)
+
+
 def from_weights(path: str | Path, keep_rate: KeepRate, on_message: OnMessage) -> LoadedModel:
     """Loads a file of `save`. Raises WeightsError for any other file: it has no model configuration."""
     file = read_weights(path)
-    text = file.metadata.get(PREDICTOR)
-    if text is None:
+    if PREDICTOR not in file.metadata:
         raise WeightsError(
             f"{path} has no model configuration: name the variant too (--model=NAME, or "
-            "Predictor.from_pretrained)"
+            "Predictor.from_pretrained), or use tosa_jax.load, which reads what lies beside it"
         )
-    said = as_tuples(json.loads(text))
-    task = said.pop("task", "classification")  # older files have no task: they are all classifiers
-    options = TASKS[task].options(**said.pop("options", {}))
-    config = with_keep_rate(TASKS[task].model_class.config_class(**said.pop("model")), keep_rate)
-    params, form = _load(config, file, None, on_message), Preprocess(**said.pop("form"))
-    return LoadedModel(model=_model(config, params), form=form, options=options, task=task, **said)
+    return _from_statement(file, keep_rate, on_message)
+
+
+def _from_statement(file: WeightFile, keep_rate: KeepRate, on_message: OnMessage) -> LoadedModel:
+    try:
+        said = _described(file.metadata[PREDICTOR])
+    except (ValueError, TypeError, KeyError, AttributeError, ConfigError) as error:
+        raise WeightsError(
+            f"{file.path} describes no model that this version knows ({type(error).__name__}: {error})"
+        ) from error
+    config = on_this_device(with_keep_rate(said.pop("config"), keep_rate), on_message)
+    params = _load(config, file, None, on_message)
+    return LoadedModel(model=_model(config, params), **said)
+
+
+def _described(text: str) -> dict[str, Any]:
+    """What the text of `save` says of a model: its `config`, and the other fields of `LoadedModel`, checked."""
+    said = as_tuples(parse_json(text))
+    task = said.get("task", "classification")  # older files have none: they are all classifiers
+    config = TASKS[task].model_class.config_class(**said["model"])
+    inputs = build_section(InputConfig, "inputs", {name: said[name] for name in ("mean", "std")})
+    names = said["class_names"]
+    if names is not None and not (
+        len(names) == config.num_classes and all(isinstance(x, str) for x in names)
+    ):
+        raise ValueError("its class names are not those of its classes")
+    return {
+        "config": config,
+        "form": Preprocess(**said["form"]),
+        "mean": inputs.mean,
+        "std": inputs.std,
+        "options": build_section(TASKS[task].options, "options", said.get("options", {})),
+        "task": task,
+        "class_names": names,
+    }
 
 
 def save(network: LoadedModel, path: str | Path) -> None:
@@ -140,22 +250,16 @@ def save(network: LoadedModel, path: str | Path) -> None:
 
 
 def form_of(config: ViTConfig, published: Preprocessing) -> Preprocess:
-    """How images become a model's arrays: the short side is resized, then the centre is cropped.
+    """How images become a model's arrays: they are resized and cropped as `published` says.
 
-    A model that accepts images of any size gets them in their own. Raises ConfigError if the model takes images of one
-    size that is not square.
+    A model that accepts images of any size gets them in their own.
     """
     if config.resizes:
         return Preprocess(image_size=None, channels=config.in_chans)
-    size = config.image_size
-    if not isinstance(size, int):
-        raise ConfigError(
-            f"image_size={size} is not square: give `form`, which makes such arrays of images"
-        )
     return Preprocess(
-        image_size=size,
+        image_size=config.image_size,
         channels=config.in_chans,
-        resize="crop",
+        resize=published.resize,
         crop_pct=published.crop_pct,
         interpolation=published.interpolation,
     )
@@ -172,6 +276,14 @@ def with_keep_rate(config: ViTConfig, keep_rate: KeepRate) -> ViTConfig:
     return dataclasses.replace(config, keep_rate=keep_rate)
 
 
+def on_this_device(config: ViTConfig, on_message: OnMessage) -> ViTConfig:
+    """The configuration, which computes in float32 where the device cannot compute in its type; a message says so."""
+    if computes_in(config.dtype):
+        return config
+    on_message(f"this device does not compute in {config.dtype}: float32 is taken")
+    return dataclasses.replace(config, dtype="float32")
+
+
 def read_run(workdir: Path) -> RunConfig:
     """The configuration of the run in a work directory. Raises WorkdirError if it cannot be read."""
     path = workdir / "config.json"
@@ -180,25 +292,36 @@ def read_run(workdir: Path) -> RunConfig:
             f"{workdir} is not the work directory of a run (it has no config.json); python -m tosa_jax.main makes one"
         )
     try:
-        return from_json(json.loads(path.read_text(encoding="utf-8")))
+        return from_json(parse_json(path.read_text(encoding="utf-8")))
     except (ValueError, OSError, UserError) as error:
         raise WorkdirError(f"{path} cannot be read ({error})") from error
 
 
 def _load(
     config: ViTConfig,
-    weights: str | Path | WeightFile,
+    weights: Weights,
     selectors: str | Path | None,
     on_message: OnMessage,
 ) -> Params:
-    """Parameters from files; those that no file has are initialised at random, as for training."""
+    """Parameters from files; selectors that no file has choose by the map of the layer before.
+
+    Raises WeightsError where any other part is in no file: training may start with a random head, prediction may not.
+    """
     abstract = abstract_model(config)
-    params = pretrained_params(abstract, weights, on_message=on_message)
+    said: list[str] = []
+    params = pretrained_params(abstract, weights, on_message=said.append)
     if selectors:
         params |= selector_params(abstract, selectors)
-    if get_params(abstract).keys() - params.keys():
-        return get_params(build(config, rngs=nnx.Rngs(0))) | params
-    return params
+    missing = get_params(abstract).keys() - params.keys()
+    if random := {name.split("/")[0] for name in missing if not name.startswith("kinds/")}:
+        why = next((line for line in said if "untrained" in line), said[-1] if said else "")
+        raise WeightsError(
+            f"{' and '.join(sorted(random))} would be random, so that no prediction means anything: {why}. Give the "
+            "weights' own number of classes (num_classes, --classes), or num_classes=0 for features"
+        )
+    for line in said:
+        on_message(line)
+    return get_params(build(config, rngs=nnx.Rngs(0))) | params if missing else params
 
 
 def _model(config: ViTConfig, params: Params) -> VisionTransformer:

@@ -1,7 +1,9 @@
 """`Predictor`: a model with its preprocessing, for any number of images."""
 
 import functools
+import os
 import threading
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,19 +14,24 @@ from PIL import Image
 
 from tosa_jax.data.class_names import default_names
 from tosa_jax.data.decoding import Preprocess
+from tosa_jax.distributed.devices import check_dtype
 from tosa_jax.distributed.memory import check_fits
+from tosa_jax.errors import NonFiniteOutputError
 from tosa_jax.inference import loading
 from tosa_jax.inference.loading import KeepRate, OnMessage
+from tosa_jax.inference.pictures import Picture, open_picture
 from tosa_jax.models.factory import with_image_size
 from tosa_jax.models.params import Params, set_params, split
 from tosa_jax.models.vit import VisionTransformer
-from tosa_jax.models.vit_config import ViTConfig, check
-from tosa_jax.models.weights.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from tosa_jax.models.vit_config import ViTConfig, check, plain_value
+from tosa_jax.models.weights.load import Weights
+from tosa_jax.models.weights.preprocessing import Preprocessing
 from tosa_jax.tasks import TASKS
 from tosa_jax.tasks.predictions import Guess, Prediction
 
-Picture = str | Path | bytes | np.ndarray | Image.Image
-"""An image: a path, encoded bytes, a uint8 array [height, width, 1 or 3], or a PIL image."""
+KEPT_PROGRAMS = 8
+"""Compiled programs that a predictor of images of any size keeps, one for each batch size and image size (about 12 MB
+each). The one that was not used for longest is let go."""
 
 
 class Predictor:
@@ -45,8 +52,10 @@ class Predictor:
 
     Args:
         model: its parameters must be on one device, where they stay.
-        form: how images become arrays; None: as in DeiT's evaluation, or unchanged if the model accepts any size.
-        mean, std: of each channel's pixels in [0, 1], as in training.
+        form: how images become arrays; None: as `model.preprocessing` says, else as in DeiT's evaluation, or unchanged
+            if the model accepts any size.
+        mean, std: of each channel's pixels in [0, 1], as in training: a number, or one a channel; None: as
+            `model.preprocessing` says, else ImageNet's.
         options: the task's options, for example `DepthOptions`; None: their defaults.
         task: a key of `TASKS`; None: the one that such models are for.
         class_names: one a class; None: ImageNet's for 1000 classes, else numbers.
@@ -60,27 +69,29 @@ class Predictor:
         model: VisionTransformer,
         *,
         form: Preprocess | None = None,
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
+        mean: float | Sequence[float] | None = None,
+        std: float | Sequence[float] | None = None,
         options: Any = None,
         task: str | None = None,
         class_names: Sequence[str] | None = None,
         batch_sizes: Sequence[int] = (1, 8, 64),
     ) -> None:
         config = model.config
-        check(
-            len(batch_sizes) > 0 and min(batch_sizes) >= 1,
-            f"batch_sizes={tuple(batch_sizes)} must be numbers of at least 1",
-        )
+        batch_sizes = _batch_sizes(batch_sizes)
+        check_dtype("dtype", config.dtype)
         num_classes = 0 if "num_classes" in config.unused else config.num_classes
         names = tuple(default_names(num_classes) if class_names is None else class_names)
         check(
             len(names) == num_classes,
             f"{len(names)} class names, but the model has {num_classes} classes",
         )
-        mean, std = (_a_channel(values, config.in_chans) for values in (mean, std))
+        known = model.preprocessing or Preprocessing()
+        mean, std = (
+            _a_channel(name, getattr(known, name) if given is None else given, config.in_chans)
+            for name, given in (("mean", mean), ("std", std))
+        )
         self.config: ViTConfig = config
-        self.form = form or loading.form_of(config, Preprocessing())
+        self.form = form or loading.form_of(config, known)
         self.class_names = names
         sizes = {1, *batch_sizes} if config.resizes else set(batch_sizes)
         self.batch_sizes: tuple[int, ...] = tuple(sorted(sizes))
@@ -89,8 +100,23 @@ class Predictor:
         self.options = found.options() if options is None else options
         self.task: Any = found.of_model(config, self.options, mean=mean, std=std)
         self._graphdef, self._params = split(model)
-        self._programs: dict[tuple[int, int, int], jax.stages.Compiled] = {}
+        self._programs: OrderedDict[tuple[int, int, int], jax.stages.Compiled] = OrderedDict()
         self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but compiled programs, which belong to a process; parameters as NumPy arrays."""
+        params = {name: np.asarray(x) for name, x in self._params.items()}
+        return {**vars(self), "_params": params, "_programs": OrderedDict(), "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._params = jax.device_put(state["_params"])
+        self._lock = threading.Lock()
+
+    @property
+    def model(self) -> VisionTransformer:
+        """The model, with the parameters that the predictor runs."""
+        return set_params(self._graphdef, self._params)
 
     @classmethod
     def from_workdir(
@@ -117,7 +143,7 @@ class Predictor:
     def from_pretrained(
         cls,
         name: str,
-        weights: str | Path,
+        weights: Weights,
         *,
         selectors: str | Path | None = None,
         keep_rate: KeepRate = None,
@@ -133,7 +159,8 @@ class Predictor:
         name         the variant, by timm's name.
         weights      a file that `load_pretrained` reads.
         selectors    a file of `save_selectors`; None: tokens are selected by the attention map of the layer before.
-        class_names  one a class; sets `num_classes`.
+        class_names  one a class; sets `num_classes`. None: as the file states them. Without `num_classes` in `fields`
+                     the model has the classes of the file's head, or none.
         fields       fields of the model's configuration, `task` (for example "depth"), and arguments of `Predictor`.
 
         Raises ConfigError (unknown name or field), WeightsError (missing, damaged or other weights).
@@ -161,7 +188,7 @@ class Predictor:
         """Writes the model, its preprocessing and class names to one `.safetensors` file, for `from_weights`."""
         loading.save(
             loading.LoadedModel(
-                model=set_params(self._graphdef, self._params),
+                model=self.model,
                 form=self.form,
                 mean=self.task.mean,
                 std=self.task.std,
@@ -173,17 +200,19 @@ class Predictor:
         )
 
     def prepare(self, image: Picture) -> np.ndarray:
-        """Makes an input array of an image: uint8 [s, s, c], or [height, width, c] at its own size for a depth model.
+        """Makes an input array of a `Picture`: uint8 [s, s, c]; for a depth model [height, width, c] at its own size.
 
-        Raises BadImageError (a ValueError) if it is no image or incomplete, OSError if the file cannot be read.
+        Raises BadImageError (a ValueError) if it is no image or incomplete, OSError if the file cannot be read,
+        ConfigError if the model takes neither grey nor RGB images.
         """
-        if isinstance(image, str | Path):
-            image = Path(image).expanduser().read_bytes()
-        if isinstance(image, bytes):
-            return self.form.decode(image)
-        if isinstance(image, np.ndarray):
-            image = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
-        return self.form.fit(image.convert("L" if self.form.channels == 1 else "RGB"))
+        channels = self.form.channels
+        check(
+            channels in (1, 3),
+            f"images are grey or RGB, but the model takes {channels} channels: call the predictor with arrays, uint8 "
+            f"[b, height, width, {channels}]",
+        )
+        opened = open_picture(image, channels=channels, exif_rotate=self.form.exif_rotate)
+        return self.form.fit(opened)
 
     def __call__(self, images: np.ndarray) -> Prediction:
         """Runs the model on images, uint8 [b, height, width, c] as from `prepare`; b may be 0.
@@ -220,9 +249,12 @@ class Predictor:
     def top(self, prediction: Prediction, k: int = 5) -> list[list[Guess]]:
         """The `k` classes of highest probability for each image, highest first; fewer if the model has fewer.
 
-        Raises ConfigError if the model is not a classifier, or has no head.
+        Raises ConfigError if the model is not a classifier, or has no head, NonFiniteOutputError if it gives NaN.
         """
         self._check_classes()
+        k = plain_value("k", k, int)
+        check(k >= 1, f"k={k} must be at least 1")
+        check_finite(prediction)
         rows = []
         for row in prediction.probabilities:
             best = np.argsort(-row, kind="stable")[:k]
@@ -232,7 +264,8 @@ class Predictor:
     def classify(self, images: Iterable[Picture], k: int = 5) -> list[list[Guess]]:
         """The `k` classes of highest probability for each image: `prepare`, a call and `top`, with their errors."""
         self._check_classes()
-        return self.top(self(np.stack([self.prepare(image) for image in images])), k)
+        arrays = [self.prepare(image) for image in _several(images)]
+        return self.top(self(np.stack(arrays)), k) if arrays else []
 
     def depth(self, images: Iterable[Picture]) -> list[np.ndarray]:
         """The depth of each image at its own size, float32 [height, width] as `Output.depth`: `prepare` and `each`.
@@ -240,7 +273,9 @@ class Predictor:
         Raises ConfigError if the model does not predict depth, and the errors of `prepare` and of a call.
         """
         self._check_task("depth", "depth", "classify")
-        predictions = self.each([self.prepare(image) for image in images])
+        predictions = self.each([self.prepare(image) for image in _several(images)])
+        for out in predictions:
+            check_finite(out)
         return [out.depth[0] for out in predictions if out.depth is not None]
 
     @functools.cached_property
@@ -266,16 +301,22 @@ class Predictor:
         size = image_size or self.config.image_shape
         with self._lock:
             if (batch_size, *size) not in self._programs:
-                images = self._abstract_images(batch_size, size)
-                program = jax.jit(self._run).lower(self._params, images).compile()
-                check_fits(
-                    program,
-                    f"a batch of {batch_size} images of {size[0]}x{size[1]} pixels",
-                    "take a smaller --batch_size (batch_sizes)"
-                    + (", or smaller images" if self.config.resizes else ""),
-                )
-                self._programs[batch_size, *size] = program
+                self._programs[batch_size, *size] = self._compile(batch_size, size)
+                while self.config.resizes and len(self._programs) > KEPT_PROGRAMS:
+                    self._programs.popitem(last=False)
+            self._programs.move_to_end((batch_size, *size))
             return self._programs[batch_size, *size]
+
+    def _compile(self, batch_size: int, size: tuple[int, int]) -> jax.stages.Compiled:
+        images = self._abstract_images(batch_size, size)
+        program = jax.jit(self._run).lower(self._params, images).compile()
+        check_fits(
+            program,
+            f"a batch of {batch_size} images of {size[0]}x{size[1]} pixels",
+            "take a smaller --batch_size (batch_sizes)"
+            + (", or smaller images" if self.config.resizes else ""),
+        )
+        return program
 
     def _abstract_images(self, batch_size: int, size: tuple[int, int]) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((batch_size, *size, self.config.in_chans), np.uint8)
@@ -300,9 +341,14 @@ class Predictor:
 
     def _check_classes(self) -> None:
         self._check_task("classification", "classes", "depth")
+        features = "out = predictor(images); out.features, with images from Predictor.prepare"
+        check(
+            not self.config.projection,
+            f"this model embeds images and has no classes: use {features}",
+        )
         check(
             self.config.num_classes > 0,
-            "this model has no classes (num_classes=0): call the Predictor for the features of its images",
+            f"this model has no classes (num_classes=0): use {features}",
         )
 
     def _check_task(self, task: str, what: str, instead: str) -> None:
@@ -312,18 +358,88 @@ class Predictor:
         )
 
 
+def load(
+    source: Weights,
+    *,
+    keep_rate: KeepRate = None,
+    name: str = "",
+    selectors: str | Path | None = None,
+    class_names: Sequence[str] | None = None,
+    checkpoint_key: str | None = None,
+    prefix: str = "",
+    on_message: OnMessage = print,
+    **fields: Any,
+) -> Predictor:
+    """A network with all that its files state: what it is, its classes, how images are prepared.
+
+    Read are the config.json and preprocessor_config.json of transformers, timm's config.json, the header of this
+    project's files and the config.json of a work directory. What nothing states is a guess, which is said.
+
+    source       a folder, a file or a work directory, `hf:owner/name`, or arrays by name: what `load_pretrained` reads.
+    keep_rate    share in (0, 1] of the patches that selective layers process: one, or one a selection. None, without
+                 `budget_gmacs` and `selectors`: the network as it is stated, which is dense for released weights.
+    name         timm's name, for weights that state no network.
+    selectors    a file of `save_selectors`.
+    class_names  one a class; None: as stated.
+    checkpoint_key, prefix   which weights of the file, as in `load_pretrained`.
+    on_message   receives one line for each part that was changed, left out or guessed.
+    fields       fields of the configuration that differ from what is stated, such as `image_size`, `budget_gmacs`,
+                 `num_classes=0` or `task`, and arguments of `Predictor`.
+
+    Raises ConfigError (unknown name or field), WeightsError (missing or damaged, nothing states the network, or a part
+    of it would be random), WorkdirError.
+    """
+    own = {"form", "mean", "std", "options", "batch_sizes"} & fields.keys()
+    options = {option: fields.pop(option) for option in own}
+    found = loading.load(
+        source, name, selectors, keep_rate, class_names, on_message,
+        checkpoint_key=checkpoint_key, prefix=prefix, **fields,
+    )  # fmt: skip
+    return Predictor(**{**found, **options})
+
+
 def _rows(prediction: Prediction, rows: slice) -> Prediction:
     return jax.tree.map(lambda x: x[rows], prediction)
 
 
-def _a_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
-    """One value a channel; a single value is repeated."""
-    values = tuple(values) * (channels if len(values) == 1 else 1)
+def _several(images: Any) -> Any:
+    """The images; a single one, which can be iterated over too, is refused."""
+    single = isinstance(images, str | bytes | os.PathLike | Image.Image) or hasattr(images, "read")
+    check(not single, "images must be a list of images: for a single one write [image]")
+    return images
+
+
+def check_finite(prediction: Prediction) -> None:
+    """Raises NonFiniteOutputError for predictions that are NaN or infinite."""
+    for name, x in prediction.predictions.items():
+        if not np.isfinite(x).all():
+            raise NonFiniteOutputError(
+                f"the model gives {name} that are not finite: its weights are damaged, or too large for its dtype"
+            )
+
+
+def _batch_sizes(sizes: Any) -> tuple[int, ...]:
+    """Checked batch sizes. Raises ConfigError for none, or one below 1."""
+    try:
+        found = tuple(plain_value("batch_sizes", size, int) for size in sizes)
+    except TypeError:
+        found = ()
     check(
-        len(values) == channels,
-        f"mean and std {values} are not one value for each of {channels} channels",
+        len(found) > 0 and min(found) >= 1, f"batch_sizes={sizes!r} must be numbers of at least 1"
     )
-    return values
+    return found
+
+
+def _a_channel(name: str, values: Any, channels: int) -> tuple[float, ...]:
+    """One value a channel; a single value is repeated."""
+    given = tuple(values) if np.ndim(values) else (values,)
+    found = tuple(plain_value(name, value, float) for value in given)
+    found *= channels if len(found) == 1 else 1
+    check(
+        len(found) == channels,
+        f"{name}={found} is not one value for each of {channels} channels: pass {name} with as many",
+    )
+    return found
 
 
 def split_batch(count: int, sizes: Sequence[int]) -> list[int]:

@@ -47,6 +47,7 @@ def run_layers(
     train: bool,
     gather_params: GatherParams | None = None,
     read: int | None = None,
+    after: Sequence[int] = (),
 ) -> TokenState:
     """Runs each layer in turn.
 
@@ -56,12 +57,14 @@ def run_layers(
     train          turns drop path on.
     gather_params  gets the parameters of a layer when that layer runs, so that only one layer at a time is whole.
     read           how many of the first tokens are read after the last layer; the others need not be there. None: all.
+    after          layers whose tokens are kept as if the head read them.
     """
     rates = drop_path_rates(config)
     drops = [train and rate > 0 for rate in rates]
     return _run_stretch(
         config, blocks, kinds, state, first=0, rates=rates, drops=drops, train=train, key=key,
         gather_params=gather_params, wrap=lambda layer: _remat(config, layer, gather_params), read=read,
+        kept=(*config.intermediate_layers, *after),
     )  # fmt: skip
 
 
@@ -120,6 +123,7 @@ def _run_stretch(
     gather_params: GatherParams | None = None,
     wrap: Callable[[Callable], Callable] = lambda layer: layer,
     read: int | None = None,
+    kept: Sequence[int] = (),
 ) -> TokenState:
     """Runs neighbouring layers in turn, and tells each one what the next one needs of its attention.
 
@@ -129,6 +133,7 @@ def _run_stretch(
     gather_params  as in `run_layers`.
     wrap           turns a layer, `(state, key) -> state`, into the function that is called.
     read           as in `run_layers`, after the last of these layers.
+    kept           layers whose tokens go to `intermediate`; none where `first` is traced.
     """
     for i, (kind, block) in enumerate(zip(kinds, blocks, strict=True)):
         after = kinds[i + 1].needs() if i + 1 < len(kinds) else None
@@ -144,7 +149,7 @@ def _run_stretch(
             return kind.apply(block, state, context)
 
         state = wrap(layer)(state, layer_key)
-        if first + i in config.intermediate_layers:  # of scanned layers none is
+        if kept and first + i in kept:
             grid = kind.restore(state).tokens
             state = state._replace(intermediate=state.intermediate | {first + i: grid})
     return state

@@ -53,22 +53,22 @@ def structure(config: ViTConfig) -> Structure:
     return Structure(*split(abstract_model(config)))
 
 
-def with_image_size(model: VisionTransformer, size: tuple[int, int]) -> VisionTransformer:
-    """The same network made for images of (height, width) pixels.
+def with_image_size(model: VisionTransformer, size: int | tuple[int, int]) -> VisionTransformer:
+    """The same network made for images of another size in pixels: the side of a square, or (height, width).
 
     Positions are resampled, and `keep_rate` is the share of the patches that such images have; called directly on
-    images of another size, a network selects as many tokens as of images of its own.
+    images of another size, a depth network selects as many tokens as of images of its own.
 
-    Raises ConfigError: the network takes no other size, or its plan is not possible there.
+    Raises ConfigError: the patch does not divide the size, or the plan is not possible there.
     """
-    if size == model.config.image_shape:
-        return model
-    positions = model.positions(size)
     config = dataclasses.replace(model.config, image_size=size)
+    if config.image_shape == model.config.image_shape:
+        return model
+    positions = model.positions(config.image_shape)
     graphdef, _ = split(nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0))))
     moved = {} if positions is None else {"pos_embed": positions}
     resized = set_params(graphdef, get_params(model) | moved)
-    resized.gather_params = model.gather_params
+    resized.gather_params, resized.preprocessing = model.gather_params, model.preprocessing
     return resized
 
 

@@ -123,4 +123,9 @@ def update_ema(ema: Params, params: Params, decay: float | jax.Array) -> Params:
 
 def global_norm(tree: Any) -> jax.Array:
     """Euclidean norm of all leaves together, in float32."""
-    return optax.tree.norm(jax.tree.map(lambda x: x.astype(jnp.float32), tree))
+    return jnp.sqrt(sum(square_sum(x) for x in jax.tree.leaves(tree)))
+
+
+def square_sum(x: jax.Array) -> jax.Array:
+    """Sum of the squares of an array, in float32."""
+    return jnp.sum(jnp.square(x.astype(jnp.float32)))

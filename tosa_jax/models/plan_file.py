@@ -12,7 +12,7 @@ from typing import Any
 from tosa_jax.errors import ConfigError
 from tosa_jax.models.options import OPTIONS
 from tosa_jax.models.vit_config import ViTConfig
-from tosa_jax.paths import write_atomically
+from tosa_jax.paths import parse_json, write_atomically
 
 SUFFIX = ".json"
 """How the name of a plan file ends; the name of a layer kind never does."""
@@ -37,7 +37,7 @@ def read_plan(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path).expanduser()
     try:
-        said = json.loads(path.read_text())
+        said = parse_json(path.read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(f"plan={str(path)!r} cannot be read: {error}") from error
     known = {*_OWN, *OPTIONS}

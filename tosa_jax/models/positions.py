@@ -59,18 +59,24 @@ def resample_matrix(old: int, new: int, how: str) -> Float[np.ndarray, "new old"
 
 
 def resample_positions(
-    positions: Float[np.ndarray, "1 old d"], grid: tuple[int, int], how: str
+    positions: Float[np.ndarray, "1 old d"],
+    grid: tuple[int, int],
+    how: str,
+    old_grid: tuple[int, int] | None = None,
 ) -> Float[np.ndarray, "1 new d"]:
-    """Positions of a square grid -> those of `grid` (rows, columns), float32; `how` is one of `RESAMPLINGS`.
+    """Positions of a grid -> those of `grid` (rows, columns), float32; `how` is one of `RESAMPLINGS`.
 
-    A grid of the same size goes through untouched, as in timm, transformers and DINOv2. Raises ValueError: no square.
+    old_grid  rows and columns of `positions`; None: a square.
+
+    An equal grid goes through untouched, as in timm, transformers and DINOv2. Raises ValueError: no such grid.
     """
     side = math.isqrt(positions.shape[1])
-    if side * side != positions.shape[1]:
-        raise ValueError(f"{positions.shape[1]} positions are no square grid")
-    if grid == (side, side):
+    old = old_grid or (side, side)
+    if math.prod(old) != positions.shape[1]:
+        raise ValueError(f"{positions.shape[1]} positions are no grid of {old[0]}x{old[1]}")
+    if grid == old:
         return positions
-    square = np.asarray(positions, np.float64).reshape(side, side, -1)
-    rows, columns = (resample_matrix(side, new, how) for new in grid)
+    square = np.asarray(positions, np.float64).reshape(*old, -1)
+    rows, columns = (resample_matrix(*sides, how) for sides in zip(old, grid, strict=True))
     moved = np.einsum("ij,kl,jld->ikd", rows, columns, square, optimize=True)
     return moved.reshape(1, grid[0] * grid[1], -1).astype(np.float32)

@@ -1,11 +1,12 @@
 """The released networks by timm's names and the hub's, and what each differs in from the defaults of `ViTConfig`."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from tosa_jax.models.method import plan_named
 from tosa_jax.models.plan_file import SUFFIX, read_plan
-from tosa_jax.models.vit_config import ViTConfig, check_choice
+from tosa_jax.models.vit_config import ViTConfig, check, check_choice, plain_value
 
 
 def _vit(size: str, patch: int = 16, image: int = 224, **fields) -> dict[str, Any]:
@@ -32,7 +33,7 @@ def _dinov2(size: str, registers: int = 0) -> dict[str, Any]:
 def _clip(size: str, patch: int, image: int = 224, **fields) -> dict[str, Any]:
     widths = {"base": 512, "large": 768, "huge": 1024}  # of the space that images and texts share
     form = {"pre_norm": True, "patch_bias": False, "norm_eps": 1e-5}
-    return _vit(size, patch, image, num_classes=widths[size], **form, **fields)
+    return _vit(size, patch, image, num_classes=widths[size], projection=True, **form, **fields)
 
 
 def _siglip(size: str, patch: int, image: int) -> dict[str, Any]:
@@ -160,6 +161,36 @@ HUB_NAMES: Mapping[str, str] = {
 """The name of a repository on Hugging Face's hub -> timm's name of the network that it holds."""
 
 
+# timm's default weights of each network: the part of the repository's name after the dot (timm 1.0.28).
+_TAGS = [
+    (r"deit3?_", "fb_in1k"),
+    (r"vit_base_patch16_224$", "augreg2_in21k_ft_in1k"),
+    (r"vit_(tiny|small|large)_patch16_224$", "augreg_in21k_ft_in1k"),
+    (r"vit_.*dinov2", "lvd142m"),
+    (
+        r"vit_.*clip_quickgelu",
+        "openai",
+    ),  # OpenAI's own, of which these names are; timm has others first for some
+    (r"vit_.*clip", "laion2b_ft_in12k_in1k"),
+    (r"vit_.*siglip", "v2_webli"),
+    (r"vit_.*dinov3", "lvd1689m"),
+]
+
+
+def hub_repository(name: str) -> str:
+    """The repository on the hub, "owner/name", with the weights that timm loads for a name, with or without its tag.
+
+    A key of `HUB_NAMES` is a repository itself. Raises ConfigError for an unknown name.
+    """
+    if name in HUB_NAMES:
+        return name
+    variant, _, tag = name.partition(".")
+    check_choice("model name", variant, VARIANTS)
+    tag = tag or next((tag for pattern, tag in _TAGS if re.match(pattern, variant)), "")
+    check(bool(tag), f"no weights belong to the name {name!r}: pass pretrained=FILE")
+    return f"timm/{variant.replace('_quickgelu', '')}.{tag}"
+
+
 def variant_config(
     name: str, config_class: type[ViTConfig] = ViTConfig, **fields: Any
 ) -> ViTConfig:
@@ -167,15 +198,22 @@ def variant_config(
 
     A `plan` may also be the name of a layer kind, which then takes every second layer, or all where it needs no other;
     or the path of a plan file (`models/plan_file.py`), whose keep rates and options then come before those in `fields`.
+    With another `num_classes` than its own a CLIP is a classifier: its head is no `projection`.
+    A tag of timm's ("deit_small_patch16_224.fb_in1k") names weights and changes nothing here.
     Raises ConfigError, naming what is known, for an unknown name or field, and as `read_plan`.
     """
     name = HUB_NAMES.get(name, name)
+    name = name.partition(".")[0] if name.partition(".")[0] in VARIANTS else name
     check_choice("model name", name, VARIANTS)
     merged: dict[str, Any] = {**VARIANTS[name], **fields}
+    if merged.get("projection") and merged["num_classes"] != VARIANTS[name].get("num_classes"):
+        merged["projection"] = fields.get("projection", False) and name == "vit"
     plan = merged.get("plan") or ()
     if isinstance(plan, str) and plan.endswith(SUFFIX):
         merged |= read_plan(plan)
-    else:
-        named = isinstance(plan, str)
-        merged["plan"] = plan_named(plan, merged.get("depth", ViTConfig.depth)) if named else plan
+        return config_class(**merged)
+    if isinstance(plan, str):
+        depth = plain_value("depth", merged.get("depth", ViTConfig.depth), int)
+        plan = plan_named(plan, depth)
+    merged["plan"] = plan
     return config_class(**merged)

@@ -1,5 +1,7 @@
 """The vision transformer: patches in, a plan of layer kinds, logits out."""
 
+import math
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -18,9 +20,20 @@ from tosa_jax.models.layers import (
 )
 from tosa_jax.models.method import check_key, layer_kinds
 from tosa_jax.models.plan import layer_specs
+from tosa_jax.models.positions import resample_matrix
 from tosa_jax.models.token_state import TokenState
-from tosa_jax.models.vit_config import ViTConfig
-from tosa_jax.ops.array_types import Images, Indices, PerExample, Scores, Tokens
+from tosa_jax.models.vit_config import STANDARD, ViTConfig
+from tosa_jax.ops.array_types import (
+    AttnMap,
+    Images,
+    Indices,
+    Keys,
+    PerExample,
+    Queries,
+    Scores,
+    Tokens,
+)
+from tosa_jax.ops.attention import attention_logits
 from tosa_jax.ops.rotary import Rotary, axial_rotary
 
 READ_TOGETHER = 8
@@ -60,7 +73,9 @@ class Output(NamedTuple):
 
     @property
     def features(self) -> Any:
-        """Floats [b d], what a head would classify, of a model with `num_classes=0`; None for any other."""
+        """Floats [b d]: what a head would classify, of a model with `num_classes=0`; the embedding of a CLIP, whose
+        head is a projection. None for any other.
+        """
         return self.predictions.get("features")
 
     @property
@@ -82,6 +97,7 @@ class VisionTransformer(nnx.Module):
     gather_params: GatherParams | None = (
         None  # what each layer's parameters go through when the layer runs
     )
+    preprocessing: Any = None  # the `Preprocessing` that its weights expect; None: not known
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
@@ -151,16 +167,24 @@ class VisionTransformer(nnx.Module):
     def positions(self, size: tuple[int, int]) -> Float[Array, "1 m d"] | None:
         """Positions for images of (height, width) pixels, of the prefix tokens too where those have some.
 
-        None: the network adds none to its tokens.
-
-        Raises ConfigError for another size than the model's.
+        None: the network adds none to its tokens. Those of another size than the model's are resampled.
         """
-        if size != self.config.image_shape:
-            raise ConfigError(
-                f"images are {size[0]}x{size[1]}, but the model was made for "
-                f"{'x'.join(map(str, self.config.image_shape))} (height x width)"
-            )
-        return self.pos_embed[...] if self.config.pos_embed else None
+        config = self.config
+        if not config.pos_embed:
+            return None
+        own = self.pos_embed[...]
+        grid = config.grid_of(size)
+        if grid == config.grid:
+            return own
+        num_prefix = config.num_prefix_tokens if config.pos_embed_prefix else 0
+        rows, columns = (
+            jnp.asarray(resample_matrix(old, new, config.pos_resample), own.dtype)
+            for old, new in zip(config.grid, grid, strict=True)
+        )
+        patches = own[0, num_prefix:].reshape(*config.grid, -1)
+        moved = jnp.einsum("ij,kl,jld->ikd", rows, columns, patches)
+        moved = moved.reshape(1, math.prod(grid), -1)
+        return jnp.concatenate([own[:, :num_prefix], moved], axis=1)
 
     @jax.named_scope("embed")
     def embed(self, images: Images) -> Tokens:
@@ -173,7 +197,14 @@ class VisionTransformer(nnx.Module):
             raise ConfigError(
                 f"images have {images.shape[3]} channels, but the model was made for {config.in_chans}"
             )
-        positions = self.positions((images.shape[1], images.shape[2]))
+        size = (images.shape[1], images.shape[2])
+        if size != config.image_shape and not config.resizes:
+            raise ConfigError(
+                f"images are {size[0]}x{size[1]}, but the model was made for "
+                f"{'x'.join(map(str, config.image_shape))} (height x width): tosa_jax.with_image_size makes it for "
+                "another size"
+            )
+        positions = self.positions(size)
         positions = None if positions is None else positions.astype(dtype)
         patches = self.patch_embed(images.astype(dtype))
         prefix = [self.cls_token] if config.class_token else []
@@ -198,19 +229,21 @@ class VisionTransformer(nnx.Module):
         train: bool,
         read: int | None = None,
         grid: tuple[int, int] | None = None,
+        after: Sequence[int] = (),
     ) -> TokenState:
         """Runs the plan on tokens [b n d].
 
-        read  how many of the first ones are read afterwards; None: all.
-        grid  rows and columns of patches; None: those of the model's image size.
+        read   how many of the first ones are read afterwards; None: all.
+        grid   rows and columns of patches; None: those of the model's image size.
+        after  layers, counted from 0, whose tokens `TokenState.intermediate` has beside those that the head reads.
         """
         check_key(self.config.plan, key)
         state = TokenState(tokens, grid_rotary=self.rotary(grid or self.config.grid))
         parts = self.config, self.blocks, self.kinds, state
         fields = {"key": key, "train": train, "gather_params": self.gather_params}
-        if self.config.scan_layers:
+        if self.config.scan_layers and not after:
             return run_scanned(*parts, **fields)
-        return run_layers(*parts, read=read, **fields)
+        return run_layers(*parts, read=read, after=after, **fields)
 
     @jax.named_scope("head")
     def classify(self, tokens: Tokens, weights: Scores | None = None) -> Float[Array, "b c"]:
@@ -261,11 +294,99 @@ class VisionTransformer(nnx.Module):
         read = min(READ_TOGETHER, self.config.num_tokens) if first and not tokens else None
         state = self.layers(self.embed(images), key=key, train=train, read=read)
         last = state.tokens if mean else self.norm(state.tokens[:, :read])
-        weights = state.weights
-        predictions = (
-            {"logits": self.classify(last, weights)}
-            if self.config.num_classes
-            else {"features": self.pool(last, weights)}
-        )
+        config, weights = self.config, state.weights
+        predict = self.classify if config.num_classes else self.pool
+        name = "logits" if config.num_classes and not config.projection else "features"
+        predictions = {name: predict(last, weights)}
         shown = last if tokens else None
         return Output(predictions, shown, state.selected, state.aux, state.scores)
+
+    def forward_features(self, images: Images, *, key: jax.Array | None = None) -> Tokens:
+        """All tokens [b n d] after the last norm, prefix first, as timm's function of this name: `Output.tokens`.
+
+        images and key are those of a call.
+        """
+        tokens = self(images, key=key).tokens
+        assert tokens is not None, "a call returns them unless told otherwise"
+        return tokens
+
+    def features(self, images: Images, *, key: jax.Array | None = None) -> Float[Array, "b e"]:
+        """What the head reads, or would read, of each image: timm's `forward_head(tokens, pre_logits=True)`.
+
+        e is d, or 2d with `global_pool="token_avg"`. Depth networks pool as classifiers do.
+        """
+        return self.pool(self.forward_features(images, key=key))
+
+    def intermediate_layers(
+        self,
+        images: Images,
+        layers: int | Sequence[int] = 1,
+        *,
+        norm: bool = True,
+        reshape: bool = False,
+        key: jax.Array | None = None,
+    ) -> tuple[Array, ...]:
+        """The tokens after some layers, as DINOv2's `get_intermediate_layers` and timm's `forward_intermediates`.
+
+        layers   how many of the last ones, or which, counted from 0; negative ones from the end.
+        norm     whether they go through the last norm (networks with `global_pool="avg"` have none for tokens).
+        reshape  patches alone, [b rows columns d], instead of all tokens [b n d], prefix first.
+
+        Of a layer of reduced tokens these are all tokens, back in their places.
+
+        Raises ConfigError: no such layer.
+        """
+        depth, size = self.config.depth, (images.shape[1], images.shape[2])
+        wanted = _numbered(
+            range(depth - layers, depth) if isinstance(layers, int) else layers, depth
+        )
+        grid = self.config.grid_of(size)
+        state = self.layers(self.embed(images), key=key, train=False, grid=grid, after=wanted)
+        found = [state.intermediate[layer] for layer in wanted]
+        if norm and self.config.global_pool != "avg":
+            found = [self.norm(tokens) for tokens in found]
+        if reshape:
+            prefix = self.config.num_prefix_tokens
+            found = [tokens[:, prefix:].reshape(len(tokens), *grid, -1) for tokens in found]
+        return tuple(found)
+
+    def attention_maps(
+        self, images: Images, layers: Sequence[int] = (-1,), *, key: jax.Array | None = None
+    ) -> tuple[AttnMap, ...]:
+        """The attention maps [b h n n] of some standard layers, float32; each row sums to 1.
+
+        layers  counted from 0, negative ones from the end. A layer's map is made anew for this, from the tokens that
+                the layer gets: maps do not leave layers otherwise.
+
+        Raises ConfigError: no such layer, or one that reduces tokens, which has no map of all of them.
+        """
+        config = self.config
+        wanted = _numbered(layers, config.depth)
+        standard = [i for i, kind in enumerate(config.plan) if kind == STANDARD]
+        if missing := sorted(set(wanted) - set(standard)):
+            raise ConfigError(
+                f"layer {missing[0]} is {config.plan[missing[0]]!r} and has no map of all tokens; standard layers: "
+                f"{', '.join(map(str, standard)) or 'none'}"
+            )
+        grid = config.grid_of((images.shape[1], images.shape[2]))
+        tokens, before = self.embed(images), [layer - 1 for layer in wanted if layer]
+        state = self.layers(tokens, key=key, train=False, grid=grid, after=before)
+        maps = []
+        for layer in wanted:
+            block = self.blocks[layer]
+            entering = state.intermediate[layer - 1] if layer else tokens
+            maps.append(block.attn(block.norm1(entering), map_of, rotary=self.rotary(grid))[1])
+        return tuple(maps)
+
+
+def map_of(query: Queries, key: Keys, value: Keys) -> tuple[Queries, AttnMap]:
+    """Attention that reports its whole map [b h q k]."""
+    attn_map = jax.nn.softmax(attention_logits(query, key), axis=-1)
+    return jnp.einsum("bhqk,bkhc->bqhc", attn_map.astype(value.dtype), value), attn_map
+
+
+def _numbered(layers: Sequence[int] | range, depth: int) -> tuple[int, ...]:
+    """Numbers of layers from 0 on. Raises ConfigError for one that is not there."""
+    if outside := [layer for layer in layers if not -depth <= layer < depth]:
+        raise ConfigError(f"layer {outside[0]} is not there: the network has {depth}, from 0 on")
+    return tuple(int(layer) % depth for layer in layers)

@@ -3,9 +3,14 @@
 A plan is a tuple with the name of a layer kind for each layer, `("standard", "selective", "standard", ...)`.
 """
 
+import builtins
 import dataclasses
 import difflib
-from collections.abc import Iterable
+import functools
+import numbers
+import types
+import typing
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -31,6 +36,12 @@ POOLS = {
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}  # as in recipes
 
+_PLAIN = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
+_MOST = {int: 2**32, float: 1e300}
+
+
+MOST_LAYERS = 1000
+
 
 def check_choice(field: str, value: Any, known: Iterable[Any]) -> None:
     """Raise a ConfigError that names the choices, unless `value` is one of them."""
@@ -48,6 +59,64 @@ def check(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def plain_value(name: str, value: Any, kind: type) -> Any:
+    """A field's value as Python's own `int`, `float`, `bool` or `str`; NumPy's and JAX's numbers are such values too.
+
+    Raises ConfigError, which names the field, for a value that is none: a text is no number.
+    """
+    if getattr(value, "shape", None) == ():
+        value = np.asarray(value).item()
+    taken = {int: int, float: int | float, bool: bool, str: str}
+    exact = kind is int and isinstance(value, float) and value.is_integer()
+    fits = exact or (
+        isinstance(value, taken[kind]) and (kind is bool or not isinstance(value, bool))
+    )
+    check(fits, f"{name}={value!r} must be {_PLAIN[kind]}")
+    if kind in _MOST:
+        check(abs(value) < _MOST[kind], f"{name}={value!r} is too large or not finite")
+    return kind(value)
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def check_types(cls: type, values: Mapping[str, Any]) -> None:
+    """Raise a ConfigError that names the field, for a value that is not of the type that a dataclass says.
+
+    Numbers must be finite too, and whole ones below 2**32.
+    """
+    for name, value in values.items():
+        hint = _hints(cls).get(name, Any)
+        if not _fits(value, hint):
+            said = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else hint
+            bounds = {int: ", above -2**32 and below 2**32", float: ", and finite"}.get(hint, "")
+            raise ConfigError(f"{name}={value!r} must be of type {said}{bounds}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    options = typing.get_args(hint)
+    if getattr(value, "shape", None) == ():  # a number of NumPy or JAX
+        value = np.asarray(value).item()
+    match typing.get_origin(hint) or hint:
+        case types.UnionType | typing.Union:
+            return any(_fits(value, option) for option in options)
+        case builtins.tuple:
+            if not isinstance(value, tuple | list):
+                return False
+            return all(_fits(x, options[0]) for x in value)  # how many, the class itself says
+        case builtins.bool | builtins.str as kind:
+            return isinstance(value, kind)
+        case builtins.int:
+            whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+            return whole and abs(int(value)) < 2**32
+        case builtins.float:
+            real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+            return real and abs(value if isinstance(value, int) else float(value)) < 1e300
+    return True
+
+
 def _own_fields(config: Any) -> list[str]:
     """Names of the fields that a configuration, or its class, declares itself: all but the options of methods."""
     return [field.name for field in dataclasses.fields(config) if field.name != "options"]
@@ -61,6 +130,15 @@ class _TakesOptions(type):
         for name in values:
             check_choice("model field", name, [*own, *OPTIONS])
         of_methods = {name: values.pop(name) for name in values.keys() - own}
+        # Those of one plain type, and these two, are made plain values in `__post_init__`.
+        plain = {
+            "image_size",
+            "keep_rate",
+            *(x for x, hint in _hints(cls).items() if hint in _PLAIN),
+        }
+        check_types(cls, {name: x for name, x in values.items() if name not in plain})
+        for name, value in of_methods.items():
+            check_types(OPTIONS[name], {name: value})
         return super().__call__(options=with_values(options, of_methods), **values)
 
 
@@ -118,6 +196,9 @@ class ViTConfig(metaclass=_TakesOptions):
     pos_resample: str = "bicubic_antialias"  # positions of another grid: one of `RESAMPLINGS`
     rope: str = ""  # rotary positions of the patches: "dinov3", or "" for none (`ops/rotary.py`)
     rope_base: float = 100.0  # the highest frequency over the lowest one, nearly
+    projection: bool = (
+        False  # the head gives an embedding of `num_classes` values and no classes, as CLIP's
+    )
     global_pool: str = "token"  # what is classified: one of `POOLS`
     drop_path_rate: float = 0.0  # of the last layer; rises linearly from 0
     dtype: Any = jnp.float32  # computes
@@ -134,14 +215,16 @@ class ViTConfig(metaclass=_TakesOptions):
     options: tuple[Options, ...] = ()
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if isinstance(field.type, type) and field.type in _PLAIN:
+                value = plain_value(field.name, getattr(self, field.name), field.type)
+                object.__setattr__(self, field.name, value)
         for name in ("dtype", "param_dtype"):
-            value = getattr(self, name)
-            if isinstance(value, str):
-                check_choice(name, value, DTYPES)
-            object.__setattr__(self, name, jnp.dtype(value))
+            object.__setattr__(self, name, self._float_type(name, getattr(self, name)))
         for name in ("patch_size", "in_chans", "embed_dim", "depth", "num_heads"):
             value = getattr(self, name)
             check(value >= 1, f"{name}={value!r} must be at least 1")
+        check(self.depth <= MOST_LAYERS, f"depth={self.depth} must be at most {MOST_LAYERS}")
         check(self.num_classes >= 0, f"num_classes={self.num_classes} must be at least 0 (no head)")
         self._check_image_size()
         self._check_form()
@@ -162,8 +245,8 @@ class ViTConfig(metaclass=_TakesOptions):
         check(
             self.map_chunk >= 0, f"map_chunk={self.map_chunk} must be positive, or 0 for all rows"
         )
-        if len(self.keep_rates_given) == 1:
-            object.__setattr__(self, "keep_rate", self.keep_rates_given[0])
+        rates = self.keep_rates_given
+        object.__setattr__(self, "keep_rate", rates[0] if len(rates) == 1 else rates)
         plan = tuple(self.plan or (STANDARD,) * self.depth)
         object.__setattr__(self, "plan", plan)
         check(len(plan) == self.depth, f"plan has {len(plan)} layers, but depth={self.depth}")
@@ -171,6 +254,19 @@ class ViTConfig(metaclass=_TakesOptions):
             check(0 < rate <= 1, f"keep_rate={rate} is not in (0, 1]")
         for options in self.options:
             options.check_network(self)
+
+    @staticmethod
+    def _float_type(name: str, value: Any) -> Any:
+        """The dtype of a field, by name or as NumPy's or JAX's."""
+        if isinstance(value, str):
+            check_choice(name, value, DTYPES)
+        try:
+            found = jnp.dtype(value)
+        except TypeError:
+            found = None
+        known = [jnp.dtype(dtype) for dtype in DTYPES.values()]
+        check(found in known, f"{name}={value!r} is no float that models have: {', '.join(DTYPES)}")
+        return found
 
     def _check_form(self) -> None:
         """The tokens that the head reads are there, and heads can be turned."""
@@ -196,9 +292,13 @@ class ViTConfig(metaclass=_TakesOptions):
     def _check_image_size(self) -> None:
         """One form for each size (a square is an int), and the patch divides it unless the network resizes."""
         size, patch = self.image_size, self.patch_size
-        if isinstance(size, list | tuple):
-            object.__setattr__(self, "image_size", size[0] if len(set(size)) == 1 else tuple(size))
+        if isinstance(size, list | tuple | np.ndarray) and np.ndim(size) == 1:
             check(len(size) == 2, f"image_size={size!r} must be one number, or (height, width)")
+            size = tuple(plain_value("image_size", side, int) for side in size)
+            size = size[0] if size[0] == size[1] else size
+        else:
+            size = plain_value("image_size", size, int)
+        object.__setattr__(self, "image_size", size)
         check(min(self.image_shape) >= 1, f"image_size={size!r} must be at least 1")
         nearest = [max(1, round(side / patch)) * patch for side in self.image_shape]
         check(
@@ -245,8 +345,11 @@ class ViTConfig(metaclass=_TakesOptions):
     @property
     def keep_rates_given(self) -> tuple[float, ...]:
         """`keep_rate` as a tuple, however it was given."""
-        rate = self.keep_rate
-        return tuple(rate) if isinstance(rate, tuple | list) else (rate,)
+        given: Any = self.keep_rate
+        rates = (
+            given if isinstance(given, tuple | list | np.ndarray) and np.ndim(given) else (given,)
+        )
+        return tuple(plain_value("keep_rate", rate, float) for rate in rates)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -287,6 +390,7 @@ class ViTConfig(metaclass=_TakesOptions):
 def alternate(kind: str, depth: int, period: int = 2) -> tuple[str, ...]:
     """The plan in which a standard layer is followed by `period - 1` layers of `kind`, over and over.
 
-    With period 0 there are no standard layers.
+    With period 0 there are no standard layers. Raises ConfigError: more than `MOST_LAYERS`.
     """
+    check(depth <= MOST_LAYERS, f"depth={depth} must be at most {MOST_LAYERS}")
     return tuple(STANDARD if period and i % period == 0 else kind for i in range(depth))

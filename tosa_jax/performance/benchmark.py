@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from tosa_jax.distributed.devices import check_dtype
 from tosa_jax.distributed.timing import interleaved_seconds
 from tosa_jax.errors import DeviceError
 from tosa_jax.models import cost
@@ -56,6 +57,7 @@ def measure(
     for name in controls:
         check_choice("--controls", name, timed_controls)
     against = torch_baselines.check_arguments(against, task, torch_compile)
+    check_dtype("dtype", fields.get("dtype", "float32"))
     fields = {"param_dtype": fields.get("dtype", "float32") if not train else "float32"} | fields
     make_config = functools.partial(model_config, task, model, **fields)
     entries = list(networks(make_config, keep_rates, controls))

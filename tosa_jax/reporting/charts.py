@@ -1,14 +1,13 @@
 """Charts of a run as SVG; their colours are custom properties of the page that contains them."""
 
 import io
-import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tosa_jax.models.method import DENSE, MAIN, METHODS
-from tosa_jax.paths import AnyPath
+from tosa_jax.paths import AnyPath, parse_json
+from tosa_jax.reporting.report_form import is_number
 from tosa_jax.reporting.series import css_colour, short_label
 
 INK, MUTED, RULE = "#010101", "#020202", "#030303"
@@ -32,17 +31,18 @@ class Curve(NamedTuple):
 
 
 def read_metrics(workdir: AnyPath) -> list[dict[str, Any]]:
-    """The records of `metrics.jsonl`, in order; other lines are skipped."""
+    """The records of `metrics.jsonl`, in order, with their numbers; other lines are skipped."""
     try:
-        lines = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = (workdir / "metrics.jsonl").read_bytes().splitlines()
     except FileNotFoundError:
         return []
     records = []
     for line in lines:
         try:
-            record = json.loads(line)
-            records.append(record | {"stage": str(record["stage"]), "step": int(record["step"])})
-        except (ValueError, KeyError, TypeError):
+            record = parse_json(line)
+            values = {name: x for name, x in record.items() if is_number(x)}
+            records.append(values | {"stage": str(record["stage"]), "step": int(values["step"])})
+        except (ValueError, KeyError, TypeError, AttributeError):
             continue
     return records
 
@@ -198,8 +198,3 @@ def _svg(figure: Any) -> str:
     for name in METHODS:
         text = text.replace(_colour(name), css_colour(name))
     return text.strip()
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -11,6 +11,7 @@ from tosa_jax.models.method import DENSE, MAIN
 from tosa_jax.paths import AnyPath, as_path, write_atomically
 from tosa_jax.reporting import charts, series
 from tosa_jax.reporting.report import averages, format_seconds, table_columns
+from tosa_jax.reporting.report_form import is_number
 
 FILE = "report.html"
 
@@ -129,8 +130,8 @@ def _row(tag: str, cells: Sequence[str], attributes: str = "") -> str:
 def _cost_chart(rows: Sequence[Mapping[str, Any]]) -> str:
     """A chart of quality against cost, if both are known for at least two models."""
     pretrained = f"{DENSE}{series.PRETRAINED}"
-    dense = next((r["gmacs"] for r in rows if r["name"] == DENSE), None)
-    dense = dense or next((r["gmacs"] for r in rows if r["name"] == pretrained), None)
+    dense = next((r.get("gmacs") for r in rows if r["name"] == DENSE), None)
+    dense = dense or next((r.get("gmacs") for r in rows if r["name"] == pretrained), None)
     metric = headline([f"val/{name}" for row in rows for name in row.get("metrics") or {}])
     if not dense or metric is None:
         return ""
@@ -143,7 +144,7 @@ def _cost_chart(rows: Sequence[Mapping[str, Any]]) -> str:
         if value is not None and row.get("gmacs"):
             text = series.short_label(row["name"])
             rate = row.get("keep_rate")
-            text += f" {rate:g}" if charts.is_number(rate) else ""
+            text += f" {rate:g}" if is_number(rate) else ""
             method = series.method_name(row["name"])
             points.append((row["gmacs"] / dense, value * factor, method, text))
     if len(points) < 2:

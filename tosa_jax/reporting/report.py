@@ -9,7 +9,8 @@ from typing import Any
 from tosa_jax.errors import WorkdirError
 from tosa_jax.models.method import DENSE
 from tosa_jax.models.optim import start_share
-from tosa_jax.paths import as_path, write_atomically
+from tosa_jax.paths import as_path, parse_json, write_atomically
+from tosa_jax.reporting.report_form import find_fault
 from tosa_jax.reporting.series import PRETRAINED, row_label, row_order
 
 FILE = "report.json"
@@ -40,13 +41,13 @@ def read_report(workdir: str | os.PathLike) -> dict[str, Any] | None:
     """
     path = as_path(workdir) / FILE
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = parse_json(path.read_bytes())
     except FileNotFoundError:
         return None
     except ValueError as error:
         raise WorkdirError(f"{path} is not JSON ({error}): remove it and run again") from error
-    if not isinstance(report, dict) or "results" not in report:
-        raise WorkdirError(f"{path} is not a report: remove it and run again")
+    if fault := find_fault(report):
+        raise WorkdirError(f"{path} is not a report ({fault}): remove it and run again")
     return report
 
 

@@ -24,10 +24,11 @@ from tosa_jax.models.weights.run_checkpoints import (
     FACTS,
     STATE,
     checkpoint_damage,
-    mark_format,
-    take_format,
+    mark,
+    take_marks,
 )
-from tosa_jax.paths import AnyPath, is_remote, write_atomically
+from tosa_jax.paths import AnyPath, is_remote, parse_json, write_atomically
+from tosa_jax.train.identity import Identity
 
 Tree = TypeVar("Tree")
 
@@ -96,6 +97,7 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     best_metric      decides which is the best: the highest, or the lowest where `lower_is_better`.
     keep             how many of the newest are kept.
+    identity         what the run is: written with each checkpoint, and compared with what is restored.
 
     Raises WorkdirError: there are checkpoints, and none is whole; WeightsError: a later version wrote one.
     """
@@ -106,7 +108,9 @@ class Checkpoints(contextlib.AbstractContextManager):
         best_metric: str,
         lower_is_better: bool = False,
         keep: int = 1,
+        identity: Identity | None = None,
     ) -> None:
+        self.identity = identity
         self.folder = directory if is_remote(directory) else directory.absolute()
         self.best_metric, self.sign = best_metric, -1 if lower_is_better else 1
         if is_main():
@@ -134,7 +138,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             return
         self.wait()
         self._saving = step
-        facts = mark_format(dict(facts))
+        facts = mark(dict(facts), self.identity.to_json() if self.identity else {})
         args = ocp.args.Composite(
             **{STATE: ocp.args.PyTreeSave(state), FACTS: ocp.args.JsonSave(facts)}
         )
@@ -145,9 +149,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         """Writes down what the evaluation of a step gave, saved or not. Processes other than the first only keep it."""
         self.scores[step] = dict(metrics)
         self._rank(step, metrics)
-        if is_main():
-            text = json.dumps(self.scores, indent=1)
-            write_atomically(self.folder / SCORES, text.encode())
+        self._write_scores()
 
     def restore(self, abstract: Any) -> tuple[Any, dict[str, Any]] | None:
         """The newest whole state, and its facts; None if there is no checkpoint.
@@ -156,7 +158,7 @@ class Checkpoints(contextlib.AbstractContextManager):
 
         One that Orbax cannot read is passed over as a damaged one is: that is how damage without digests shows.
 
-        Raises WorkdirError: there are checkpoints, and none of them can be read.
+        Raises WorkdirError: there are checkpoints, and none of them can be read, or it is of another run or other data.
         """
         restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
         state = ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args)
@@ -183,7 +185,9 @@ class Checkpoints(contextlib.AbstractContextManager):
                 self._agree("")
                 self.manager.reload()
             self._forget_after(step)
-            facts, form = take_format(restored[FACTS])
+            facts, form, run = take_marks(restored[FACTS])
+            if self.identity:
+                self.identity.check(run, f"{self.folder / str(step)}")
             if form == 1:  # saved after its evaluation, which its facts tell
                 self.scores.setdefault(step, facts.get("after") or facts.get("before") or {})
             return restored[STATE], facts
@@ -228,10 +232,18 @@ class Checkpoints(contextlib.AbstractContextManager):
                 write_digests(folder)
 
     def _forget_after(self, step: int) -> None:
-        """Drops the scores of steps that are done again."""
+        """Drops the scores of steps that are done again, from the file too: their records are dropped as well."""
+        later = [s for s in self.scores if s > step]
         for scores in (self.scores, self.ranks):
-            for later in [s for s in scores if s > step]:
-                del scores[later]
+            for s in later:
+                scores.pop(s, None)
+        if later:
+            self._write_scores()
+
+    def _write_scores(self) -> None:
+        if is_main():
+            text = json.dumps(self.scores, indent=1)
+            write_atomically(self.folder / SCORES, text.encode())
 
     def _rank(self, step: int, metrics: Mapping[str, float]) -> None:
         value = metrics.get(self.best_metric)
@@ -289,7 +301,7 @@ def read_scores(folder: AnyPath) -> dict[str, dict[str, float]]:
     old = [(item.parent.parent.name, item) for item in folder.glob("*/metrics/metrics")]
     for step, path in [*old, ("", folder / SCORES)]:
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            read = json.loads(path.read_bytes())
+            read = parse_json(path.read_bytes())
             said = {step: read} if step else read
             scores |= {k: dict(v) for k, v in said.items() if k.isdigit() and isinstance(v, dict)}
     return scores

@@ -25,6 +25,7 @@ from tosa_jax.models.params import Params, set_params
 from tosa_jax.models.vit import VisionTransformer
 from tosa_jax.tasks.metrics import add, means
 from tosa_jax.tasks.task import Batch, HostBatch, Task
+from tosa_jax.train.reading import reading
 from tosa_jax.train.step import eval_step, example_keys
 
 
@@ -64,7 +65,10 @@ class Evaluator:
         )
 
     def batches(self, split: str = "eval") -> Iterator[Batch]:
-        """Global batches of the split "eval" or "train". Raises DataError at an example that cannot be scored."""
+        """Global batches of the split "eval" or "train".
+
+        Raises DataError at an example that cannot be scored; Stopped: a signal asks to stop.
+        """
         index, count = process_rows(self.mesh)
         host = open_dataset(self.data).eval_batches(
             batch_size=self.batch_size,
@@ -72,11 +76,12 @@ class Evaluator:
             process_count=count,
             split=None if split == "eval" else self.data.train_split,
         )
-        for number, batch in enumerate(host):
-            first = number * self.batch_size + index * (self.batch_size // count)
-            if split == "eval":
-                self.task.check_batch(batch, first)
-            yield to_global(batch, self.mesh)
+        with reading(host, f"evaluation of {split}") as reader:
+            for number, batch in enumerate(reader):
+                first = number * self.batch_size + index * (self.batch_size // count)
+                if split == "eval":
+                    self.task.check_batch(batch, first)
+                yield to_global(batch, self.mesh)
 
     def outputs(self, params: Params, split: str) -> Iterator[tuple[HostBatch, Any]]:
         """Batches of a split, "train" or "eval", and what the model predicts for them, on every host, unpadded."""

@@ -1,7 +1,8 @@
 """Numbers that are not finite: looked for before they are saved or reported, and told in one line."""
 
 import functools
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -40,6 +41,48 @@ def _looker(mesh: Mesh | None) -> jax.stages.Wrapped:
         return jnp.stack([jnp.isfinite(x).all() for x in arrays])
 
     return jax.jit(look) if mesh is None else jax.jit(look, out_shardings=replicated(mesh))
+
+
+class StepWatch:
+    """Looks at the loss and the gradient of each step, in order: stops the run, or counts what the step has skipped.
+
+    names     the paths of the trained arrays, in the order of `bad_gradient`.
+    kept      says which checkpoint is left.
+    examples  says which examples the batch of a step holds.
+    skip_at_most  steps in a row that may be skipped; None: the first one stops the run.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        names: Sequence[str],
+        kept: Callable[[], str],
+        examples: Callable[[int], str],
+        skip_at_most: int | None,
+    ) -> None:
+        self.stage, self.names, self.kept, self.examples = stage, names, kept, examples
+        self.skip_at_most, self.in_row = skip_at_most, 0
+
+    def look(self, step: int, metrics: Mapping[str, Any]) -> str:
+        """Takes what the update that led to `step` gave. Returns a line if it was skipped, else "".
+
+        Raises NonFiniteLossError: it is not finite, and no more steps may be skipped.
+        """
+        loss, bad = float(metrics["loss"]), int(metrics.get("bad_gradient", 0))
+        if math.isfinite(loss) and not bad:
+            self.in_row = 0
+            return ""
+        self.in_row += 1
+        array = f"; the gradient of {self.names[bad - 1]} holds NaN or infinity" if bad else ""
+        what = f"{self.stage}: the loss of step {step} is {loss}{array}; its batch holds {self.examples(step)}"
+        if self.skip_at_most is None:
+            raise NonFiniteLossError(f"{what}; {self.kept()}. {ADVICE}; or set on_nonfinite='skip'")
+        if self.in_row > self.skip_at_most:
+            raise NonFiniteLossError(
+                f"{what}. These are {self.in_row} in a row, skip_at_most={self.skip_at_most} allows no more; "
+                f"{self.kept()}. {ADVICE}"
+            )
+        return f"{what}. The update is skipped"
 
 
 def check_state(stage: str, step: int, tree: Any, kept: str) -> None:

@@ -3,8 +3,7 @@
 import contextlib
 import functools
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -23,14 +22,14 @@ from tosa_jax.distributed.mesh import (
     tree_shardings,
 )
 from tosa_jax.distributed.preemption import Stopped, StopRequest
-from tosa_jax.errors import NonFiniteLossError
 from tosa_jax.models.params import Params
-from tosa_jax.tasks.task import Batch, HostBatch
+from tosa_jax.tasks.task import Batch
 from tosa_jax.train.checkpoints import Checkpoints, Timer, with_shardings
-from tosa_jax.train.finite import ADVICE, check_metrics, check_state
+from tosa_jax.train.finite import StepWatch, check_metrics, check_state
 from tosa_jax.train.metric_writer import MetricWriter
 from tosa_jax.train.profiling import StepTrace
 from tosa_jax.train.progress import Chrono, Progress
+from tosa_jax.train.reading import Batches, reading
 from tosa_jax.train.stage_run import StageRun
 from tosa_jax.train.step import StepSetup, TrainState, saved_tree, train_step, trained_params
 
@@ -55,7 +54,7 @@ class Log:
     """Fetches the metrics of steps one interval late, so that the device never waits for the log.
 
     peak_share  the operations that training on one image takes, as a share of what all devices do in a second.
-    kept        says which checkpoint is left, for errors.
+    watch       looks at each step.
     """
 
     def __init__(
@@ -65,9 +64,9 @@ class Log:
         progress: Progress,
         chrono: Chrono,
         peak_share: float,
-        kept: Callable[[], str],
+        watch: StepWatch,
     ) -> None:
-        self.kept = kept
+        self.watch = watch
         self.stage, self.writer, self.progress, self.chrono = stage, writer, progress, chrono
         self.peak_share = peak_share
         self.fresh: list[tuple[int, dict]] = []
@@ -91,13 +90,12 @@ class Log:
         values = jax.device_get([metrics for _, metrics in due])
         self.chrono.tick(due[-1][0])
         for (step, _), step_metrics in zip(due, values, strict=True):
-            if not math.isfinite(step_metrics["loss"]):
-                raise NonFiniteLossError(
-                    f"{self.stage}: the loss of step {step} is {step_metrics['loss']}; {self.kept()}. {ADVICE}"
-                )
+            if line := self.watch.look(step, step_metrics):
+                self.progress.message(line)
         last = due[-1][0]
-        record = {name: float(x) for name, x in values[-1].items()}
-        record["loss"] = sum(float(v["loss"]) for v in values) / len(values)
+        record = {name: float(x) for name, x in values[-1].items() if name != "bad_gradient"}
+        losses = [float(v["loss"]) for v in values if math.isfinite(v["loss"])]
+        record["loss"] = sum(losses) / len(losses) if losses else math.nan
         mfu = self.chrono.images_per_second * self.peak_share
         self.writer.write(
             self.stage,
@@ -139,6 +137,25 @@ def restore_or_init(stage: StageRun, mesh: Mesh, checkpoints: Checkpoints) -> St
         return Start(shardings, abstract._replace(**tree), facts, restored=True)
     state = jax.jit(stage.init, out_shardings=shardings)(*stage.init_args)
     return Start(shardings, state, {}, restored=False)
+
+
+def begin(stage: StageRun, mesh: Mesh, checkpoints: Checkpoints, writer: MetricWriter) -> Start:
+    """What the stage goes on from, with the scores that its step has; records of later steps are dropped.
+
+    Raises WorkdirError as `restore_or_init`.
+    """
+    start = restore_or_init(stage, mesh, checkpoints)
+    first = int(start.state.step)
+    writer.truncate(stage.name, first, with_scores=first in checkpoints.scores)
+    if checkpoints.scores.get(first):
+        start.facts[score_name(first)] = checkpoints.scores[first]
+    return start
+
+
+def check_evaluation(stage: StageRun, params: Params) -> None:
+    """Raises DeviceError if an evaluation does not fit the device. A signal ends this; who calls asks for it next."""
+    with contextlib.suppress(Stopped):
+        stage.evaluator.check(params)
 
 
 def compile_fitting(
@@ -196,16 +213,6 @@ def evaluate(stage: StageRun, step: int, params: Params, writer: MetricWriter) -
     return metrics
 
 
-@runtime_checkable
-class Batches(Protocol):
-    """An endless iterator of batches, to be closed when no more are wanted."""
-
-    def __next__(self) -> HostBatch: ...
-
-    def close(self) -> None:
-        """Ends the threads and workers that read ahead."""
-
-
 def stage_batches(run: RunConfig, setup: StepSetup, mesh: Mesh, first: int = 0) -> Batches:
     """This process's rows of a stage's batches, from the update `first` on."""
     index, count = process_rows(mesh)
@@ -218,9 +225,32 @@ def stage_batches(run: RunConfig, setup: StepSetup, mesh: Mesh, first: int = 0) 
     )
 
 
+def batch_examples(run: RunConfig, setup: StepSetup, step: int) -> str:
+    """Which examples the update that led to `step` took, as a part of a sentence."""
+    found = open_dataset(run.data).batch_examples(
+        batch_size=run.batch_size, seed=run.seed + setup.stage_id, step=step - 1
+    )
+    rest = f" and {len(found) - 8} more" if len(found) > 8 else ""
+    return f"{', '.join(found[:8])}{rest}"
+
+
+def step_watch(
+    stage: StageRun, run: RunConfig, state: TrainState, checkpoints: Checkpoints
+) -> StepWatch:
+    """What looks at the steps of a stage, as `on_nonfinite` says."""
+    return StepWatch(
+        stage.name,
+        sorted(state.params),
+        checkpoints.kept,
+        functools.partial(batch_examples, run, stage.setup),
+        run.skip_at_most if run.on_nonfinite == "skip" else None,
+    )
+
+
 class Saver:
     """Saves the states of one stage: when it is asked to, and when the last checkpoint is too long ago.
 
+    log      is written up to a state before that is saved.
     seconds  that the stage took before this start, which its facts count in.
     """
 
@@ -229,11 +259,10 @@ class Saver:
         stage: StageRun,
         run: RunConfig,
         checkpoints: Checkpoints,
-        writer: MetricWriter,
-        chrono: Chrono,
+        log: Log,
         seconds: float,
     ) -> None:
-        self.stage, self.checkpoints, self.writer, self.chrono = stage, checkpoints, writer, chrono
+        self.stage, self.checkpoints, self.log, self.chrono = stage, checkpoints, log, log.chrono
         self.seconds = seconds
         self.timer = Timer(60 * run.checkpoint_minutes, run.log_steps)
 
@@ -248,13 +277,22 @@ class Saver:
 
     def __call__(self, step: int, state: TrainState, facts: dict[str, Any]) -> None:
         """Starts writing, with the facts of this moment. Raises NonFiniteLossError: the state is not worth it."""
+        self.log.flush(everything=True)
         tree = saved_tree(state)
         facts |= {"steps": step, "seconds": self.seconds + self.chrono.elapsed_seconds}
         with self.chrono.pause("checkpoint"):
             check_state(self.stage.name, step, tree, self.checkpoints.kept())
-            self.writer.flush()
+            self.log.writer.flush()
             self.checkpoints.save(step, tree, facts)
         self.timer.restart()
+
+    def and_stop(
+        self, signum: int, step: int, state: TrainState, facts: dict[str, Any]
+    ) -> NoReturn:
+        """Saves, waits until everything is written, and raises Stopped."""
+        self(step, state, facts)
+        self.checkpoints.wait()
+        raise Stopped(signum)
 
 
 def train_stage(
@@ -271,32 +309,27 @@ def train_stage(
     Raises Stopped (a signal) after a checkpoint; NonFiniteLossError, which saves nothing; DeviceError (too large) at
     the first step.
     """
-    shardings, state, facts, restored = restore_or_init(stage, mesh, checkpoints)
+    shardings, state, facts, restored = begin(stage, mesh, checkpoints, writer)
     first = int(state.step)
-    writer.truncate(stage.name, first, with_scores=first in checkpoints.scores)
-    if checkpoints.scores.get(first):
-        facts[score_name(first)] = checkpoints.scores[first]
     if restored and first == stage.total_steps and first in checkpoints.scores:
         return state, facts
 
     update = Updates(stage, shardings, mesh, run.batch_size)
     chrono = Chrono(first, stage.total_steps, run.batch_size)
-    save = Saver(stage, run, checkpoints, writer, chrono, facts.get("seconds", 0.0))
-    batches = stage_batches(run, stage.setup, mesh, first)
+    batches = reading(stage_batches(run, stage.setup, mesh, first), stage.name)
     trace = StepTrace(profile_range(run.profile_steps), stage.profile_dir)
     bar = Progress(stage.name, first, stage.total_steps, main_process=is_main())
-    with contextlib.closing(batches), bar as progress, trace:
+    with batches as reader, bar as progress, trace:
         peak_share = stage.flops_per_image / peak_flops(mesh.devices.ravel().tolist())
-        log = Log(stage.name, writer, progress, chrono, peak_share, checkpoints.kept)
+        watch = step_watch(stage, run, state, checkpoints)
+        log = Log(stage.name, writer, progress, chrono, peak_share, watch)
+        save = Saver(stage, run, checkpoints, log, facts.get("seconds", 0.0))
         for step in range(first, stage.total_steps + 1):
             trace.at(step, state)
-            stopped_by = stop.agreed()
-            if (step > first or not restored) and (save.is_due(step) or stopped_by):
-                log.flush(everything=True)
+            if (signum := stop.agreed()) is not None:
+                save.and_stop(signum, step, state, facts)
+            if (step > first or not restored) and save.is_due(step):
                 save(step, state, facts)
-            if stopped_by:
-                checkpoints.wait()
-                raise Stopped(stopped_by)
             scores = stage.evaluates_at(step) and step not in checkpoints.scores
             if scores:
                 log.flush(everything=True)
@@ -305,13 +338,16 @@ def train_stage(
                 progress.message(line)
             if step == stage.total_steps:
                 break
-            with chrono.data_wait():
-                batch = to_global(next(batches), mesh)
+            try:
+                with chrono.data_wait():
+                    batch = to_global(next(reader), mesh)
+            except Stopped as stopped:  # input may have stalled: there is no next step
+                save.and_stop(stopped.signum, step, state, facts)
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, step_metrics = update(step, state, batch)
             log.add(step + 1, step_metrics)
             if step == first and not scores:
-                stage.evaluator.check(trained_params(state))  # not after all of the training
+                check_evaluation(stage, trained_params(state))  # not after all of the training
             if (step + 1) % run.log_steps == 0:
                 log.flush()
     checkpoints.wait()

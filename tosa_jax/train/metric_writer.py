@@ -11,14 +11,13 @@ from typing import Any, SupportsFloat
 import numpy as np
 import tensorboardX.summary
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto import event_pb2, summary_pb2
+from tensorboardX.proto import summary_pb2
 
 from tosa_jax.distributed.messages import say
-from tosa_jax.paths import Mirror, as_path, write_atomically
+from tosa_jax.paths import Mirror, as_path, parse_json, write_atomically
+from tosa_jax.train.event_files import EVENT, cut
 
-# Protocol buffers make these classes at run time, where type checkers do not see them.
-_EVENT: Any = event_pb2
-_SUMMARY: Any = summary_pb2
+_SUMMARY: Any = summary_pb2  # made at run time, where type checkers do not see it
 
 
 class MetricWriter(contextlib.AbstractContextManager):
@@ -89,11 +88,11 @@ class MetricWriter(contextlib.AbstractContextManager):
             self._show(stage, step, picture)
 
     def truncate(self, stage: str, step: int, with_scores: bool = True) -> None:
-        """Removes the records of `stage` after `step`, because a resumed run writes them again.
+        """Removes the records and events of `stage` after `step`, because a resumed run writes them again.
 
         with_scores=False removes those of the evaluation at `step` too.
 
-        Lines that are no records are removed too. TensorBoard hides the events after `step`.
+        Lines that are no records are removed too. A TensorBoard that is running hides the events after `step`.
         """
         if not self._main_process:
             return
@@ -107,6 +106,12 @@ class MetricWriter(contextlib.AbstractContextManager):
                 self._replace(b"".join(kept))
         except OSError as error:
             _say_left_out(self._path.name, error)
+        board = f"tensorboard/{stage}"
+        try:
+            self._files.fetch(board)
+            cut(self._files.folder / board, lambda x: _is_event_until(x, step, with_scores))
+        except OSError as error:
+            _say_left_out(board, error)
 
     def flush(self) -> None:
         """Copies everything to the bucket. Due before each checkpoint: what came before it is not written again."""
@@ -167,7 +172,7 @@ class MetricWriter(contextlib.AbstractContextManager):
             return
         try:
             board = self._board(stage)
-            board.write_event(_EVENT.Event(step=int(step), wall_time=time.time(), summary=summary))
+            board.write_event(EVENT.Event(step=int(step), wall_time=time.time(), summary=summary))
             board.flush()
         except (OSError, ValueError) as error:
             self._no_board = True  # until the next start: each try would leave another empty file
@@ -181,10 +186,8 @@ class MetricWriter(contextlib.AbstractContextManager):
             # The name has whole seconds: a second file within one would replace the first.
             board = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
             if (first := self._purge_steps.pop(stage, None)) is not None:
-                start = _EVENT.SessionLog(status=_EVENT.SessionLog.START)
-                board.write_event(
-                    _EVENT.Event(step=first, wall_time=time.time(), session_log=start)
-                )
+                start = EVENT.SessionLog(status=EVENT.SessionLog.START)
+                board.write_event(EVENT.Event(step=first, wall_time=time.time(), session_log=start))
             self._boards[stage] = board
         return self._boards[stage]
 
@@ -196,9 +199,18 @@ def _say_left_out(what: str, error: Exception) -> None:
 
 def _is_record_until(line: bytes, stage: str, step: int, with_scores: bool) -> bool:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
         of_evaluation = any(name.startswith("val/") for name in record)
         last = step if with_scores or not of_evaluation else step - 1
         return record["stage"] != stage or record["step"] <= last
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return False
+
+
+def _is_event_until(event: Any, step: int, with_scores: bool) -> bool:
+    if event.HasField("session_log"):
+        return event.step <= step + 1  # after it comes the evaluation at `step`, where it was due
+    values = event.summary.value
+    # Only evaluations draw.
+    of_evaluation = any(x.tag.startswith("val/") or x.HasField("image") for x in values)
+    return event.step <= (step if with_scores or not of_evaluation else step - 1)

@@ -1,7 +1,7 @@
 """Carries a run through its stages, then scores and draws what they left."""
 
-import contextlib
 import dataclasses
+import functools
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -12,9 +12,9 @@ from jax.sharding import Mesh
 
 from tosa_jax.config import RunConfig, to_json
 from tosa_jax.data.class_names import write_names
-from tosa_jax.data.pipeline import open_dataset
+from tosa_jax.data.pipeline import DataConfig, DatasetFacts, open_dataset
 from tosa_jax.distributed import coordination, memory
-from tosa_jax.distributed.devices import describe_device, versions
+from tosa_jax.distributed.devices import check_dtype, describe_device, versions
 from tosa_jax.distributed.mesh import make_mesh, to_global, to_host
 from tosa_jax.distributed.messages import say
 from tosa_jax.distributed.preemption import Stopped, StopRequest, catch_signals
@@ -33,8 +33,10 @@ from tosa_jax.tasks.task import FrozenTeacher
 from tosa_jax.train.checkpoints import Checkpoints
 from tosa_jax.train.evaluate import Evaluator, shard, throughput
 from tosa_jax.train.finite import check_metrics
+from tosa_jax.train.identity import Identity
 from tosa_jax.train.loop import stage_batches, train_stage
 from tosa_jax.train.metric_writer import MetricWriter
+from tosa_jax.train.reading import reading
 from tosa_jax.train.stage_run import StageBuilder, StageRun
 from tosa_jax.train.stages import (
     INIT,
@@ -62,12 +64,9 @@ class Runner:
     def __init__(self, run: RunConfig, workdir: AnyPath, stop: StopRequest) -> None:
         self.run, self.workdir, self.stop = run, workdir, stop
         self.mesh: Mesh = make_mesh(run.mesh)
-        if run.model.dtype == "float16" and self.mesh.devices.flat[0].platform == "cpu":
-            raise ConfigError(
-                "config.model.dtype='float16': a CPU does not multiply matrices of that type; set bfloat16 or float32"
-            )
+        check_dtype("config.model.dtype", run.model.dtype, self.mesh.devices.flat[0])
         memory.keep_freed_memory()
-        dataset = coordination.together(lambda: open_dataset(run.data).facts)
+        dataset = coordination.together(functools.partial(identified, run.data))
         coordination.check_same({"data set": dataclasses.asdict(dataset)})
         self.builder = StageBuilder(run, self.mesh, dataset, workdir)
         params, self.init_is_trained = load_init(run)
@@ -95,7 +94,11 @@ class Runner:
         task = stage_run.setup.task
         folder = stage_folder(self.workdir, stage.name)
         with Checkpoints(
-            folder, task.best_metric, task.lower_is_better, self.run.keep_checkpoints
+            folder,
+            task.best_metric,
+            task.lower_is_better,
+            self.run.keep_checkpoints,
+            Identity(self.run, self.builder.dataset),
         ) as checkpoints:
             state, facts = train_stage(
                 stage_run, self.run, self.mesh, checkpoints, writer, self.stop
@@ -122,7 +125,7 @@ class Runner:
 
     def images(self, setup: StepSetup) -> Iterator[jax.Array]:
         """The first `bypass_fit_images` images of a stage, in whole batches: normalised, [b height width c]."""
-        with contextlib.closing(stage_batches(self.run, setup, self.mesh)) as batches:
+        with reading(stage_batches(self.run, setup, self.mesh), "fit of the bypass") as batches:
             for _ in range(-(-self.run.bypass_fit_images // self.run.batch_size)):
                 yield setup.task.inputs(to_global(next(batches), self.mesh)["image"])
 
@@ -167,12 +170,19 @@ class Runner:
         if (draw := self.builder.drawer(row.model)) is None:
             return
         drawn = draw(self.row_params(row))
+        writer.truncate("eval", -1)  # a run that was stopped after this draws again
         for name, figure in drawn.items() if coordination.is_main() else ():
             try:
                 figures.write_png(self.workdir / f"{name}.png", figure)
             except OSError as error:
                 say(f"{name}.png cannot be written ({error.strerror or error})")
             writer.image("eval", 0, name, figure)
+
+
+def identified(data: DataConfig) -> DatasetFacts:
+    """The facts of a data set with its fingerprint."""
+    dataset = open_dataset(data)
+    return dataclasses.replace(dataset.facts, fingerprint=dataset.fingerprint())
 
 
 def _single_number(keep_rate: KeepRate) -> float | list[float] | None:
@@ -217,7 +227,10 @@ def run_stages(run: RunConfig, workdir: AnyPath) -> dict[str, Any]:
             write_reports(workdir, done)
         return done
     stages, rows = plan_stages(run)
-    with catch_signals() as stop, MetricWriter(workdir, coordination.is_main()) as writer:
+    with (
+        catch_signals(run.grace_seconds) as stop,
+        MetricWriter(workdir, coordination.is_main()) as writer,
+    ):
         runner = Runner(run, workdir, stop)
         write_names(workdir, runner.builder.dataset.class_names)
         for stage in stages:

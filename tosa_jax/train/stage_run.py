@@ -156,6 +156,7 @@ class StageBuilder:
             teacher=teacher,
             accumulate=self.run.accumulate,
             total_steps=optim.steps,
+            skip=self.run.on_nonfinite == "skip",
         )
 
     def drawer(self, model: ViTConfig) -> Draw | None:

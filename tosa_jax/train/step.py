@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from tosa_jax.distributed.mesh import gather_params, kernels_over
 from tosa_jax.models.factory import with_image_size
-from tosa_jax.models.optim import global_norm, update_ema
+from tosa_jax.models.optim import global_norm, square_sum, update_ema
 from tosa_jax.models.params import Params, set_params
 from tosa_jax.models.vit import VisionTransformer
 from tosa_jax.tasks.metrics import Totals, totals
@@ -60,6 +60,7 @@ class StepSetup:
     ema_decay    share in [0, 1) that the moving average keeps in an update; 0: no average.
     seed         of the run. All random keys of the stage are made of it, `stage_id` and the step.
     teacher      graph definition of a frozen teacher; None: there is none.
+    skip         whether an update whose loss or gradient is not finite changes nothing but the number of the step.
     accumulate   number of parts of a batch, which are computed one after the other to save memory.
     total_steps  updates in the stage, for schedules of the task.
     """
@@ -74,6 +75,7 @@ class StepSetup:
     teacher: nnx.GraphDef[VisionTransformer] | None = None
     accumulate: int = 1
     total_steps: int = 0
+    skip: bool = False
 
 
 def init_state(
@@ -134,7 +136,11 @@ def build_model(
 def train_step(
     state: TrainState, batch: Batch, *, setup: StepSetup, mesh: Mesh
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update on a global batch. Returns the new state and float32 scalars: loss, grad_norm, learning_rate."""
+    """One update on a global batch. Returns the new state and scalars.
+
+    These are loss, grad_norm and learning_rate, float32, and bad_gradient, int32: the number, counted from 1 in the
+    order of the paths, of the first parameter whose gradient holds NaN or infinity; 0 if there is none.
+    """
     with kernels_over(mesh):
         return _updated(state, batch, setup, mesh)
 
@@ -165,6 +171,7 @@ def _updated(
         "loss": loss,
         "grad_norm": global_norm(grads),
         "learning_rate": jnp.asarray(setup.schedule(state.step), jnp.float32),
+        "bad_gradient": first_bad(grads),
     }
     new = state._replace(
         step=state.step + 1,
@@ -174,7 +181,20 @@ def _updated(
         teacher=updated_teacher(state, params, setup),
         task=setup.task.update_state(state.task, jax.lax.stop_gradient(statistics)),
     )
+    if setup.skip:
+        good = jnp.isfinite(loss) & (metrics["bad_gradient"] == 0)
+        kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, state)
+        new = kept._replace(step=new.step)
     return new, metrics
+
+
+def first_bad(grads: Params) -> jax.Array:
+    """The number, from 1, of the first array that holds NaN or infinity; 0: none does. int32.
+
+    It asks the sum of squares, which the norm needs anyway.
+    """
+    bad = jnp.stack([~jnp.isfinite(square_sum(x)) for x in jax.tree.leaves(grads)])
+    return jnp.where(bad.any(), jnp.argmax(bad) + 1, 0).astype(jnp.int32)
 
 
 def teacher_model(state: TrainState, setup: StepSetup, mesh: Mesh) -> VisionTransformer | None:

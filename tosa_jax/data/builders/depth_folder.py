@@ -23,7 +23,7 @@ from tosa_jax.data.builders.folders import (
     prepare_folder,
 )
 from tosa_jax.data.builders.shards import Item, Progress, Say
-from tosa_jax.data.decoding import BadImageError, pil_errors
+from tosa_jax.data.decoding import FORMATS, BadImageError, pil_errors
 from tosa_jax.data.depth.maps import check_depth_png
 from tosa_jax.errors import DataError
 
@@ -120,7 +120,7 @@ def _opened(item: Item) -> Image.Image:
     """Opens an image and reads its header; PIL reads the pixels when they are asked for."""
     try:
         with pil_errors():
-            return Image.open(item.path)
+            return Image.open(item.path, formats=FORMATS)
     except BadImageError as error:
         raise DataError(f"{item.path}: {error}") from None
 

@@ -7,6 +7,7 @@ each dimension as a big-endian uint32, then the values.
 import dataclasses
 import gzip
 import hashlib
+import io
 import math
 import zlib
 from collections.abc import Iterator
@@ -39,13 +40,18 @@ _CLASS_NAMES = {  # classes of other sets are called by their numbers
 }
 _AGAIN = "copy or download the file again"
 
+MOST_BYTES = 2**30
+"""An array of more bytes is refused: a small gzip file can hold any number of them."""
+
+MOST_DIMENSIONS = 8
+
 
 def read_idx(path: str | Path) -> np.ndarray:
     """The uint8 array, of any rank, in an IDX file, gzip-compressed if its name ends in .gz.
 
     Raises:
       DataError: the file is missing, is not gzip, is not IDX of unsigned bytes, is cut short, or
-        holds more than its header says.
+        holds more than its header says; or it holds more than `MOST_BYTES`.
     """
     path = Path(path)
     data = _read_bytes(path)
@@ -60,6 +66,11 @@ def read_idx(path: str | Path) -> np.ndarray:
     if len(data) < max(start, 4):
         raise DataError(f"{path}: truncated within its header ({len(data)} bytes); {_AGAIN}")
     shape = tuple(int(n) for n in np.frombuffer(data, ">u4", count=rank, offset=4))
+    if rank > MOST_DIMENSIONS or math.prod(max(n, 1) for n in shape) > MOST_BYTES:
+        raise DataError(
+            f"{path}: the header says {rank} dimensions, {shape[:MOST_DIMENSIONS]}; at most {MOST_DIMENSIONS} "
+            f"dimensions and {MOST_BYTES} values are read; {_AGAIN}"
+        )
     count = math.prod(shape)
     if len(data) - start < count:
         raise DataError(
@@ -77,13 +88,27 @@ def read_idx(path: str | Path) -> np.ndarray:
 def _read_bytes(path: Path) -> bytes:
     try:
         raw = path.read_bytes()
-        return gzip.decompress(raw) if path.suffix == ".gz" else raw
+        if path.suffix != ".gz":
+            return raw
+        with gzip.GzipFile(fileobj=io.BytesIO(raw)) as file:
+            head = file.read(4 + 4 * MOST_DIMENSIONS)
+            # No more than the header says, and a few bytes that tell what follows: see `MOST_BYTES`.
+            return head + file.read(_claimed_bytes(head) + 64)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; check source_dir") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{path}: truncated or broken gzip file ({error}); {_AGAIN}") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check source_dir") from None
+
+
+def _claimed_bytes(head: bytes) -> int:
+    """How many values the header of an IDX file says; 0 if it is none or too large."""
+    rank = head[3] if len(head) > 3 else 0
+    if not 0 < rank <= MOST_DIMENSIONS or len(head) < 4 + 4 * rank:
+        return 0
+    count = math.prod(int(n) for n in np.frombuffer(head, ">u4", count=rank, offset=4))
+    return count if count <= MOST_BYTES else 0
 
 
 def read_split(source_dir: str | Path, split: str) -> tuple[np.ndarray, np.ndarray]:

@@ -1,8 +1,9 @@
-"""A folder of JPEG and PNG files as a TFDS set: the same bytes, in ArrayRecord shards.
+"""A folder of image files as a TFDS set: the same bytes, in ArrayRecord shards.
 
 The folder has one of three layouts, which its content tells:
 
-    DIR/train/<class>/*.jpg, DIR/val/<class>/*.jpg     val, validation and test are splits too
+    DIR/train/<class>/*.jpg, DIR/val/<class>/*.jpg     val, valid, validation or dev, and test are splits; a tenth of
+                                                       each class of a lone train becomes "validation"
     DIR/<class>/*.jpg                                  a tenth of each class becomes "validation"
     DIR/*.jpg                                          no classes: all labels are 0, class "image"
 """
@@ -62,15 +63,13 @@ def prepare_image_folder(
       OSError: `data_dir` cannot be written.
     """
     tree = scan(source_dir)
-    for what, count in tree.skipped.most_common():
-        if count:
-            say(f"skipped: {count} files {what}")
     features = {
         "image": tfds.features.Image(),
         "label": tfds.features.ClassLabel(names=tree.class_names),
         "file_name": tfds.features.Text(),
     }
-    found = FolderSet(NAME, "A folder of images.", features, tree.items, labelled)
+    notes = (f"skipped: {n} files {what}" for what, n in tree.skipped.most_common() if n)
+    found = FolderSet(NAME, "A folder of images.", features, tree.items, labelled, tuple(notes))
     return prepare_folder(
         found, data_dir, source_dir, max_bytes=max_bytes, overwrite=overwrite, say=say
     )
@@ -95,10 +94,13 @@ def scan(source_dir: Path) -> Tree:
             for split, part in parts.items():
                 tree.items.setdefault(split, []).extend(part)
     else:
+        _count_dangling(source_dir, tree.skipped)
         for folder in sorted(set(folders) - set(named)):
-            count = sum(1 for _ in _walk(source_dir / folder))
+            count = sum(1 for _ in _walk(source_dir / folder, tree.skipped))
             tree.skipped[f"in {folder}/, which is no split"] += count
         _named_splits(tree, source_dir, named)
+        if tree.items.keys() == {"train"}:
+            _hold_out_of_train(tree)
     if not tree.items:
         raise DataError(f"{source_dir}: no {', '.join(EXTENSIONS)} files; check source_dir")
     for name in tree.class_names:
@@ -127,6 +129,15 @@ def _named_splits(tree: Tree, source_dir: Path, named: list[str]) -> None:
         ]
 
 
+def _hold_out_of_train(tree: Tree) -> None:
+    """Makes a validation split of a tenth of each class, where "train" is the only split."""
+    items, tree.items = tree.items["train"], {}
+    for label in range(len(tree.class_names)):
+        parts = hold_out([item for item in items if item.label == label])
+        for split, part in parts.items():
+            tree.items.setdefault(split, []).extend(part)
+
+
 def _classes(folder: Path, root: Path, skipped: Counter) -> dict[str, list[Item]]:
     """Class -> its images, for a folder of class folders; a folder of images alone is one class."""
     classes, files = _entries(folder)
@@ -135,6 +146,7 @@ def _classes(folder: Path, root: Path, skipped: Counter) -> dict[str, list[Item]
         if not images:
             raise DataError(f"{folder}: no {', '.join(EXTENSIONS)} files; check source_dir")
         return {_ONE_CLASS: images}
+    _count_dangling(folder, skipped)
     loose = sum(Path(file.name).suffix.lower() in EXTENSIONS for file in files)
     skipped["beside the class folders"] += loose
     found = {name: _images(folder / name, root, skipped) for name in classes}
@@ -149,7 +161,7 @@ def _classes(folder: Path, root: Path, skipped: Counter) -> dict[str, list[Item]
 
 def _images(folder: Path, root: Path, skipped: Counter) -> list[Item]:
     items = []
-    for entry in _walk(folder):
+    for entry in _walk(folder, skipped):
         extension = os.path.splitext(entry.name)[1].lower()
         if extension not in EXTENSIONS:
             skipped[extension or "without an extension"] += 1
@@ -160,14 +172,15 @@ def _images(folder: Path, root: Path, skipped: Counter) -> list[Item]:
     return sorted(items)
 
 
-def _walk(folder: Path, depth: int = 0) -> Iterator[os.DirEntry]:
-    """All files in a folder and its folders. Links are followed, hidden names left out."""
+def _walk(folder: Path, skipped: Counter, depth: int = 0) -> Iterator[os.DirEntry]:
+    """All files in a folder and its folders. Links are followed, those to nothing counted, hidden names left out."""
     if depth > _MAX_DEPTH:
         raise DataError(f"{folder}: more than {_MAX_DEPTH} folders deep; is a link going round?")
     folders, files = _entries(folder)
+    _count_dangling(folder, skipped)
     yield from files
     for name in folders:
-        yield from _walk(folder / name, depth + 1)
+        yield from _walk(folder / name, skipped, depth + 1)
 
 
 def _entries(folder: Path) -> tuple[list[str], list[os.DirEntry]]:
@@ -179,3 +192,11 @@ def _entries(folder: Path) -> tuple[list[str], list[os.DirEntry]]:
         raise DataError(f"{folder}: cannot be read ({error.strerror}); check source_dir") from None
     folders = sorted(entry.name for entry in entries if entry.is_dir())
     return folders, [entry for entry in entries if entry.is_file()]
+
+
+def _count_dangling(folder: Path, skipped: Counter) -> None:
+    """Counts the links directly in a folder that lead to nothing; hidden names are left out."""
+    with os.scandir(folder) as scanned:
+        for entry in scanned:
+            if entry.is_symlink() and not entry.name.startswith(".") and not os.path.exists(entry):
+                skipped["that are links to nothing"] += 1

@@ -8,6 +8,7 @@ is a file with "rgb" uint8 [3, 480, 640] and "depth" float32 [480, 640] in metre
 import importlib.util
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -84,11 +85,28 @@ def _example(item: Item, files: list[bytes]) -> dict:
 
     try:
         with h5py.File(io.BytesIO(files[0]), "r") as file:
-            rgb, depth = (np.asarray(file[key]) for key in ("rgb", "depth"))
-    except (OSError, KeyError) as error:
+            rgb, depth = (_array(file, item, key) for key in _SHAPES)
+    except DataError:
+        raise
+    except Exception as error:  # h5py stumbles over a broken file in any way
         raise DataError(f"{item.path}: no HDF5 file with 'rgb' and 'depth' ({error})") from None
-    for key, array in (("rgb", rgb), ("depth", depth)):
-        if array.shape != _SHAPES[key]:
-            raise DataError(f"{item.path}: {key!r} is {array.shape}, not {_SHAPES[key]}")
     image = np.ascontiguousarray(rgb.astype(np.uint8).transpose(1, 2, 0))
     return {"image": small_png(image), "depth": depth.astype(np.float16)}
+
+
+def _array(file: Any, item: Item, key: str) -> np.ndarray:
+    """A data set of an HDF5 file as an array. What it is, is checked before any of it is read.
+
+    Raises DataError: another shape or type, or the numbers lie in other files, which a hostile file may name.
+    """
+    in_file = type(file.get(key, getlink=True)).__name__ == "HardLink"
+    data = file[key] if in_file else None
+    if key not in file:
+        raise KeyError(key)
+    if data is None or data.external or data.is_virtual:
+        raise DataError(f"{item.path}: {key!r} is not in this file")
+    if data.shape != _SHAPES[key] or data.dtype.kind not in "uif":
+        raise DataError(
+            f"{item.path}: {key!r} is {data.dtype} {data.shape}, not numbers {_SHAPES[key]}"
+        )
+    return np.asarray(data)

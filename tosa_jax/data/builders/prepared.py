@@ -1,15 +1,79 @@
 """Where prepared sets lie: data_dir/<name>/<version> or data_dir/<name>/<config>/<version>, as TFDS has it."""
 
+import contextlib
+import fcntl
 import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.file_adapters import FileFormat
 from tensorflow_datasets.core.utils.version import list_all_versions
 
 from tosa_jax.errors import DataError
-from tosa_jax.paths import AnyPath, as_path
+from tosa_jax.paths import AnyPath, as_path, parse_json
 
+_AGAIN = "delete the folder and prepare the set again"
 _PREPARE = "run `python -m tosa_jax.prepare --config=...`"
+
+
+def open_prepared(path: AnyPath) -> tfds.core.DatasetBuilder:
+    """TFDS's description of the set in a version folder.
+
+    Raises DataError: a file of the description is damaged, or names features that are not TFDS's own. TFDS would import
+    any module that is named there.
+    """
+    try:
+        return _opened(path)
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: {error.filename or error} is missing; {_AGAIN}") from error
+    except Exception as error:  # TFDS and protobuf stumble over a damaged file in any way
+        raise DataError(
+            f"{path}: its description cannot be read ({type(error).__name__}: {str(error)[:300]}); {_AGAIN}"
+        ) from error
+
+
+def _opened(path: AnyPath) -> tfds.core.DatasetBuilder:
+    for name in _class_names(parse_json((path / "features.json").read_bytes())):
+        if not name.startswith("tensorflow_datasets."):
+            raise ValueError(f"features.json names {name}, which is not TFDS's")
+    builder = tfds.builder_from_directory(str(path))
+    splits = builder.info.splits
+    lengths = [n for split in splits.values() for n in split.shard_lengths]
+    if not splits or min(lengths, default=0) < 0:
+        raise ValueError("dataset_info.json has no split, or one of a negative length")
+    return builder
+
+
+def _class_names(features: Any) -> Iterator[str]:
+    """Every class that the text of features names, at any depth."""
+    if isinstance(features, dict):
+        for key, value in features.items():
+            if key in ("pythonClassName", "python_class_name"):
+                yield str(value)
+            yield from _class_names(value)
+    elif isinstance(features, list):
+        for value in features:
+            yield from _class_names(value)
+
+
+@contextlib.contextmanager
+def prepares_alone(folder: Path, say: Callable[[str], object]) -> Iterator[None]:
+    """In this context no other process prepares below the same folder; one that does is waited for, with a line.
+
+    Where the file system has no locks this does nothing. Raises OSError: the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".preparing", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"{folder}: another process is preparing this set; waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            pass
+        yield
 
 
 def is_prepared(path: AnyPath) -> bool:
@@ -26,7 +90,7 @@ def newest(name: str, data_dir: str | os.PathLike) -> AnyPath | None:
 
 def file_formats(path: AnyPath) -> set[FileFormat]:
     """The file formats in which a version folder holds its set."""
-    return tfds.builder_from_directory(str(path)).info.available_file_formats()
+    return open_prepared(path).info.available_file_formats()
 
 
 def has_random_access(path: AnyPath) -> bool:

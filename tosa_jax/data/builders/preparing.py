@@ -27,12 +27,15 @@ from tosa_jax.data.builders.prepared import (
     has_random_access,
     is_prepared,
     newest,
+    open_prepared,
     prepared_dir,
+    prepares_alone,
 )
 from tosa_jax.data.builders.rooms import Rooms, rooms_config
 from tosa_jax.data.builders.shards import Say
+from tosa_jax.distributed import messages
 from tosa_jax.errors import ConfigError, DataError
-from tosa_jax.paths import is_remote
+from tosa_jax.paths import as_path, is_remote
 
 _GENERATED = {"digits": Digits, "rooms": Rooms}  # sets that need no files
 # Sets of a folder of a person's own.
@@ -60,10 +63,12 @@ def open_builder(name: str, data_dir: str, source_dir: str = "") -> tfds.core.Da
       DataError: as `prepare_own` and `prepared_dir`.
     """
     if is_own(name, source_dir) and not is_remote(data_dir):
-        path = prepare_own(name, data_dir, source_dir, max_bytes=folders.AUTOMATIC_BYTES)
+        path = prepare_own(
+            name, data_dir, source_dir, max_bytes=folders.AUTOMATIC_BYTES, say=messages.say
+        )
     else:
         path = prepared_dir(name, data_dir)
-    return tfds.builder_from_directory(str(path))
+    return open_prepared(as_path(path))
 
 
 def prepare(
@@ -134,7 +139,7 @@ def prepare_own(
     Args:
       max_bytes: Refuse a larger folder of images; None: any size.
     Returns:
-      The version folder, for `tfds.builder_from_directory`.
+      The version folder, for `open_prepared`.
     Raises:
       ConfigError: the set is none of this project's; `source_dir` is missing, or given for a set
         without files.
@@ -151,7 +156,6 @@ def prepare_own(
     if name in _FOLDERS and not source_dir:
         raise ConfigError("source_dir is empty: set it to the folder of images")
     root = Path(data_dir).expanduser()
-    path = None
     try:
         if name in _FOLDERS:
             source = Path(source_dir).expanduser()
@@ -161,15 +165,14 @@ def prepare_own(
         if is_prepared(path) and not overwrite:
             return path
         config = make_config()
-        if overwrite:
-            shutil.rmtree(path, ignore_errors=True)
-        _run_builder(builder_class(data_dir=str(root), config=config))
+        with prepares_alone(path.parent, say):
+            if is_prepared(path) and not overwrite:
+                return path
+            if overwrite:
+                shutil.rmtree(path, ignore_errors=True)
+            _run_builder(builder_class(data_dir=str(root), config=config))
     except OSError as error:
-        # Another process may have finished first: TFDS then cannot rename its folder to `path`.
-        if path is None or not is_prepared(path):
-            raise DataError(
-                f"{root}: cannot prepare {name} there ({error}); set data_dir"
-            ) from None
+        raise DataError(f"{root}: cannot prepare {name} there ({error}); set data_dir") from None
     return path
 
 
@@ -204,7 +207,8 @@ def _prepare_other(name: str, root: Path, *, overwrite: bool, say: Say) -> Path:
         return _prepare_with_tfds(name, root)
     path = Path(found)
     if FileFormat.TFRECORD in file_formats(path) and (overwrite or not has_random_access(path)):
-        tfrecord.convert(path, overwrite=overwrite, say=say)
+        with prepares_alone(path.parent, say):
+            tfrecord.convert(path, overwrite=overwrite, say=say)
     elif overwrite:
         raise DataError(f"{path}: not made here, so not deleted; delete it to have it made again")
     return Path(prepared_dir(name, root))

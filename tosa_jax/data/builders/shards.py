@@ -25,6 +25,7 @@ from etils import epath
 from tensorflow_datasets.core import example_serializer, hashing, splits
 from tensorflow_datasets.core.utils import shard_utils
 
+from tosa_jax.data.builders.prepared import open_prepared
 from tosa_jax.errors import DataError
 
 Say = Callable[[str], object]
@@ -133,7 +134,7 @@ def prepared_splits(path: Path) -> Mapping[str, splits.SplitInfo]:
     """The complete splits of a version folder by name; empty if there is no such folder."""
     if not (path / "dataset_info.json").is_file():
         return {}
-    return tfds.builder_from_directory(str(path)).info.splits
+    return open_prepared(path).info.splits
 
 
 def num_bytes(items: Iterable[Item], growth: float = 1.0) -> int:
@@ -197,8 +198,13 @@ def _plan(
     return list(zip(map(Path, template.sharded_filepaths(count)), parts, strict=True))
 
 
+def read_files(item: Item) -> list[bytes]:
+    """The bytes of an item's file, and of the one beside it. Raises DataError: one cannot be read or has changed."""
+    return [_read(file) for file in (item, item.beside) if file]
+
+
 def _example(encode: Encode, item: Item) -> dict:
-    return encode(item, [_read(file) for file in (item, item.beside) if file])
+    return encode(item, read_files(item))
 
 
 def _read(item: Item) -> bytes:

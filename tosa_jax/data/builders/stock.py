@@ -6,6 +6,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
+from tosa_jax.data.builders.prepared import prepares_alone
 from tosa_jax.data.builders.shards import Encode, Item, Say, labelled, prepared_splits, write_set
 from tosa_jax.errors import DataError
 
@@ -60,5 +61,6 @@ def prepare_stock(
             items[split] = found
     if not items and not done:
         raise DataError(nothing)
-    write_set(path, info, items, say, encode=encode, growth=growth, overwrite=overwrite)
+    with prepares_alone(path.parent, say):
+        write_set(path, info, items, say, encode=encode, growth=growth, overwrite=overwrite)
     return path

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow_datasets as tfds
 
+from tosa_jax.data.builders.prepared import open_prepared
 from tosa_jax.data.builders.shards import Progress, Say, has_records, write_shard
 from tosa_jax.errors import DataError
 
@@ -38,7 +39,7 @@ def convert(path: Path, *, overwrite: bool = False, say: Say = print) -> None:
     """
     todo = [
         (split.name, Path(source), count)
-        for split in tfds.builder_from_directory(str(path)).info.splits.values()
+        for split in open_prepared(path).info.splits.values()
         for source, count in _files(path, split)
     ]
     missing = [source for _, source, _ in todo if not source.is_file()]

@@ -4,7 +4,6 @@ A depth of 0 means that nothing was measured there. Sets store depth as arrays i
 unit that `DataConfig.depth_scale` gives.
 """
 
-import io
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import tensorflow_datasets as tfds
 from jaxtyping import Float
 from PIL import Image
 
-from tosa_jax.data.decoding import BadImageError, open_image, pil_errors, to_array
+from tosa_jax.data.decoding import BadImageError, load, open_image, to_array
 from tosa_jax.data.depth.transforms import DEPTH_AUGMENTATIONS, DepthAugment
 from tosa_jax.data.examples import Augmentation, Example, ExampleKind, Record
 from tosa_jax.data.settings import DataConfig
@@ -159,9 +158,7 @@ def depth_of_png(encoded: bytes, scale: float) -> Float[np.ndarray, "h w"]:
     Raises:
       BadImageError: the bytes are no 16-bit grey PNG. An 8-bit one shows depth as colours and holds no distances.
     """
-    with pil_errors():
-        image = Image.open(io.BytesIO(encoded))
-        image.load()
+    image = load(encoded)
     check_depth_png(image)
     return np.asarray(image).astype(np.float32) / np.float32(scale)
 

@@ -1,6 +1,5 @@
 """Checks that a file's parameters fit a model, and that both compute the same function."""
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ from tosa_jax.models.vit_config import ViTConfig
 from tosa_jax.models.weights.dpt import decoder_fields, depth_fields
 from tosa_jax.models.weights.names import google_fields, is_google
 from tosa_jax.models.weights.readers import WeightFile
+from tosa_jax.paths import parse_json
 
 WEIGHTS_FORMAT = "tosa_jax weights"  # under "format" in the header of what `save_weights` writes
 # transformers' `hidden_act` -> `ViTConfig.mlp`.
@@ -55,6 +55,37 @@ def check_fit(path: str, arrays: Mapping[str, np.ndarray], own: Mapping[str, Any
         )
 
 
+def stored_as(
+    path: str, arrays: Mapping[str, np.ndarray], own: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """The arrays in the dtypes of the model's. Raises WeightsError for values that are not finite in either dtype."""
+    check_finite(path, arrays)
+    stored = {}
+    with np.errstate(over="ignore", invalid="ignore"):
+        for name, x in arrays.items():
+            stored[name] = np.asarray(x).astype(own[name].dtype)
+            if not np.isfinite(stored[name]).all():
+                raise WeightsError(
+                    f"{path}: {name} holds numbers too large for {own[name].dtype}; set param_dtype='float32'"
+                )
+    return stored
+
+
+def check_finite(path: str, arrays: Mapping[str, np.ndarray]) -> None:
+    """Raise a WeightsError that counts the values that are no finite numbers, if any are."""
+    faults = {}
+    for name, x in arrays.items():
+        x = np.asarray(x)
+        finite = np.isfinite(x if x.dtype.kind in "fiub" else x.astype(np.float32))
+        if not finite.all():
+            faults[name] = finite.size - int(finite.sum())
+    if faults:
+        raise WeightsError(
+            f"{path} holds {sum(faults.values())} values that are not finite, in {_listed(faults)}: its training "
+            "failed, or it is damaged"
+        )
+
+
 def _listed(names: Iterable[str], most: int = 8) -> str:
     """At most `most` names in order, then a count."""
     names = sorted(names)
@@ -65,17 +96,29 @@ def _listed(names: Iterable[str], most: int = 8) -> str:
 def stated_fields(file: WeightFile) -> dict[str, Any]:
     """The `ViTConfig.silent_fields` that the file, its metadata or the config.json beside it state.
 
-    Raises WeightsError for an activation or a decoder that no model here has.
+    Raises WeightsError for an activation or a decoder that no model here has, and for texts of an unknown form.
     """
+    try:
+        return _stated_fields(file)
+    except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
+        raise WeightsError(
+            f"{file.path}: what it or the config.json beside it says of the network is of an unknown form "
+            f"({type(error).__name__}: {error}); get it again"
+        ) from error
+
+
+def _stated_fields(file: WeightFile) -> dict[str, Any]:
     if is_google(file.arrays):
         return google_fields(file.arrays)
     decoder = decoder_fields(file.arrays)
     if file.metadata.get("format") == WEIGHTS_FORMAT:
-        fields = json.loads(file.metadata.get("fields", "{}"))
+        fields = parse_json(file.metadata.get("fields", "{}"))
         return decoder | {k: tuple(x) if isinstance(x, list) else x for k, x in fields.items()}
     config = file.config
     if config.get("architecture") in VARIANTS:  # timm's folders
-        return ViTConfig(**VARIANTS[config["architecture"]]).silent_fields
+        silent = ViTConfig(**VARIANTS[config["architecture"]]).silent_fields
+        given = config.get("model_args") or {}  # what differs from the architecture
+        return silent | {name: given[name] for name in silent.keys() & given.keys()}
     if config.get("model_type") == "depth_anything":
         backbone = {"model_type": "dinov2", **(config.get("backbone_config") or {})}
         return decoder | _transformers_fields(file.path, backbone) | depth_fields(file.path, config)
@@ -119,6 +162,12 @@ def check_config(file: WeightFile, config: ViTConfig, say: Callable[[str], None]
     """
     own = config.silent_fields
     stated = {name: value for name, value in stated_fields(file).items() if name in own}
+    for name, value in stated.items():
+        if isinstance(value, int | float) != isinstance(own[name], int | float):
+            raise WeightsError(
+                f"{file.path}: what it or the config.json beside it says is of an unknown form ({name}={value!r}); "
+                "get it again"
+            )
     differing = {name: value for name, value in stated.items() if value != own[name]}
     if (most := differing.pop("max_depth", None)) is not None:
         say(

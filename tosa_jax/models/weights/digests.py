@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from tosa_jax.paths import AnyPath, write_atomically
+from tosa_jax.paths import AnyPath, parse_json, write_atomically
 
 DIGESTS = "digests.json"
 """The file of a folder that holds the digest of each other file: {path below the folder: SHA-256}."""
@@ -33,7 +33,7 @@ def find_damage(folder: AnyPath) -> str:
     Hidden files are passed over: file managers and network file systems leave them.
     """
     try:
-        written = json.loads((folder / DIGESTS).read_bytes())
+        written = parse_json((folder / DIGESTS).read_bytes())
         names = [name for name in _names(folder) if not name.rpartition("/")[2].startswith(".")]
     except FileNotFoundError:
         return f"{DIGESTS} is missing"
@@ -91,7 +91,7 @@ def _digest(folder: AnyPath, name: str) -> str:
 def _without_commit(text: bytes) -> bytes:
     """Orbax's metadata of a checkpoint without the time of its commit; damaged JSON as it is."""
     try:
-        values = json.loads(text)
+        values = parse_json(text)
         values.pop("commit_timestamp_nsecs", None)
     except (ValueError, AttributeError):
         return text

@@ -9,8 +9,9 @@ are checked against it.
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,50 +21,63 @@ from flax import nnx
 from tosa_jax.errors import WeightsError
 from tosa_jax.models.params import Params, get_params, nest
 from tosa_jax.models.vit import VisionTransformer
-from tosa_jax.models.vit_config import ViTConfig
-from tosa_jax.models.weights import names, towers
+from tosa_jax.models.vit_config import check_choice
+from tosa_jax.models.weights import foreign, statements
+from tosa_jax.models.weights import names as names_of
 from tosa_jax.models.weights.checks import (
     WEIGHTS_FORMAT,
     check_config,
     check_fit,
+    stored_as,
 )
-from tosa_jax.models.weights.dpt import split_decoder
+from tosa_jax.models.weights.preprocessing import Preprocessing, stated
 from tosa_jax.models.weights.readers import WeightFile, read_weights, write_safetensors
+from tosa_jax.models.weights.torch_pickle import EMA_KEYS
+from tosa_jax.models.weights.translation import fit_channels, to_ours, with_zero_biases
 
 Say = Callable[[str], None]
+Weights = str | os.PathLike | Mapping[str, Any] | WeightFile
+"""Where weights come from: a path or an address of the hub, arrays by name, or what was read already."""
 
 _SELECTORS = "tosa_jax selectors"
 
 
 def load_pretrained(
     model: VisionTransformer,
-    path: str | Path | None = None,
+    path: Weights | None = None,
     *,
     selectors: str | Path | None = None,
     head: str | Path | None = None,
+    checkpoint_key: str | None = None,
+    prefix: str = "",
     on_message: Say = print,
 ) -> VisionTransformer:
     """Loads released weights into `model`, in place, and returns it.
 
-    path        a `.pth` of DeiT, timm, DINOv2 or MAE (plain, or under `model`, `state_dict`,
+    path        a `.pth` of DeiT, timm, DINO, DINOv2 or MAE (plain, or under `model`, `state_dict`,
                 `model_ema`); a `.safetensors`; either with the names of Hugging Face transformers
                 (ViT, DeiT, Dinov2 with registers or not, ViTMAE; DPT and Depth Anything, whose
                 decoder goes into a depth network with `decoder="dpt"`), or a folder that
-                `save_pretrained` wrote; an `.npz` of Google's ViT (AugReg); a file of
+                `save_pretrained` wrote; an `.npz` of Google's ViT (AugReg) or of big_vision; a file of
                 `save_weights`; a work directory of a run, or one of its checkpoints;
-                `hf:owner/name[/file]`.
+                `hf:owner/name[/file]`; or arrays by name, of NumPy, JAX or PyTorch, in place of a file.
     selectors   a file of `save_selectors`.
     head        a file with the weight and bias of a linear head alone, as DINOv2's "_linear_head.pth" for a model with
                 `global_pool="token_avg"`.
+    checkpoint_key  of several networks in a training checkpoint the one to take: "ema", "teacher", "student", "model"
+                or another key of the file; None: averaged weights before others, a teacher before its student.
+    prefix      of the names to take, such as "encoder."; other arrays are left out.
     on_message  gets a line for everything that was not copied as it is: a head that stays random
                 because the file's has another number of classes, a decoder that the file lacks,
-                positions that were resampled, parts that only pretraining uses.
+                positions that were resampled, parts that only pretraining uses. The patch projection of RGB images
+                is fitted to another number of channels as timm does it.
 
     Parameters take the dtype and the sharding of the model's own. Released files have no selectors; the model's
     stay as they are.
 
     Raises WeightsError and leaves the model as it was: the file cannot be read; parameters are missing, left over or of
-    another shape; config.json describes another computation (the message names the field of `create_model` to pass).
+    another shape, or not finite; config.json describes another computation (the message names the field of
+    `create_model` to pass).
     """
     if path is None and selectors is None and head is None:
         raise WeightsError(
@@ -71,34 +85,40 @@ def load_pretrained(
         )
     params: Params = {}
     if path is not None:
-        params |= pretrained_params(model, path, on_message=on_message)
+        file = read_weights(path, checkpoint_key=checkpoint_key, prefix=prefix)
+        params |= pretrained_params(model, file, on_message=on_message)
+        if said := stated(file):
+            model.preprocessing = (model.preprocessing or Preprocessing())._replace(**said)
     if selectors is not None:
         params |= selector_params(model, selectors)
     if head is not None:
         params |= head_params(model, head)
-    own = get_params(model)
-
-    def place(name, value):
-        old = own[name]
-        return (
-            jax.device_put(value, old.sharding)
-            if isinstance(old, jax.Array)
-            else jnp.asarray(value)
-        )
-
-    nnx.update(model, nest({name: place(name, value) for name, value in params.items()}))
+    _place(model, params)
     return model
 
 
+def _place(model: VisionTransformer, params: Params) -> None:
+    """Sets parameters of a model, each where its own was."""
+    own = get_params(model)
+
+    def place(name: str, value: Any) -> jax.Array:
+        old = own[name]
+        if isinstance(old, jax.Array):
+            return jax.device_put(value, old.sharding)
+        return jnp.asarray(value)
+
+    nnx.update(model, nest({name: place(name, value) for name, value in params.items()}))
+
+
 def pretrained_params(
-    model: VisionTransformer, path: str | Path | WeightFile, *, on_message: Say = print
+    model: VisionTransformer, path: Weights, *, on_message: Say = print
 ) -> dict[str, np.ndarray]:
     """The parameters that `load_pretrained(model, path)` sets, by their path in the model.
 
     Parameters that stay as they are, such as selectors, are not among them. The model may be
     abstract (`nnx.eval_shape`), and the file may have been read already. Raises WeightsError as `load_pretrained`.
     """
-    file = path if isinstance(path, WeightFile) else read_weights(path)
+    file = read_weights(path)
     messages = []
     if file.metadata.get("format") == _SELECTORS:
         raise WeightsError(
@@ -106,13 +126,24 @@ def pretrained_params(
         )
     config, own = model.config, get_params(model)
     check_config(file, config, messages.append)
-    if file.under in ("model_ema", "state_dict_ema"):
+    if file.under in EMA_KEYS:
         messages.append(f"the averaged weights are taken ({file.under})")
+    elif file.under in ("teacher", "student"):
+        messages.append(f"the {file.under}'s weights are taken (checkpoint_key chooses)")
     elif "/" in file.under:
         messages.append(f"weights of the stage {file.under.split('/')[0]}")
-    arrays = _to_ours(file.arrays, config, messages.append)
-    arrays, moved = names.fit_positions(arrays, config)
-    theirs, whose = names.resampling_of(file.arrays, config) or (config.pos_resample, "")
+    arrays, left_out = to_ours(file.arrays)
+    messages += [left_out] if left_out else []
+    if names_of.is_google(file.arrays) and config.mlp == "gelu":
+        messages.append(
+            "Google's own code computes GELU by tanh, timm and transformers do not: pass mlp='gelu_tanh' to "
+            "create_model for the former"
+        )
+    arrays, fitted = fit_channels(with_zero_biases(arrays, config), config)
+    messages += [fitted] if fitted else []
+    grid = statements.stated_grid(file, config.patch_size)
+    arrays, moved = names_of.fit_positions(arrays, config, grid)
+    theirs, whose = names_of.resampling_of(file.arrays, vars(config)) or (config.pos_resample, "")
     if theirs != config.pos_resample and (moved or config.resizes):
         moved = moved or f"for other images positions are resampled ({config.pos_resample})"
         moved += f"; pass pos_resample={theirs!r} to create_model for what {whose} computes"
@@ -122,44 +153,10 @@ def pretrained_params(
     kept |= _other_heads(arrays, own, messages.append)
     arrays = {name: x for name, x in arrays.items() if name not in kept}
     check_fit(file.path, arrays, {name: x for name, x in own.items() if name not in kept})
+    stored = stored_as(file.path, arrays, own)
     for message in messages:  # only now: of a file that is refused, only the error is shown
         on_message(f"{file.path}: {message}")
-    return {name: np.asarray(x).astype(own[name].dtype) for name, x in arrays.items()}
-
-
-def _to_ours(arrays: names.Arrays, config: ViTConfig, say: Say) -> names.Arrays:
-    """A file's arrays with the paths and layouts of this project."""
-    if names.is_google(arrays):
-        if config.mlp == "gelu":
-            say(
-                "Google's own code computes GELU by tanh, timm and transformers do not: pass "
-                "mlp='gelu_tanh' to create_model for the former"
-            )
-        return names.google_to_ours(arrays)
-    if any("/" in name for name in arrays):
-        return arrays
-    decoder, arrays = split_decoder(arrays)
-    if towers.whose(arrays):
-        arrays, unused = towers.tower_to_timm(arrays)
-        arrays, why = names.fuse(arrays), "left out, as only texts need them"
-    else:
-        arrays, unused = names.to_timm(arrays)
-        why = "left out, as only pretraining uses them"
-    if unused:
-        say(f"{why}: {', '.join(unused)}")
-    return _with_zero_biases(names.to_ours(arrays), config) | decoder
-
-
-def _with_zero_biases(arrays: names.Arrays, config: ViTConfig) -> names.Arrays:
-    """The arrays with biases of 0 where a file of a DINOv3 has none of queries, keys and values (timm)."""
-    if not (config.rope and config.qkv_bias):
-        return arrays
-    kernels = {name: x for name, x in arrays.items() if name.endswith("/attn/qkv/kernel")}
-    zeros = {
-        name[: -len("kernel")] + "bias": np.zeros(x.shape[1], x.dtype)
-        for name, x in kernels.items()
-    }
-    return zeros | arrays
+    return stored
 
 
 def _kept_head(arrays: Mapping[str, np.ndarray], own: Params, say: Say) -> set[str]:
@@ -240,13 +237,43 @@ def _kept_kinds(arrays: Mapping[str, np.ndarray], own: Params, say: Say) -> set[
 
 
 def save_weights(
-    model: VisionTransformer, path: str | Path, *, metadata: Mapping[str, str] | None = None
+    model: VisionTransformer,
+    path: str | Path,
+    *,
+    names: str = "tosa_jax",
+    class_names: Sequence[str] = (),
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes all parameters, selectors too, atomically to a `.safetensors` file for `load_pretrained`.
+    """Writes all parameters, selectors too, atomically to a `.safetensors` file for `load_pretrained` and `load`.
 
-    metadata  further texts for the file's header.
+    The header states the whole configuration, with it the grid of the positions, and the preprocessing if the model
+    knows it (`model.preprocessing`).
+
+    path         the file; with the names of others the folder, which gets model.safetensors and JSON files beside it.
+    names        "timm" or "hf": the names and layouts of timm or transformers. `from_pretrained(FOLDER)` and
+                 `timm.create_model("local-dir:FOLDER", pretrained=True)` then read the dense network; what methods add
+                 is not written.
+    class_names  of the head, one a class; (): not stated.
+    metadata     further texts for the header.
+
+    Raises WeightsError: timm or transformers have no such network; the path is a folder where it should be a file.
+    ConfigError: another value of `names`.
     """
-    facts = {"format": WEIGHTS_FORMAT, "fields": json.dumps(model.config.silent_fields)}
+    config = model.config
+    check_choice("names", names, ("tosa_jax", "timm", "hf"))
+    if names != "tosa_jax":
+        translate = foreign.to_timm if names == "timm" else foreign.to_hf
+        params = _to_host(get_params(model))
+        arrays, files = translate(params, config, model.preprocessing, tuple(class_names))
+        write_safetensors(Path(path) / "model.safetensors", arrays, {"format": "pt"})
+        foreign.write_statements(Path(path), files)
+        return
+    facts = {"format": WEIGHTS_FORMAT, "fields": json.dumps(config.silent_fields)}
+    facts |= {statements.MODEL: json.dumps(config.to_fields()), statements.TASK: config.task}
+    if model.preprocessing is not None:
+        facts[statements.PREPROCESSING] = json.dumps(model.preprocessing._asdict())
+    if class_names:
+        facts[statements.CLASS_NAMES] = json.dumps(list(class_names))
     write_safetensors(path, _to_host(get_params(model)), {**(metadata or {}), **facts})
 
 
@@ -290,7 +317,7 @@ def selector_params(model: VisionTransformer, path: str | Path) -> dict[str, np.
             f"plan: {file.metadata.get('plan')})"
         )
     check_fit(file.path, file.arrays, own)
-    return {name: x.astype(own[name].dtype) for name, x in file.arrays.items()}
+    return stored_as(file.path, file.arrays, own)
 
 
 def head_params(model: VisionTransformer, path: str | Path) -> dict[str, np.ndarray]:
@@ -312,7 +339,7 @@ def head_params(model: VisionTransformer, path: str | Path) -> dict[str, np.ndar
             "(_linear_head.pth)"
         )
     check_fit(file.path, arrays, own)
-    return {name: x.astype(own[name].dtype) for name, x in arrays.items()}
+    return stored_as(file.path, arrays, own)
 
 
 def _selectors_of(model: VisionTransformer) -> Params:

@@ -11,6 +11,7 @@ kernels are [in, out] as here, but heads and the sides of a patch are axes of th
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -21,17 +22,18 @@ from tosa_jax.models.weights import towers
 
 Arrays = dict[str, np.ndarray]
 
-# Parts of released files that only pretraining uses (DINOv2, MAE), and the tanh pooler that
-# transformers adds to ViT and DeiT. Any other parameter that is left over is an error.
+# Parts of released files that only pretraining uses (DINO, DINOv2, MAE), and the tanh layer that transformers adds to
+# ViT and DeiT (pooler) and that Google's and timm's earlier files have before their head (pre_logits). Any other
+# parameter that is left over is an error.
 _UNUSED = re.compile(
     r"(?:embeddings\.)?(mask_token)$|(dino_head|ibot_head|decoder)\.|(pooler)\.dense\."
-    r"|(decoder)_(?:embed|pos_embed|blocks|norm|pred)\b"
+    r"|(decoder)_(?:embed|pos_embed|blocks|norm|pred)\b|(head)\.(?:mlp|last_layer)\.|(pre_logits)[./]"
 )
 
 # The periods of rotary positions, which the model works out.
 _BUFFER = re.compile(r"rope(_embed)?\.periods$")
 
-_WRAPPER_PREFIX = re.compile(r"^(module\.|_orig_mod\.|backbone\.)+")
+_WRAPPER_PREFIX = re.compile(r"^(module\.|_orig_mod\.|_fsdp_wrapped_module\.|backbone\.)+")
 _HF_PREFIX = re.compile(
     r"^(vit|deit|dinov2_with_registers|dinov2|dpt)\."
     r"(?=embeddings\.|encoder\.|layers\.|layernorm\.|pooler\.)"
@@ -80,20 +82,30 @@ _FUSED = [
 ]
 
 
+# Google's ViT and AugReg; big_vision counts the parts of a layer anew, and has heads that pool by attention.
+_GOOGLE_PREFIX = re.compile(r"^(opt/target/|params/)?(img/)?")
+_GOOGLE_UNUSED = re.compile(r"(?:opt/target/|params/)?(txt|t|b|pre_logits|opt/state|step)(?:/|$)")
 _GOOGLE = [
     (r"^cls$", "cls_token"),
     (r"^embedding/", "patch_embed/proj/"),
-    (r"^Transformer/posembed_input/pos_embedding$", "pos_embed"),
+    (r"^(?:Transformer/posembed_input/)?pos_embedding$", "pos_embed"),
     (r"^Transformer/encoder_norm/", "norm/"),
     (r"^Transformer/encoderblock_(\d+)/", r"blocks/\1/"),
-    (r"/LayerNorm_0/", "/norm1/"),
-    (r"/LayerNorm_2/", "/norm2/"),
-    (r"/MultiHeadDotProductAttention_1/out/", "/attn/proj/"),
-    (r"/MultiHeadDotProductAttention_1/", "/attn/"),
-    (r"/MlpBlock_3/Dense_0/", "/mlp/fc1/"),
-    (r"/MlpBlock_3/Dense_1/", "/mlp/fc2/"),
+    (r"^(blocks/\d+)/LayerNorm_0/", r"\1/norm1/"),
+    (r"^(blocks/\d+)/LayerNorm_[12]/", r"\1/norm2/"),
+    (r"/MultiHeadDotProductAttention_[01]/out/", "/attn/proj/"),
+    (r"/MultiHeadDotProductAttention_[01]/", "/attn/"),
+    (r"/MlpBlock_\d/Dense_0/", "/mlp/fc1/"),
+    (r"/MlpBlock_\d/Dense_1/", "/mlp/fc2/"),
+    (r"^MAPHead_0/probe$", "attn_pool/latent"),
+    (r"^MAPHead_0/LayerNorm_0/", "attn_pool/norm/"),
+    (r"^MAPHead_0/attn/", "attn_pool/"),
+    (r"^MAPHead_0/", "attn_pool/"),
 ]
-_GOOGLE_QUERY = "Transformer/encoderblock_0/MultiHeadDotProductAttention_1/query/kernel"
+_GOOGLE_QUERY = re.compile(
+    r"Transformer/encoderblock_0/MultiHeadDotProductAttention_([01])/query/kernel$"
+)
+_STACKED = re.compile(r"Transformer/encoderblock/")
 
 
 def is_hugging_face(arrays: Arrays) -> bool:
@@ -102,21 +114,23 @@ def is_hugging_face(arrays: Arrays) -> bool:
     return any(name.endswith(ends) for name in arrays)
 
 
-def resampling_of(arrays: Arrays, config: ViTConfig) -> tuple[str, str] | None:
+def resampling_of(arrays: Arrays, fields: Mapping[str, Any]) -> tuple[str, str] | None:
     """How the code that the names are of resamples these positions (`pos_resample`), and whose code that is.
+
+    fields  of the network's `ViTConfig`.
 
     None for names that say nothing of it, such as timm's and DeiT's.
     """
-    if not config.pos_embed:
+    if not fields["pos_embed"]:
         return None
     if tower := towers.whose(arrays):
         return ("bicubic" if tower == "transformers" else "bicubic_antialias"), tower
     if "dpt.embeddings.position_embeddings" in arrays:
         return "bilinear", "transformers"
     if is_hugging_face(arrays):
-        return "bicubic_antialias" if config.reg_tokens else "bicubic", "transformers"
-    if config.layer_scale and "mask_token" in arrays:  # timm's files of DINOv2 have none
-        return "bicubic_antialias" if config.reg_tokens else "bicubic_offset", "Facebook's hub"
+        return "bicubic_antialias" if fields["reg_tokens"] else "bicubic", "transformers"
+    if fields["layer_scale"] and "mask_token" in arrays:  # timm's files of DINOv2 have none
+        return "bicubic_antialias" if fields["reg_tokens"] else "bicubic_offset", "Facebook's hub"
     return None
 
 
@@ -192,79 +206,155 @@ def to_ours(arrays: Arrays) -> Arrays:
     return ours
 
 
-def fit_positions(arrays: Arrays, config: ViTConfig) -> tuple[Arrays, str]:
+def fit_positions(
+    arrays: Arrays, config: ViTConfig, stated: tuple[int, int] | None = None
+) -> tuple[Arrays, str]:
     """Fits "pos_embed" [1, n, d] to the model. Returns the arrays, and a message if it was resampled, else "".
+
+    stated  rows and columns of the patches, as the file says; None: it says nothing of them.
 
     A grid of another size is resampled by `config.pos_resample`. Positions of prefix tokens that
     the model has no place for are added to the tokens themselves, and positions that only the model
-    has are zeros. Neither changes what is computed.
+    has are zeros. Neither changes what is computed. Where nothing fits, arrays stay as they are, and the caller
+    compares shapes.
     """
     name = "pos_embed"
     if name not in arrays or arrays[name].ndim != 3:
         return arrays, ""
     positions = arrays[name]
-    count, wanted = positions.shape[1], config.num_patches
-    own = wanted + (config.num_prefix_tokens if config.pos_embed_prefix else 0)
-    if count == own:
+    found = _prefix_and_grid(positions.shape[1], config, stated)
+    if found is None:
         return arrays, ""
+    prefix, old, guess = found
     tokens = ["cls_token"] * config.class_token + ["dist_token"] * config.distilled
     tokens += ["reg_token"] * bool(config.reg_tokens)
-    known = {0, config.class_token + config.distilled} | (
-        {config.num_prefix_tokens} if config.pos_embed_prefix else set()
-    )
-    prefix = [k for k in sorted(known) if count > k and math.isqrt(count - k) ** 2 == count - k]
-    if not prefix:  # another number of prefix tokens: the caller compares shapes
-        return arrays, ""
-    head, patches = positions[:, : prefix[0]], positions[:, prefix[0] :]
-    side = math.isqrt(patches.shape[1])
-    patches = resample_positions(patches, config.grid, config.pos_resample)
+    head, patches = positions[:, :prefix], positions[:, prefix:]
+    patches = resample_positions(patches, config.grid, config.pos_resample, old)
     new = dict(arrays)
     if config.pos_embed_prefix:
-        zeros = np.zeros(
-            (1, config.num_prefix_tokens - head.shape[1], positions.shape[2]), head.dtype
-        )
+        zeros = np.zeros((1, config.num_prefix_tokens - prefix, positions.shape[2]), head.dtype)
         patches = np.concatenate([head, zeros, patches], axis=1)
     else:
-        for i, token in enumerate(tokens[: head.shape[1]]):
+        for i, token in enumerate(tokens[:prefix]):
             if token in new:
                 new[token] = new[token] + head[:, i : i + 1]
     new[name] = patches
-    moved = (side, side) != config.grid
-    rows, columns = config.grid
-    done = f"positions resampled from {side}x{side} to {rows}x{columns} ({config.pos_resample})"
-    return new, done if moved else ""
+    (above, across), (rows, columns) = old, config.grid
+    if old == config.grid:
+        return new, guess
+    done = f"positions resampled from {above}x{across} to {rows}x{columns} ({config.pos_resample})"
+    return new, f"{done}; {guess}" if guess else done
+
+
+def prefix_counts(config: ViTConfig) -> list[int]:
+    """How many prefix tokens may have positions in a file, the model's own number first."""
+    own = config.num_prefix_tokens if config.pos_embed_prefix else 0
+    return list(dict.fromkeys([own, config.class_token + config.distilled, 0]))
+
+
+def _prefix_and_grid(
+    count: int, config: ViTConfig, stated: tuple[int, int] | None
+) -> tuple[int, tuple[int, int], str] | None:
+    """Prefix tokens and grid of `count` positions, and what is guessed of them, if anything is; None: nothing fits.
+
+    What is stated comes first. Without a statement, as many positions as the model's are its own grid, unless that is
+    no square and the file's may be one: released networks are trained on squares.
+    """
+    for prefix in prefix_counts(config):
+        patches = count - prefix
+        if stated is not None and patches == math.prod(stated):
+            return prefix, stated, ""
+    for prefix in prefix_counts(config):
+        patches = count - prefix
+        side = math.isqrt(max(patches, 0))
+        if patches > 0 and side * side == patches:
+            no_square = config.grid[0] != config.grid[1]
+            guess = f"the file does not state its grid, {side}x{side} is a guess"
+            return (
+                prefix,
+                (side, side),
+                guess if no_square and patches == config.num_patches else "",
+            )
+        if prefix == prefix_counts(config)[0] and patches == config.num_patches:
+            rows, columns = config.grid
+            return (
+                prefix,
+                config.grid,
+                f"the file does not state its grid, {rows}x{columns} is a guess",
+            )
+    return None
 
 
 def is_google(arrays: Arrays) -> bool:
-    """Whether the names are those of Google's ViT."""
-    return _GOOGLE_QUERY in arrays
+    """Whether the names are those of Google's ViT or of big_vision."""
+    return _google_query(arrays) is not None
+
+
+def _google_query(arrays: Arrays) -> re.Match | None:
+    return next((m for name in arrays if (m := _GOOGLE_QUERY.search(_unstacked(name)))), None)
+
+
+def _unstacked(name: str) -> str:
+    """The name of the first layer, where a file has all layers in one array (big_vision's `scan`)."""
+    return _STACKED.sub("Transformer/encoderblock_0/", name)
 
 
 def google_fields(arrays: Arrays) -> dict[str, Any]:
-    """Fields of `ViTConfig` that the shapes state: the number of heads, which this project's shapes do not."""
-    return {"num_heads": arrays[_GOOGLE_QUERY].shape[-2]}
+    """Fields of `ViTConfig` that the file states as this project's shapes do not: heads, and big_vision's own GELU."""
+    query = _google_query(arrays)
+    assert query is not None, "is_google"
+    kernel = next(x for name, x in arrays.items() if _unstacked(name) == query.string)
+    big_vision = {"mlp": "gelu_tanh"} if query[1] == "0" else {}
+    return {"num_heads": kernel.shape[-2]} | big_vision
 
 
-def google_to_ours(arrays: Arrays) -> Arrays:
-    """Google's names and layouts -> this project's paths and layouts.
+def google_to_ours(arrays: Arrays) -> tuple[Arrays, list[str]]:
+    """Google's names and layouts -> this project's paths and layouts, and the parts left out.
 
     query, key, value  kernels [d h dh] -> [d (h dh)], biases [h dh] -> [(h dh)], then the three
-                       side by side: qkv, [d (3 h dh)] and [(3 h dh)].
+                       side by side: qkv, [d (3 h dh)] and [(3 h dh)]. Of a head that pools by attention q, and
+                       key and value side by side.
     out                kernel [h dh d] -> [(h dh) d].
     embedding          kernel [p p c d] -> [(p p c) d].
+
+    Left out are the tower of texts (`txt/`, `t`, `b`), what only training has, and `pre_logits`.
     """
     ours: Arrays = {}
-    for name, array in arrays.items():
+    unused: set[str] = set()
+    for name, array in _layers_apart(arrays).items():
+        if left_out := _GOOGLE_UNUSED.match(name):
+            unused.add(left_out[1])
+            continue
+        name = _GOOGLE_PREFIX.sub("", name)
         for pattern, replacement in _GOOGLE:
             name = re.sub(pattern, replacement, name)
-        if re.search(r"/attn/(query|key|value)/", name):
+        if re.search(r"/(query|key|value)/", name):
             array = array.reshape(*array.shape[:-2], -1)
-        elif name.endswith(("/attn/proj/kernel", "patch_embed/proj/kernel")):
+        elif re.search(r"(attn|attn_pool)/proj/kernel$|patch_embed/proj/kernel$", name):
             array = array.reshape(-1, array.shape[-1])
+        elif name in ("pos_embed", "attn_pool/latent"):
+            array = array.reshape(1, -1, array.shape[-1])
         ours[name] = array
-    for query in [name for name in ours if "/attn/query/" in name]:
+    for query in [name for name in ours if "/query/" in name]:
         parts = [query.replace("/query/", f"/{part}/") for part in ("query", "key", "value")]
-        if all(part in ours for part in parts):
-            joined = np.concatenate([ours.pop(part) for part in parts], axis=-1)
-            ours[query.replace("/query/", "/qkv/")] = joined
-    return ours
+        if not all(part in ours for part in parts):
+            continue
+        q, k, v = (ours.pop(part) for part in parts)
+        if query.startswith("attn_pool/"):
+            ours[query.replace("/query/", "/q/")] = q
+            ours[query.replace("/query/", "/kv/")] = np.concatenate([k, v], axis=-1)
+        else:
+            ours[query.replace("/query/", "/qkv/")] = np.concatenate([q, k, v], axis=-1)
+    return ours, sorted(unused)
+
+
+def _layers_apart(arrays: Arrays) -> Arrays:
+    """The arrays with an array a layer, where a file has those of all layers in one."""
+    apart: Arrays = {}
+    for name, array in arrays.items():
+        if _STACKED.search(name):
+            for i, part in enumerate(array):
+                apart[_STACKED.sub(f"Transformer/encoderblock_{i}/", name)] = part
+        else:
+            apart[name] = array
+    return apart

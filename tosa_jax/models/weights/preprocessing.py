@@ -1,17 +1,17 @@
 """How images were prepared for released weights: one table by family, and what a file states of itself."""
 
-import json
+import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from tosa_jax.errors import WeightsError
 from tosa_jax.models.variants import HUB_NAMES
+from tosa_jax.models.weights import statements
 from tosa_jax.models.weights.names import is_google
 from tosa_jax.models.weights.readers import WeightFile
-
-PREDICTOR = "predictor"
-"""Key in a weights file's metadata under which `inference.loading.save` states all that a `Predictor` needs."""
-
+from tosa_jax.paths import parse_json
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Mean and standard deviation of ImageNet's red, green and blue in [0, 1]."""
@@ -23,12 +23,14 @@ class Preprocessing(NamedTuple):
     mean, std      of each channel's pixels in [0, 1]; one value serves all channels.
     crop_pct       share in (0, 1] of the resized short side that the central crop keeps.
     interpolation  of the resize: "bicubic" or "bilinear".
+    resize         "crop", or "squash": both sides are resized, whatever the aspect ratio, before the crop.
     """
 
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     crop_pct: float = 0.875
     interpolation: str = "bicubic"
+    resize: str = "crop"
 
 
 @dataclass(frozen=True)
@@ -105,19 +107,88 @@ def _is_mae(file: WeightFile) -> bool:
 
 
 def stated(file: WeightFile) -> dict[str, Any]:
-    """The fields of `Preprocessing` that a file states, in its metadata or the config.json of timm or of a run.
+    """The fields of `Preprocessing` that a file states, in its metadata, the config.json of timm or of a run, or the
+    preprocessor_config.json of transformers.
 
     A run's, and that of a `Predictor`, state no crop where images are not cropped.
+
+    Raises WeightsError: what it states is of an unknown form.
     """
-    if text := file.metadata.get(PREDICTOR):
-        said = json.loads(text)
+    try:
+        found = _said(file)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise WeightsError(f"{_unknown(file)} ({type(error).__name__}: {error})") from error
+    for name in ("mean", "std"):
+        values = found.get(name, (1.0,))
+        lowest = 0.0 if name == "std" else -math.inf
+        numbers = isinstance(values, tuple) and all(type(x) in (int, float) for x in values)
+        if not numbers or not all(lowest < x < math.inf for x in values):
+            raise WeightsError(f"{_unknown(file)} ({name}={values!r})")
+    crop = found.get("crop_pct", 1)
+    if type(crop) not in (int, float) or not 0 < crop <= 1:
+        raise WeightsError(f"{_unknown(file)} (crop_pct={crop!r})")
+    if (way := found.get("interpolation", "bicubic")) not in ("bicubic", "bilinear"):
+        raise WeightsError(f"{_unknown(file)} (interpolation={way!r})")
+    return found
+
+
+def _unknown(file: WeightFile) -> str:
+    return f"{file.path}: what it or the config.json beside it says of images is of an unknown form"
+
+
+def _said(file: WeightFile) -> dict[str, Any]:
+    if text := file.metadata.get(statements.PREDICTOR):
+        said = parse_json(text)
         form = said["form"]
-        said |= form if form["resize"] == "crop" else {}
+        said |= form if form["resize"] in _RESIZES else {}
+        said = {name: x for name, x in said.items() if name != "resize" or x in _RESIZES}
+    elif text := file.metadata.get(statements.PREPROCESSING):
+        said = parse_json(text)
     elif "inputs" in file.config:
         data = file.config["data"]
-        cropped = {name: data.get(f"eval_{name}") for name in ("crop_pct", "interpolation")}
-        said = file.config["inputs"] | (cropped if data["eval_resize"] == "crop" else {})
+        names = ("crop_pct", "interpolation", "resize")
+        cropped = {name: data.get(f"eval_{name}") for name in names}
+        said = file.config["inputs"] | (cropped if data["eval_resize"] in _RESIZES else {})
+    elif file.preprocessor:
+        said = _of_transformers(file)
     else:
         said = file.config | file.config.get("pretrained_cfg", {})
+        said = said | {"resize": _CROP_MODES.get(said.get("crop_mode", ""))}
     found = {name: said[name] for name in Preprocessing._fields if said.get(name)}
+    if found.get("interpolation") not in (None, "bicubic", "bilinear"):
+        del found["interpolation"]
     return {name: tuple(x) if isinstance(x, list) else x for name, x in found.items()}
+
+
+_RESIZES = ("crop", "squash")
+_CROP_MODES = {"center": "crop", "squash": "squash"}  # timm's `crop_mode`
+_PIL_FILTERS = {2: "bilinear", 3: "bicubic"}  # transformers' `resample`
+
+
+def _of_transformers(file: WeightFile) -> dict[str, Any]:
+    """The fields of `Preprocessing` that a preprocessor_config.json of transformers states."""
+    said, kept = file.preprocessor, statements.prepared_size(file)
+    fields: dict[str, Any] = {"mean": (0.0,), "std": (1.0,)}
+    if said.get("do_normalize", True):
+        fields = {"mean": said.get("image_mean"), "std": said.get("image_std")}
+    if kept is None or not said.get("do_resize", True):
+        return fields
+    size = said.get("size")
+    if isinstance(size, Mapping):
+        short = "shortest_edge" in size
+        before = (
+            size["shortest_edge"] if short else min(size.get("height", 0), size.get("width", 0))
+        )
+    else:  # earlier versions: of CLIP the short side, else both
+        kind = said.get("image_processor_type") or said.get("feature_extractor_type") or ""
+        short, before = "CLIP" in kind, size
+    fields["interpolation"] = _PIL_FILTERS.get(said.get("resample", 0))
+    if isinstance(before, int) and before >= min(kept):
+        fields |= {"resize": "crop" if short else "squash", "crop_pct": _share(min(kept), before)}
+    return fields
+
+
+def _share(kept: int, before: int) -> float:
+    """The share of `before` pixels that `kept` are, such that int(kept / share) is `before` again."""
+    share = kept / before
+    return share if int(kept / share) == before else math.nextafter(share, 0.0)

@@ -3,11 +3,13 @@
 No model is needed. The names are those of the file; `names` translates them.
 """
 
-import json
+import math
 import os
+import tokenize
 import zipfile
 import zlib
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,32 +19,33 @@ import safetensors
 import safetensors.numpy
 
 from tosa_jax.errors import WeightsError
+from tosa_jax.models.weights import hub
 from tosa_jax.models.weights.digests import digest_arrays
 from tosa_jax.models.weights.run_checkpoints import find_checkpoint, read_params, workdir_of
-from tosa_jax.models.weights.torch_pickle import LEGACY_START, read_torch_file
-from tosa_jax.paths import as_path, write_atomically
+from tosa_jax.models.weights.torch_pickle import EMA_KEYS, LEGACY_START, read_torch_file
+from tosa_jax.paths import as_path, parse_json, write_atomically
 
 _DIGEST = (
     "tosa_jax.sha256"  # its place in the metadata of a `.safetensors` that this project writes
 )
 
-# Files that a folder of transformers, timm or the hub may have, in order of preference.
-_FOLDER_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-)
+MOST_INFLATED = 2**30
+"""Bytes that an `.npz` may hold, whatever its own size; beyond them it may hold 16 times its size."""
+
+_NPZ_DAMAGE = (ValueError, OSError, EOFError, KeyError, TypeError, NotImplementedError)
+_NPZ_DAMAGE += (tokenize.TokenError, SyntaxError, RecursionError)  # of headers, which are Python's
 
 
 @dataclass(frozen=True)
 class WeightFile:
     """The contents of a file or folder of weights.
 
-    path      of the file or folder, for messages.
-    arrays    by their names in the file.
-    under     key of the state dict in a `.pth`; "<stage>/<step>" of a checkpoint; else "".
-    metadata  of a `.safetensors`; else {}.
-    config    the config.json beside the file, or of the work directory; {} if there is none.
+    path          of the file or folder, for messages.
+    arrays        by their names in the file.
+    under         key of the state dict in a `.pth`; "<stage>/<step>" of a checkpoint; else "".
+    metadata      of a `.safetensors`; else {}.
+    config        the config.json beside the file, or of the work directory; {} if there is none.
+    preprocessor  the preprocessor_config.json of transformers beside the file; {} if there is none.
     """
 
     path: str
@@ -50,18 +53,41 @@ class WeightFile:
     under: str = ""
     metadata: dict[str, str] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    preprocessor: dict[str, Any] = field(default_factory=dict)
 
 
-def read_weights(path: str | Path) -> WeightFile:
-    """Reads a file, a folder of transformers or of a run, or `hf:owner/name[@revision][/file]`.
+def read_weights(
+    source: "str | os.PathLike | Mapping[str, Any] | WeightFile",
+    *,
+    checkpoint_key: str | None = None,
+    prefix: str = "",
+) -> WeightFile:
+    """Reads a file, a folder of transformers or of a run, `hf:owner/name[@revision][/file]`, or arrays by name.
+
+    checkpoint_key  which of several networks in a training checkpoint: "ema", "teacher", "student", "model" or any
+                    other key of it; None: `torch_pickle.WRAPPERS` says which comes first.
+    prefix          only arrays whose names start with it, without it.
 
     The format of a file is told by its first bytes, not by its name.
 
-    Raises WeightsError: the file does not exist, is damaged or holds no weights, or the hub cannot be reached.
+    Raises WeightsError: the file does not exist, is damaged or holds no weights, or none of that key or prefix; or the
+    hub cannot be reached.
     """
-    path = fetch_from_hub(str(path)) if str(path).startswith("hf:") else Path(path).expanduser()
+    if isinstance(source, WeightFile):
+        file = source
+    elif isinstance(source, Mapping):
+        file = WeightFile("the mapping", {name: _host_array(x) for name, x in source.items()})
+    else:
+        file = _read_path(source, checkpoint_key)
+    if checkpoint_key is None:
+        return _of_one_network(_narrowed(file, prefix), None)
+    return _narrowed(_of_one_network(file, checkpoint_key), prefix)
+
+
+def _read_path(source: str | os.PathLike, checkpoint_key: str | None) -> WeightFile:
+    path = hub.fetch(str(source)) if hub.is_address(str(source)) else Path(source).expanduser()
     if path.is_dir():
-        for name in _FOLDER_FILES:
+        for name in hub.WEIGHT_FILES:
             if (path / name).exists():
                 path = path / name
                 break
@@ -72,15 +98,70 @@ def read_weights(path: str | Path) -> WeightFile:
             f"{path} does not exist; give a .pth, .safetensors or .npz file, a work directory of a run, or "
             "hf:owner/name"
         )
-    config = _read_json(path.parent / "config.json")
+    config, preprocessor = (read_json(path.parent / name) for name in hub.STATEMENTS)
+    arrays, under, metadata = _read_arrays(path, checkpoint_key)
+    return WeightFile(str(path), arrays, under, metadata, config, preprocessor)
+
+
+def _read_arrays(
+    path: Path, checkpoint_key: str | None = None
+) -> tuple[dict[str, np.ndarray], str, dict[str, str]]:
+    """The arrays of a file, the key that they were under, and its metadata."""
     if path.name.endswith(".index.json"):
-        return _read_shards(path, config)
+        return _read_shards(path), "", {}
     kind = _kind(path)
     if kind == "torch":
-        arrays, under = read_torch_file(path)
-        return WeightFile(str(path), arrays, under, {}, config)
+        return *read_torch_file(path, checkpoint_key), {}
     arrays, metadata = (_read_npz(path), {}) if kind == "npz" else _read_safetensors(path)
-    return WeightFile(str(path), arrays, "", metadata, config)
+    return arrays, "", metadata
+
+
+def _host_array(value: Any) -> np.ndarray:
+    """An array of NumPy, JAX or PyTorch as NumPy's."""
+    if hasattr(value, "detach"):  # PyTorch's: NumPy has no bfloat16, and a gradient is in the way
+        value = value.detach().cpu()
+        value = value.float() if "bfloat16" in str(value.dtype) else value
+    return np.asarray(value)
+
+
+_NETWORKS = ("teacher.", "student.")
+
+
+def _of_one_network(file: WeightFile, checkpoint_key: str | None) -> WeightFile:
+    """Of a training checkpoint of DINOv2, whose names begin with the network's, one network: the teacher by default."""
+    if checkpoint_key is not None and file.under == checkpoint_key:
+        return file
+    starts = {name: name.split(".")[0] for name in file.arrays}
+    if checkpoint_key is not None:
+        chosen = f"{checkpoint_key}."
+        if checkpoint_key not in starts.values() and not _is_ema(checkpoint_key, file.under):
+            found = sorted(set(starts.values()))[:8]
+            raise WeightsError(
+                f"{file.path} holds no {checkpoint_key!r}: its names begin with {', '.join(found)}"
+            )
+    else:
+        chosen = _NETWORKS[0]
+        if not file.arrays or not all(name.startswith(_NETWORKS) for name in file.arrays):
+            return file
+    arrays = {n[len(chosen) :]: x for n, x in file.arrays.items() if n.startswith(chosen)}
+    return replace(file, arrays=arrays, under=chosen[:-1]) if arrays else file
+
+
+def _is_ema(key: str, under: str) -> bool:
+    return key == "ema" and under in EMA_KEYS
+
+
+def _narrowed(file: WeightFile, prefix: str) -> WeightFile:
+    """The arrays whose names start with `prefix`, without it. Raises WeightsError: there are none."""
+    if not prefix:
+        return file
+    arrays = {n[len(prefix) :]: x for n, x in file.arrays.items() if n.startswith(prefix)}
+    if not arrays:
+        some = ", ".join(sorted(file.arrays)[:4])
+        raise WeightsError(
+            f"{file.path} has no names that begin with {prefix!r}; it has {some}, ..."
+        )
+    return replace(file, arrays=arrays)
 
 
 def _kind(path: Path) -> str:
@@ -122,10 +203,15 @@ def _holds_npy(path: Path) -> bool:
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        reason = str(error).splitlines()[0][:160]
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            claimed = sum(entry.file_size for entry in entries)
+            # Zeros are deflated to a thousandth: a small file could ask for any amount of memory.
+            if claimed > max(MOST_INFLATED, 16 * path.stat().st_size):
+                raise ValueError(f"it would become {claimed / 2**30:.1f} GiB")
+            arrays = {x.filename.removesuffix(".npy"): _read_npy(archive, x) for x in entries}
+    except (*_NPZ_DAMAGE, zipfile.BadZipFile, zlib.error) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
         raise WeightsError(
             f"{path} is damaged or holds more than numbers ({reason}); get it again"
         ) from error
@@ -134,6 +220,27 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
         name: x.view(ml_dtypes.bfloat16) if x.dtype == np.dtype("V2") else x
         for name, x in arrays.items()
     }
+
+
+def _read_npy(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> np.ndarray:
+    """An array of an `.npz` file. Raises ValueError: its header says another size than it has, or objects."""
+    with archive.open(entry) as file:
+        version = np.lib.format.read_magic(file)
+        read_header = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }
+        if version not in read_header:
+            raise ValueError(f"{entry.filename} has a form {version} that is not known")
+        shape, fortran_order, dtype = read_header[version](file)
+        if dtype.hasobject:
+            raise ValueError(f"{entry.filename} holds objects")
+        left = entry.file_size - file.tell()
+        if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != left:
+            raise ValueError(f"{entry.filename} has {left} bytes for {dtype} {list(shape)[:8]}")
+        data = file.read()
+    array = np.frombuffer(data, dtype) if left else np.empty(math.prod(shape), dtype)
+    return array.reshape(shape, order="F" if fortran_order else "C")
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -150,24 +257,30 @@ def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]
     return arrays, metadata
 
 
-def _read_shards(index: Path, config: dict[str, Any]) -> WeightFile:
+def _read_shards(index: Path) -> dict[str, np.ndarray]:
     """The arrays of all files that an index of transformers names."""
-    arrays = {}
-    for name in sorted(set(_read_json(index).get("weight_map", {}).values())):
+    names = read_json(index).get("weight_map", {})
+    if not names:
+        raise WeightsError(f"{index} names no files of weights (weight_map)")
+    arrays: dict[str, np.ndarray] = {}
+    for name in sorted(set(names.values())):
         shard = index.parent / Path(name).name
         if not shard.exists():
             raise WeightsError(f"{index} names {name}, which is not beside it")
-        arrays |= _read_safetensors(shard)[0]
-    return WeightFile(str(index), arrays, "", {}, config)
+        arrays |= _read_arrays(shard)[0]
+    return arrays
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; {} if there is no such file, or if it holds another JSON value."""
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; {} if there is no such file, or if it holds another JSON value.
+
+    Raises WeightsError: the file is no JSON.
+    """
     if not path.exists():
         return {}
     try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
+        value = parse_json(path.read_bytes())
+    except (ValueError, OSError) as error:
         raise WeightsError(f"{path} is no JSON ({error})") from error
     return value if isinstance(value, dict) else {}
 
@@ -178,77 +291,27 @@ def write_safetensors(
     """Writes a `.safetensors` file atomically, and makes its folder if there is none.
 
     A digest of the arrays and the metadata is added to the metadata; `read_weights` compares it.
+
+    Raises WeightsError: the path is that of a folder.
     """
     path = as_path(path)
+    if path.is_dir():
+        raise WeightsError(
+            f"{path} is a folder: name the file to write, for example {path / 'model.safetensors'}"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     contiguous = {name: np.ascontiguousarray(x).reshape(x.shape) for name, x in arrays.items()}
     metadata = metadata | {_DIGEST: digest_arrays(contiguous, metadata)}
     write_atomically(path, safetensors.numpy.save(contiguous, metadata))
 
 
-def fetch_from_hub(address: str) -> Path:
-    """Downloads `hf:owner/name[@revision][/file]` and returns the path of the local copy.
-
-    The repository's config.json is downloaded too, if there is one. Without a file name this takes model.safetensors,
-    else its index with all shards, else pytorch_model.bin.
-
-    Raises WeightsError: huggingface_hub is not installed, no network, no such repository or file.
-    """
-    owner, _, rest = address.removeprefix("hf:").partition("/")
-    name, _, file = rest.partition("/")
-    name, _, revision = name.partition("@")
-    if not owner or not name:
-        raise WeightsError(f"{address!r} is not hf:owner/name or hf:owner/name/file")
-    try:
-        import huggingface_hub  # pyright: ignore[reportMissingImports]
-        from huggingface_hub.errors import (  # pyright: ignore[reportMissingImports]
-            EntryNotFoundError,
-            LocalEntryNotFoundError,
-        )
-    except ImportError as error:
-        raise WeightsError(
-            f"{address} needs the package huggingface_hub, which is not installed: "
-            "pip install huggingface_hub, or download the file and give its path"
-        ) from error
-
-    def fetch(wanted: str) -> Path | None:
-        try:
-            return Path(
-                huggingface_hub.hf_hub_download(
-                    f"{owner}/{name}", wanted, revision=revision or None
-                )
-            )
-        except EntryNotFoundError as error:
-            if isinstance(error, LocalEntryNotFoundError):
-                raise
-            return None
-
-    try:
-        fetch("config.json")
-        for wanted in [file] if file else _FOLDER_FILES:
-            if (path := fetch(wanted)) is not None:
-                if wanted.endswith(".index.json"):
-                    for shard in set(_read_json(path).get("weight_map", {}).values()):
-                        fetch(shard)
-                return path
-    except WeightsError:
-        raise
-    except Exception as error:  # the hub's client has changed its HTTP library, and so the errors
-        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
-        raise WeightsError(
-            f"{address} cannot be had from the hub ({reason}); check the name and the network, or "
-            "download the file and give its path"
-        ) from error
-    raise WeightsError(f"{address}: the repository holds no {file or ' or '.join(_FOLDER_FILES)}")
-
-
 def _read_checkpoint(folder: Path) -> WeightFile:
     checkpoint = find_checkpoint(folder)
     if checkpoint is None:
         raise WeightsError(
-            f"{folder} is a folder without {_FOLDER_FILES[0]}, {_FOLDER_FILES[2]} or "
+            f"{folder} is a folder without {hub.WEIGHT_FILES[0]}, {hub.WEIGHT_FILES[2]} or "
             "checkpoints of a run"
         )
     name = f"{checkpoint.parent.name}/{checkpoint.name}"
-    said = _read_json(workdir_of(checkpoint) / "config.json")
+    said = read_json(workdir_of(checkpoint) / "config.json")
     return WeightFile(str(checkpoint), read_params(checkpoint), name, {}, said)

@@ -4,7 +4,6 @@ A work directory holds `checkpoints/<stage>/<step>/` with the items `state` and 
 writes.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 
 from tosa_jax.errors import WeightsError
 from tosa_jax.models.weights.digests import DIGESTS, find_damage
-from tosa_jax.paths import AnyPath
+from tosa_jax.paths import AnyPath, parse_json
 
 FOLDER = "checkpoints"
 STATE, FACTS = "state", "facts"
@@ -21,7 +20,7 @@ STATE, FACTS = "state", "facts"
 FORMAT = 2
 """The form of the checkpoints that this version writes. Form 1, of earlier versions, has no digests."""
 
-_FORMAT_FIELD = "format"
+_FORMAT_FIELD, _RUN_FIELD = "format", "run"
 
 _STAGES = (
     "finetune",
@@ -46,14 +45,28 @@ def has_checkpoint(workdir: AnyPath) -> bool:
     return any(saved_steps(stage) for stage in workdir.glob(f"{FOLDER}/*"))
 
 
-def mark_format(facts: dict[str, Any]) -> dict[str, Any]:
-    """The facts of a checkpoint with the form in which it is written."""
-    return facts | {_FORMAT_FIELD: FORMAT}
+def mark(facts: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
+    """The facts of a checkpoint with the form in which it is written, and what the run is (JSON values)."""
+    return facts | {_FORMAT_FIELD: FORMAT, _RUN_FIELD: run}
 
 
-def take_format(facts: dict[str, Any]) -> tuple[dict[str, Any], int]:
-    """The facts without the form, and the form."""
-    return {k: v for k, v in facts.items() if k != _FORMAT_FIELD}, facts.get(_FORMAT_FIELD, 1)
+def take_marks(facts: dict[str, Any]) -> tuple[dict[str, Any], int, dict[str, Any]]:
+    """The facts without what `mark` added; the form; and what the run is, {} if they do not say."""
+    own = {k: v for k, v in facts.items() if k not in (_FORMAT_FIELD, _RUN_FIELD)}
+    return own, facts.get(_FORMAT_FIELD, 1), facts.get(_RUN_FIELD) or {}
+
+
+def recorded_run(workdir: AnyPath) -> dict[str, Any]:
+    """What the newest checkpoint of a work directory says of its run; {} if none does."""
+    for stage in sorted(workdir.glob(f"{FOLDER}/*")):
+        for step in reversed(saved_steps(stage)):
+            try:
+                facts = parse_json((stage / str(step) / FACTS / "metadata").read_bytes())
+                if run := take_marks(facts)[2]:
+                    return run
+            except (OSError, ValueError, AttributeError):
+                continue
+    return {}
 
 
 def checkpoint_damage(checkpoint: AnyPath) -> str:
@@ -68,7 +81,7 @@ def checkpoint_damage(checkpoint: AnyPath) -> str:
             return "it is a file, not a folder"
         if not (checkpoint / STATE).is_dir():
             return f"{STATE} is missing"
-        facts = json.loads((checkpoint / FACTS / "metadata").read_bytes())
+        facts = parse_json((checkpoint / FACTS / "metadata").read_bytes())
         form = facts.get(_FORMAT_FIELD, 1)
         has_digests = (checkpoint / DIGESTS).exists()
     except OSError as error:

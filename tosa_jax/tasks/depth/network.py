@@ -1,14 +1,10 @@
 """The depth network: a decoder on any backbone of this project, plain or token-selective."""
 
-import math
 from typing import ClassVar
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
 
-from tosa_jax.models.positions import resample_matrix
 from tosa_jax.models.vit import Output, VisionTransformer
 from tosa_jax.models.vit_config import ViTConfig
 from tosa_jax.ops.array_types import Images
@@ -32,24 +28,6 @@ class DepthTransformer(VisionTransformer):
 
     def head_macs(self) -> int:
         return self.decoder.macs(self.config.grid)
-
-    def positions(self, size: tuple[int, int]) -> Float[Array, "1 m d"] | None:
-        config = self.config
-        if not config.pos_embed:
-            return None
-        own = self.pos_embed[...]
-        grid = config.grid_of(size)
-        if grid == config.grid:
-            return own
-        num_prefix = config.num_prefix_tokens if config.pos_embed_prefix else 0
-        rows, columns = (
-            jnp.asarray(resample_matrix(old, new, config.pos_resample), own.dtype)
-            for old, new in zip(config.grid, grid, strict=True)
-        )
-        patches = own[0, num_prefix:].reshape(*config.grid, -1)
-        moved = jnp.einsum("ij,kl,jld->ikd", rows, columns, patches)
-        moved = moved.reshape(1, math.prod(grid), -1)
-        return jnp.concatenate([own[:, :num_prefix], moved], axis=1)
 
     def __call__(
         self, images: Images, *, key: jax.Array | None = None, train: bool = False

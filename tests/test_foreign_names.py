@@ -1,0 +1,107 @@
+"""Files under timm's and transformers' names: read back here, and by those libraries where they are installed."""
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from weight_samples import same, tiny
+
+import tosa_jax
+from tosa_jax.errors import ConfigError, WeightsError
+from tosa_jax.models.weights.load import load_pretrained, save_weights
+from tosa_jax.models.weights.preprocessing import Preprocessing
+
+NAMES = ("ant", "bee", "cat", "dog", "eel")
+SHOWN = Preprocessing((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 0.8, "bilinear", "crop")
+DINOV2 = {"layer_scale": 0.5, "global_pool": "token_avg", "pos_resample": "bicubic"}
+DINOV3 = {"layer_scale": 0.5, "pos_embed": False, "rope": "dinov3", "key_bias": False, "reg_tokens": 4,
+          "norm_eps": 1e-5, "num_classes": 0}  # fmt: skip
+TIMM = {
+    "vit": {},
+    "deit distilled": {"distilled": True},
+    "deit3": {"layer_scale": 0.5, "pos_embed_prefix": False},
+    "registers": {"layer_scale": 0.5, "pos_embed_prefix": False, "reg_tokens": 4, "num_classes": 0},
+    "siglip": {"mlp": "gelu_tanh", "class_token": False, "global_pool": "map", "num_classes": 0},
+    "dinov3": DINOV3,
+    "dinov3 gated": DINOV3 | {"mlp": "swiglu", "mlp_ratio": 8.0},
+    "not square": {"image_size": (32, 48)},
+}
+HF = {
+    "vit": {},
+    "vit features": {"num_classes": 0},
+    "deit": {"distilled": True},
+    "dinov2": DINOV2,
+    "dinov2 registers": DINOV2 | {"reg_tokens": 4, "pos_embed_prefix": False, "pos_resample": "bicubic_antialias"},
+}  # fmt: skip
+CASES = [("timm", case, TIMM[case]) for case in TIMM] + [("hf", case, HF[case]) for case in HF]
+
+
+def network(fields):
+    model = tiny(**fields)
+    for name in ("qkv", "proj"):  # biases that are not 0
+        bias = getattr(model.blocks[1].attn, name).bias
+        bias[...] = np.linspace(-1, 1, bias.shape[0], dtype=np.float32)
+    model.preprocessing = SHOWN
+    return model
+
+
+@pytest.mark.parametrize(("names", "case", "fields"), CASES)
+def test_what_is_written_is_read_here(names, case, fields, tmp_path: Path) -> None:
+    model, said = network(fields), []
+    labels = NAMES if model.config.num_classes else ()
+    save_weights(model, tmp_path / "net", names=names, class_names=labels)
+    again = tosa_jax.load(tmp_path / "net", batch_sizes=(1,), on_message=said.append)
+    expected = load_pretrained(tiny(1, **fields), tmp_path / "net", on_message=said.append)
+    assert same(again.model, expected) and again.config.image_size == model.config.image_size
+    if "dinov3" not in case:  # whose biases of keys are not written
+        assert same(again.model, model)
+    assert again.class_names == labels or again.config.projection
+    assert (again.task.mean, again.form.crop_pct, again.form.resize) == (
+        (0.1, 0.2, 0.3),
+        0.8,
+        "crop",
+    )
+    assert not [line for line in said if "guess" in line]
+
+
+@pytest.mark.parametrize(("names", "case", "fields"), CASES)
+def test_timm_and_transformers_compute_the_same(names, case, fields, tmp_path: Path) -> None:
+    torch = pytest.importorskip(
+        "torch", reason="compares with PyTorch, which the extra `compare` brings"
+    )
+    pytest.importorskip(
+        {"timm": "timm", "hf": "transformers"}[names], reason="the library that reads the file"
+    )
+    model = network(fields)
+    save_weights(model, tmp_path, names=names)
+    height, width = model.config.image_shape
+    image = np.random.default_rng(0).standard_normal((1, height, width, 3), np.float32)
+    out = model(jnp.asarray(image))
+    ours = out.logits if model.config.num_classes else out.tokens
+    pixels = torch.from_numpy(image.transpose(0, 3, 1, 2).copy())
+    with torch.no_grad():
+        if names == "timm":
+            import timm
+
+            theirs = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+            found = theirs(pixels) if model.config.num_classes else theirs.forward_features(pixels)
+        else:
+            import transformers
+
+            kind = json.loads((tmp_path / "config.json").read_text())["architectures"][0]
+            theirs = getattr(transformers, kind).from_pretrained(tmp_path).eval()
+            answer = theirs(pixels)
+            found = answer.logits if model.config.num_classes else answer.last_hidden_state
+    np.testing.assert_allclose(found.numpy(), ours, atol=2e-5)
+
+
+def test_what_others_do_not_have_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="no architecture of timm is this network"):
+        save_weights(tiny(norm_eps=1e-3), tmp_path, names="timm")
+    with pytest.raises(WeightsError, match="use names='timm'"):
+        save_weights(tiny(global_pool="avg"), tmp_path, names="hf")
+    with pytest.raises(ConfigError, match="names='jax' is unknown"):
+        save_weights(tiny(), tmp_path, names="jax")
+    assert not list(tmp_path.iterdir())
