@@ -11,7 +11,7 @@ from small import SIZES, random_images, small_model
 from trained import make_pictures
 
 import tosa_jax
-from tosa_jax import budget
+from tosa_jax import budget, predict
 from tosa_jax.errors import ConfigError
 from tosa_jax.models import cost
 from tosa_jax.models.budget_search import BudgetSearch
@@ -168,6 +168,17 @@ def test_the_command_writes_a_plan_for_an_exported_network(tmp_path, capsys):
     assert [spec.count for spec in specs if spec.opens] == said["counts"]
     assert said["gmacs"] == pytest.approx(cost.gmacs(found.config))
     assert said["error"] <= said["start"]["error"]
+    # The same weights are run by that plan: from the file, and by predict.
+    planned = tosa_jax.load(tmp_path / "small.safetensors", plan=str(path))
+    assert planned.config == found.config
+    pictures = [f"{tmp_path}/pictures/0.png", "--json"]
+    arguments = [f"--weights={tmp_path}/small.safetensors", f"--plan={path}", *pictures]
+    assert predict.main(arguments) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    wanted = planned.classify([pictures[0]])[0][0]
+    assert json.loads(line)["top"][0]["probability"] == pytest.approx(wanted.probability, abs=1e-5)
+    assert predict.main([*arguments, "--keep_rate=.5"]) == 2
+    assert "--plan has the keep rates" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ measured on this device; both are of the layers. Exit status: 0 done, 2 bad inpu
 """
 
 import argparse
-import dataclasses
 import functools
 import random
 from collections.abc import Sequence
@@ -26,13 +25,11 @@ from tosa_jax.cli.command import configure_jax, run_command
 from tosa_jax.data.decoding import BadImageError
 from tosa_jax.data.image_files import find_images, read_ahead
 from tosa_jax.distributed.devices import describe_device, versions
-from tosa_jax.errors import ConfigError, DataError
+from tosa_jax.errors import DataError
 from tosa_jax.inference import loading
 from tosa_jax.models import cost
 from tosa_jax.models.budget_search import COSTS, READ, BudgetSearch, Found
-from tosa_jax.models.factory import structure
-from tosa_jax.models.method import METHODS, plan_named
-from tosa_jax.models.params import get_params, set_params
+from tosa_jax.models.method import METHODS
 from tosa_jax.models.plan_file import write_plan
 from tosa_jax.models.vit_config import check, check_choice
 from tosa_jax.tasks import TASKS
@@ -106,22 +103,9 @@ def _load(args: argparse.Namespace) -> tuple[str, loading.LoadedModel]:
         fields["image_size"] = flags.image_size(args.image_size)
     if args.task:
         fields["task"] = args.task
-    loaded = loading.load(
-        args.weights, args.model or "", args.selectors, None, None, print, **fields
-    )
     name = args.model or Path(args.weights).name.removesuffix(".safetensors")
-    model = loaded["model"]
-    plan = plan_named(method.plan, model.config.depth)
-    if model.config.plan != plan:  # a file of --export or a run, which states a plan of its own
-        check(not args.image_size, f"{args.weights} states its image size: leave out --image_size")
-        made = structure(dataclasses.replace(model.config, plan=plan, **method.fields))
-        try:
-            loaded["model"] = set_params(made.graphdef, made.select(get_params(model)))
-        except KeyError as error:
-            raise ConfigError(
-                f"{args.weights} has no {error}, which --method={args.method} needs"
-            ) from error
-    return name, loaded
+    parts = args.weights, args.model or "", args.selectors
+    return name, loading.load(*parts, 0.5, None, print, **fields)
 
 
 def _images(

@@ -70,6 +70,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         type=shares,
         help="share of patches to select, in (0, 1]: one, or one a selection",
     )
+    add("--plan", metavar="FILE.json", help="tokens of each layer, as tosa_jax.budget found them")
     add("--top", type=int, help="number of classes to print (default 5)")
     add("--json", action="store_true", help="JSON Lines instead of text")
     add("--show_tokens", type=Path, metavar="DIR", help="write figures of the selections here")
@@ -125,6 +126,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError("command line: --depth_scale goes with --truth=DIR")
     if args.depth_scale is not None and not 0 < args.depth_scale < float("inf"):
         raise ConfigError(f"command line: --depth_scale={args.depth_scale} must be above 0")
+    if args.plan and args.keep_rate is not None:
+        raise ConfigError("command line: --plan has the keep rates: leave out --keep_rate")
     if not args.images and not args.export:
         raise ConfigError("command line: name at least one image, folder or glob")
 
@@ -136,6 +139,8 @@ def make_predictor(args: argparse.Namespace, num_images: int) -> Predictor:
         "batch_sizes": (min(args.batch_size, max(num_images, 1)),),
         "on_message": _say,
     }
+    if args.plan:
+        common["plan"] = args.plan
     if args.workdir:
         return Predictor.from_workdir(args.workdir, **common)
     names = class_names.read_names(args.classes) if args.classes else None

@@ -17,10 +17,10 @@ from tosa_jax.data import class_names as names_of
 from tosa_jax.data.decoding import Preprocess
 from tosa_jax.distributed.devices import computes_in
 from tosa_jax.errors import ConfigError, UserError, WeightsError, WorkdirError
-from tosa_jax.models.factory import abstract_model, build, structure
+from tosa_jax.models.factory import abstract_model, build, structure, with_budget
 from tosa_jax.models.method import MAIN, METHODS, is_fitted, method_of
 from tosa_jax.models.params import Params, get_params, set_params
-from tosa_jax.models.variants import variant_config
+from tosa_jax.models.variants import variant_config, with_plan
 from tosa_jax.models.vit import VisionTransformer
 from tosa_jax.models.vit_config import STANDARD, ViTConfig
 from tosa_jax.models.weights import statements
@@ -59,13 +59,21 @@ class LoadedModel(TypedDict):
     class_names: Sequence[str] | None
 
 
-def from_workdir(workdir: Path, keep_rate: KeepRate, on_message: OnMessage) -> LoadedModel:
+def from_workdir(
+    workdir: Path, keep_rate: KeepRate, on_message: OnMessage, **fields: Any
+) -> LoadedModel:
     """Loads the model of a run from its work directory; if the run trains nothing, from the weights that it evaluates.
 
-    Raises WorkdirError (not a work directory), WeightsError (no checkpoint yet), ConfigError (`keep_rate`).
+    fields  of the model's configuration, other than the run's.
+
+    Raises WorkdirError (not a work directory), WeightsError (no checkpoint yet), ConfigError (`keep_rate`, `fields`).
     """
     run = read_run(workdir)
-    config = on_this_device(with_keep_rate(run.model, keep_rate), on_message)
+    config = _with_fields(run.model, keep_rate, fields)
+    config = on_this_device(config, on_message)
+    form = form_of(config, Preprocessing()) if config.resizes else run.data.preprocess
+    if fields.get("image_size"):
+        form = dataclasses.replace(form, image_size=config.image_size)
     if has_checkpoint(workdir):
         params = _load(config, workdir, None, on_message)
     elif run.init_from:
@@ -75,7 +83,7 @@ def from_workdir(workdir: Path, keep_rate: KeepRate, on_message: OnMessage) -> L
     names = workdir / names_of.FILE
     return LoadedModel(
         model=_model(config, params),
-        form=form_of(config, Preprocessing()) if config.resizes else run.data.preprocess,
+        form=form,
         mean=run.inputs.mean,
         std=run.inputs.std,
         options=run.options,
@@ -129,10 +137,10 @@ def load(
     Raises ConfigError (unknown name or field), WeightsError (missing, damaged, or nothing states the network).
     """
     if isinstance(source, str | Path) and is_workdir(folder := Path(source).expanduser()):
-        return from_workdir(folder, keep_rate, on_message)
+        return from_workdir(folder, keep_rate, on_message, **fields)
     file = read_weights(source, checkpoint_key=checkpoint_key, prefix=prefix)
     if PREDICTOR in file.metadata:
-        return _from_statement(file, keep_rate, on_message)
+        return _from_statement(file, keep_rate, on_message, **fields)
     task, network = network_of(file, name, on_message)
     task = fields.pop("task", task)
     if class_names is not None:
@@ -208,14 +216,29 @@ def from_weights(path: str | Path, keep_rate: KeepRate, on_message: OnMessage) -
     return _from_statement(file, keep_rate, on_message)
 
 
-def _from_statement(file: WeightFile, keep_rate: KeepRate, on_message: OnMessage) -> LoadedModel:
+def _with_fields(config: ViTConfig, keep_rate: KeepRate, fields: dict[str, Any]) -> ViTConfig:
+    """The configuration with other values for some fields. Raises ConfigError for fields that it does not have."""
+    if not fields:
+        return with_keep_rate(config, keep_rate)
+    changed = with_plan({"plan": config.plan, **fields, "depth": config.depth})
+    changed |= {} if keep_rate is None else {"keep_rate": keep_rate}
+    config = dataclasses.replace(config, **changed)
+    return with_budget(config, config.budget_gmacs) if fields.get("budget_gmacs") else config
+
+
+def _from_statement(
+    file: WeightFile, keep_rate: KeepRate, on_message: OnMessage, **fields: Any
+) -> LoadedModel:
     try:
         said = _described(file.metadata[PREDICTOR])
     except (ValueError, TypeError, KeyError, AttributeError, ConfigError) as error:
         raise WeightsError(
             f"{file.path} describes no model that this version knows ({type(error).__name__}: {error})"
         ) from error
-    config = on_this_device(with_keep_rate(said.pop("config"), keep_rate), on_message)
+    config = _with_fields(said.pop("config"), keep_rate, fields)
+    config = on_this_device(config, on_message)
+    if fields.get("image_size"):
+        said["form"] = dataclasses.replace(said["form"], image_size=config.image_size)
     params = _load(config, file, None, on_message)
     return LoadedModel(model=_model(config, params), **said)
 

@@ -125,18 +125,20 @@ class Predictor:
         *,
         keep_rate: KeepRate = None,
         on_message: OnMessage = print,
-        **options: Any,
+        **fields: Any,
     ) -> "Predictor":
         """The model of a run, with the run's preprocessing and class names.
 
         workdir     the run's work directory.
         keep_rate   another keep rate for the same weights, in (0, 1]: one, or one a selection; None: the run's.
         on_message  receives one line for each part of the weights that was changed or left out.
-        options     arguments of `Predictor`.
+        fields      of the configuration that differ from the run's, such as `plan`, and arguments of `Predictor`.
 
-        Raises WorkdirError (not a work directory), WeightsError (no checkpoint yet), ConfigError (`keep_rate`).
+        Raises WorkdirError (not a work directory), WeightsError (no checkpoint yet), ConfigError (`keep_rate`, fields).
         """
-        found = loading.from_workdir(Path(workdir).expanduser(), keep_rate, on_message)
+        options, fields = _own_options(fields)
+        folder = Path(workdir).expanduser()
+        found = loading.from_workdir(folder, keep_rate, on_message, **fields)
         return cls(**{**found, **options})
 
     @classmethod
@@ -165,8 +167,7 @@ class Predictor:
 
         Raises ConfigError (unknown name or field), WeightsError (missing, damaged or other weights).
         """
-        own = {"form", "mean", "std", "options", "batch_sizes"} & fields.keys()
-        options = {option: fields.pop(option) for option in own}
+        options, fields = _own_options(fields)
         found = loading.from_pretrained(
             name, weights, selectors, keep_rate, class_names, on_message, **fields
         )
@@ -389,13 +390,19 @@ def load(
     Raises ConfigError (unknown name or field), WeightsError (missing or damaged, nothing states the network, or a part
     of it would be random), WorkdirError.
     """
-    own = {"form", "mean", "std", "options", "batch_sizes"} & fields.keys()
-    options = {option: fields.pop(option) for option in own}
+    options, fields = _own_options(fields)
     found = loading.load(
         source, name, selectors, keep_rate, class_names, on_message,
         checkpoint_key=checkpoint_key, prefix=prefix, **fields,
     )  # fmt: skip
     return Predictor(**{**found, **options})
+
+
+def _own_options(fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments of `Predictor` itself, and fields of the model's configuration."""
+    own = ("form", "mean", "std", "options", "batch_sizes")
+    options = {name: x for name, x in fields.items() if name in own}
+    return options, {name: x for name, x in fields.items() if name not in own}
 
 
 def _rows(prediction: Prediction, rows: slice) -> Prediction:

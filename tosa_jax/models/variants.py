@@ -208,12 +208,15 @@ def variant_config(
     merged: dict[str, Any] = {**VARIANTS[name], **fields}
     if merged.get("projection") and merged["num_classes"] != VARIANTS[name].get("num_classes"):
         merged["projection"] = fields.get("projection", False) and name == "vit"
-    plan = merged.get("plan") or ()
-    if isinstance(plan, str) and plan.endswith(SUFFIX):
-        merged |= read_plan(plan)
-        return config_class(**merged)
-    if isinstance(plan, str):
-        depth = plain_value("depth", merged.get("depth", ViTConfig.depth), int)
-        plan = plan_named(plan, depth)
-    merged["plan"] = plan
-    return config_class(**merged)
+    return config_class(**with_plan(merged))
+
+
+def with_plan(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """`fields` of a configuration with the plan that their `plan` names, as in `variant_config`; `depth` is read."""
+    plan = fields.get("plan") or ()
+    if not isinstance(plan, str):
+        return {**fields, "plan": plan}
+    if plan.endswith(SUFFIX):
+        return {**fields, **read_plan(plan)}
+    depth = plain_value("depth", fields.get("depth", ViTConfig.depth), int)
+    return {**fields, "plan": plan_named(plan, depth)}
