@@ -37,10 +37,11 @@ from tosa_jax.tasks import TASKS
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` (without the program's name); returns the exit status."""
-    return run_command(lambda: _main(_parse(argv)))
+    return run_command(lambda: _main(parse_arguments(argv)))
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parses and checks the arguments. Raises ConfigError."""
     parser = flags.ArgumentParser(
         prog="python -m tosa_jax.budget",
         description=__doc__,
