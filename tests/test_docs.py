@@ -196,6 +196,8 @@ def folder(tmp_path, monkeypatch):
         shallow = (
             {"depth": 2} if name != "vit" and not isinstance(fields.get("plan"), tuple) else {}
         )
+        if not Path(str(fields.get("pretrained", "."))).exists():
+            shallow["pretrained"] = False
         return create(name, **(fields | shallow))
 
     monkeypatch.setattr(tosa_jax, "load_pretrained", load_what_is_there)
