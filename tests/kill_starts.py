@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from tosa_jax.config import MAY_CHANGE
+
 ROOT = Path(__file__).parents[1]
 
 RECIPE = """
@@ -254,6 +256,10 @@ def _newest(stage: Path) -> dict[str, Any]:
         arrays = reader.restore(path / "state", restore_args=kinds)
     facts = json.loads((path / "facts/metadata").read_text())
     facts.pop("seconds")
+    for field in MAY_CHANGE:  # such as the workers, which starts have different ones of
+        section, _, name = field.rpartition(".")
+        config = facts.get("run", {}).get("config", {})
+        (config.get(section, {}) if section else config).pop(name, None)
     digests = {
         jax.tree_util.keystr(name): hashlib.sha256(np.ascontiguousarray(x).tobytes()).hexdigest()
         for name, x in jax.tree_util.tree_leaves_with_path(arrays)

@@ -195,6 +195,21 @@ def test_a_flipped_bit_in_a_weight_file_is_found(tmp_path):
     assert found > 0.8 * len(whole)
 
 
+def test_the_same_weights_make_the_same_file(tmp_path):
+    """Metadata included: their order in the file is that of their names."""
+    said = {f"name {i}": "é" * i for i in range(9)}
+    files = set()
+    for i in range(6):
+        path = tmp_path / f"{i}.safetensors"
+        write_safetensors(path, {"b": np.ones((3, 5), np.float32), "a": np.zeros(7, np.int8)}, said)
+        files.add(path.read_bytes())
+    (data,) = files
+    assert int.from_bytes(data[:8], "little") % 8 == 0
+    found = read_weights(path)
+    np.testing.assert_array_equal(found.arrays["b"], np.ones((3, 5)))
+    assert {name: found.metadata[name] for name in said} == said
+
+
 def test_weight_files_without_a_digest_are_read(tmp_path):
     safetensors.numpy.save_file({"a": np.ones(3)}, tmp_path / "x.safetensors", {"format": "pt"})
     assert read_weights(tmp_path / "x.safetensors").arrays["a"].tolist() == [1, 1, 1]

@@ -3,6 +3,7 @@
 No model is needed. The names are those of the file; `names` translates them.
 """
 
+import json
 import math
 import os
 import tokenize
@@ -302,7 +303,15 @@ def write_safetensors(
     path.parent.mkdir(parents=True, exist_ok=True)
     contiguous = {name: np.ascontiguousarray(x).reshape(x.shape) for name, x in arrays.items()}
     metadata = metadata | {_DIGEST: digest_arrays(contiguous, metadata)}
-    write_atomically(path, safetensors.numpy.save(contiguous, metadata))
+    write_atomically(path, _in_order(safetensors.numpy.save(contiguous, metadata)))
+
+
+def _in_order(data: bytes) -> bytes:
+    """A `.safetensors` with its header in the order of names: safetensors writes metadata in another one each time."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    said = json.dumps(json.loads(data[8:end]), ensure_ascii=False, sort_keys=True).encode()
+    header = said + b" " * (-len(said) % 8)  # the arrays begin at a multiple of 8
+    return len(header).to_bytes(8, "little") + header + data[end:]
 
 
 def _read_checkpoint(folder: Path) -> WeightFile:
