@@ -108,7 +108,9 @@ class TokenFuser(TokenLearner):
             return few.cut_off()
         prefix, patches = self.num_prefix_tokens, state.tokens[:, self.num_prefix_tokens :]
         labels = few.restored().labels
-        if labels is not None:  # patches keep what they were, beside what they get
+        if (
+            labels is not None and state.labels is not None
+        ):  # patches keep what they were, beside what they get
             own = jnp.arange(labels.shape[1])[None, :, None] < prefix
             labels = jnp.where(own, labels, (state.labels + labels) / 2)
         patches = patches + self.fused(tokens[:, prefix:], patches)
