@@ -6,9 +6,9 @@
 `:dense` adds two reference tokens for each pair of crops. Scores are those of frozen features with the labels of the
 training split: nearest neighbours and a linear classifier. The backbone then starts any other run:
 
-    python -m tosa_jax.main --config=configs/digits.py --config.init_from=runs/dino
+    python -m tosa_jax.main --config=configs/digits.py --config.init_from=runs/dino --config.model.embed_dim=48 --config.model.depth=4
 
-Two cores take about a minute a run. Three seeds beside a random backbone: `results/dino.json` (`results/dino.py`).
+`results/dino.py` runs both with several seeds beside the random backbones that they start from.
 """
 
 from tosa_jax.config import default_config

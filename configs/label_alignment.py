@@ -5,7 +5,7 @@
 
 Both mix every batch by cutmix and draw the same boxes. `:mixing` takes the share of an image's pixels as the share of
 its label; `:plain` mixes nothing. The dense network is trained, then ToSA and the dense network are fine-tuned.
-Two cores take under a minute a run. Three seeds of each: `results/label_alignment.md`.
+No study of it has been run to its end yet.
 """
 
 from tosa_jax.config import default_config

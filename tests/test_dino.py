@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from published import gelu, layers_of, softmax
-from small import SIZES
+from small import SIZES, small_model
 from test_layer_kinds import noisy
 
 from tosa_jax.config import default_config, make_run_config
 from tosa_jax.distributed.preemption import StopRequest
 from tosa_jax.errors import ConfigError
 from tosa_jax.models.params import get_params, set_params, split
+from tosa_jax.models.weights.load import load_pretrained, save_weights
 from tosa_jax.tasks import create_model
 from tosa_jax.tasks.dino import crops
 from tosa_jax.tasks.dino.scores import nearest_neighbours, ridge_classes
@@ -265,6 +266,24 @@ def test_a_run_resumes_exactly(digits_dir, tmp_path, monkeypatch, one_device):
     kernel = "blocks/0/attn/qkv/kernel"
     assert (resumed.teacher[kernel] != resumed.params[kernel]).any()
     jax.tree.map(np.testing.assert_array_equal, straight, resumed)
+
+
+def test_a_backbone_starts_a_classifier_and_a_classifier_a_backbone(tmp_path):
+    pretrained, said = model(), []
+    save_weights(pretrained, tmp_path / "dino.safetensors")
+    classifier = small_model(depth=2, plan="selective", keep_rate=0.5)
+    load_pretrained(classifier, tmp_path / "dino.safetensors", on_message=said.append)
+    theirs, ours = get_params(pretrained), get_params(classifier)
+    shared = theirs.keys() & ours.keys()
+    assert len(shared) == len([k for k in ours if not k.startswith(("head/", "kinds/"))])
+    assert all((theirs[k] == ours[k]).all() for k in shared)
+    assert any("its projection is not used" in line for line in said)
+    save_weights(classifier, tmp_path / "classes.safetensors")
+    again = noisy(pretrained)
+    load_pretrained(again, tmp_path / "classes.safetensors", on_message=said.append)
+    after = get_params(again)
+    assert all((after[k] == ours[k]).all() for k in shared)
+    assert any("the projection stays as the model has it" in line for line in said)
 
 
 @pytest.mark.parametrize(
