@@ -1,4 +1,4 @@
-"""Pretraining without labels on the digits that scikit-learn bundles: DINO, and DenseDINO with reference tokens.
+r"""Pretraining without labels on the digits that scikit-learn bundles: DINO, and DenseDINO with reference tokens.
 
     python -m tosa_jax.main --config=configs/dino.py
     python -m tosa_jax.main --config=configs/dino.py:dense
@@ -6,7 +6,8 @@
 `:dense` adds two reference tokens for each pair of crops. Scores are those of frozen features with the labels of the
 training split: nearest neighbours and a linear classifier. The backbone then starts any other run:
 
-    python -m tosa_jax.main --config=configs/digits.py --config.init_from=runs/dino --config.model.embed_dim=48 --config.model.depth=4
+    python -m tosa_jax.main --config=configs/digits.py --config.init_from=runs/dino \
+        --config.model.embed_dim=48 --config.model.depth=4
 
 `results/dino.py` runs both with several seeds beside the random backbones that they start from.
 """
