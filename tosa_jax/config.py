@@ -55,6 +55,7 @@ class StageConfig:
     cutmix: float = 0.0
     switch_prob: float = 0.5
     erase_prob: float = 0.0
+    align_labels: bool = False  # targets are mixed as the network mixes tokens (TL-Align)
     eval_epochs: float = 0.0  # between evaluations; 0: at the end
     eval_steps: int = 0
     checkpoint_epochs: float = 0.0  # between checkpoints; 0: at the end

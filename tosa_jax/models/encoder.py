@@ -95,18 +95,20 @@ def run_scanned(
 
     placed = TokenState(state.tokens, grid_rotary=state.grid_rotary)
 
-    def body(tokens, part):
+    def body(carried, part):
+        tokens, labels = carried
         state, part_rates, start = part
         part_blocks, part_kinds = _gathered(nnx.merge(graphdef, state), gather_params)
+        entering = placed._replace(tokens=tokens, labels=labels)
         inner = _run_stretch(
-            config, part_blocks, part_kinds, placed._replace(tokens=tokens), first=start, rates=part_rates,
-            drops=drops, train=train, key=key,
+            config, part_blocks, part_kinds, entering, first=start, rates=part_rates, drops=drops, train=train, key=key,
         )  # fmt: skip
-        return inner.tokens, (inner.selected, inner.scores, inner.aux)
+        return (inner.tokens, inner.labels), (inner.selected, inner.scores, inner.aux)
 
     xs = (stacked, rates, jnp.asarray(list(starts), jnp.uint32))
-    tokens, reported = jax.lax.scan(_remat(config, body, gather_params), state.tokens, xs)
-    return _gather_reports(state._replace(tokens=tokens), reported, starts)
+    carried = state.tokens, state.labels
+    (tokens, labels), reported = jax.lax.scan(_remat(config, body, gather_params), carried, xs)
+    return _gather_reports(state._replace(tokens=tokens, labels=labels), reported, starts)
 
 
 def _run_stretch(
@@ -145,7 +147,8 @@ def _run_stretch(
             block, kind = _gathered(nnx.List([block, kind]), gather_params)
             attention_fn = after or plain_attention
             rate = rates[i] if drops[i] else None
-            context = LayerContext(attention_fn, layer_key, rate, train, wanted)
+            aligns = state.labels is not None
+            context = LayerContext(attention_fn, layer_key, rate, train, wanted, aligns)
             return kind.apply(block, state, context)
 
         state = wrap(layer)(state, layer_key)

@@ -15,7 +15,7 @@ NO_DECAY = r"(bias|gamma|scale|cls_token|dist_token|reg_token|pos_embed)$"
 """Paths without weight decay: biases, norms, layer scales, tokens and positions, as in DeiT (timm)."""
 
 
-HEAD = r"^(head|head_dist|decoder)/"
+HEAD = r"^(head|head_dist|decoder|projection)/"
 """Paths of what turns tokens into the prediction, which may learn faster than the backbone."""
 
 

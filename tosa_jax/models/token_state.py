@@ -6,7 +6,7 @@ name: it runs its blocks in the order of a plan, each through the kind that the 
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -16,16 +16,30 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from tosa_jax.errors import ConfigError
-from tosa_jax.models.layers import UNREAD, AttentionFn, Block, DropPath, plain_attention
+from tosa_jax.models.layers import UNREAD, AttentionFn, Bias, Block, DropPath, plain_attention
 from tosa_jax.models.options import Options
 from tosa_jax.models.vit_config import ViTConfig
-from tosa_jax.ops.array_types import Indices, PerExample, Scores, Tokens
-from tosa_jax.ops.attention import attention
+from tosa_jax.ops.array_types import Indices, Keys, PerExample, Queries, Scores, Tokens
+from tosa_jax.ops.attention import attention, attention_logits
 from tosa_jax.ops.reduction import Reduction, TokenWeights
 from tosa_jax.ops.rotary import Rotary
 
+Labels = Float[Array, "b m 1"]
+"""Of each token one number."""
+
 Mask = Bool[Array, "b s"] | Float[Array, "b s"] | None
 """Which tokens attention may read: booleans, or 1 and 0 with a gradient; None: all."""
+
+
+class WithMap(NamedTuple):
+    """What attention reports where labels travel with tokens.
+
+    summary   what it reports otherwise.
+    mean_map  float32 [b q k], its map, mean over heads.
+    """
+
+    summary: Any
+    mean_map: Float[Array, "b q k"]
 
 
 class TokenState(NamedTuple):
@@ -45,6 +59,8 @@ class TokenState(NamedTuple):
     policy         float [b m], 1 for tokens that later layers read and 0 for others: a choice in training, which a
                    gradient passes through. None: all are read. The tokens stay as many as they were.
     grid_rotary    rotary positions of all n tokens; None: the network has none. `rotary` has those of `tokens`.
+    labels         float [b m 1] in [0, 1], a label of each token, which goes where the token goes and is mixed as
+                   attention mixes tokens (`attended`); None: tokens have none.
     """
 
     tokens: Tokens
@@ -58,6 +74,7 @@ class TokenState(NamedTuple):
     attention_map: Float[Array, "b h m m"] | None = None
     policy: Float[Array, "b m"] | None = None
     grid_rotary: Rotary | None = None
+    labels: Labels | None = None
 
     @property
     def shared_map(self) -> Float[Array, "b h m m"]:
@@ -100,9 +117,34 @@ class TokenState(NamedTuple):
             raise ConfigError(
                 "the plan has a layer that reduces tokens after one that masks them in training; use one method alone"
             )
-        if self.rotary is None:
-            return reduction
-        return reduction._replace(rotary=reduction.places(self.rotary))
+        rotary = None if self.rotary is None else reduction.places(self.rotary)
+        return reduction._replace(rotary=rotary, labels=self.labels)
+
+    def _merged_labels(self, reduction: Reduction) -> Labels | None:
+        """Labels of the new tokens: means, also where the tokens themselves become sums, as EViT's fused one does."""
+        if self.labels is None:
+            return None
+        merged, total = map(reduction.merge, (self.labels, jnp.ones_like(self.labels)))
+        return jax.lax.stop_gradient(merged / jnp.maximum(total, UNREAD))
+
+    def attended(
+        self, tokens: Float[Array, "b q d"], summary: Any, keys: Labels | None = None
+    ) -> "TokenState":
+        """The state after attention that gave `tokens` [b q d] and reported `summary`.
+
+        Labels are mixed as in TL-Align (Xiao et al. 2022, arXiv 2210.06455): a label becomes the mean of itself and of
+        those that the mean map of the heads mixes for its token.
+
+        keys  labels of the tokens that were read, where they are not those of the state.
+        """
+        if self.labels is None:
+            return self._replace(tokens=tokens, summary=summary)
+        read = self.labels if keys is None else keys
+        found = jnp.einsum("bqk,bkl->bql", summary.mean_map, read, precision="highest")
+        labels = (self.labels[:, : found.shape[1]] + found) / 2
+        return self._replace(
+            tokens=tokens, summary=summary.summary, labels=labels[:, : tokens.shape[1]]
+        )
 
     @property
     def _last(self) -> Reduction | None:
@@ -117,20 +159,25 @@ class TokenState(NamedTuple):
         scores  float [b m], what the old tokens were chosen by, or None. If given, the reduction is reported as a
                 selection of the tokens that represent the new ones.
         """
-        state = self if scores is None else self._reporting(reduction, scores)
+        state = self if scores is None else self.reporting(reduction, scores)
         opened = (*self.open, self._placed(reduction))
-        return state._replace(tokens=tokens, open=opened, attention_map=None)
+        return state._replace(
+            tokens=tokens, open=opened, attention_map=None, labels=self._merged_labels(reduction)
+        )
 
     def reduced(
         self, tokens: Tokens, reduction: Reduction, scores: Float[Array, "b m"] | None = None
     ) -> "TokenState":
         """The state after a reduction whose tokens stay fewer in all later layers. Arguments are those of `opened`."""
         assert not self.open, "a reduction that persists cannot begin inside a group"
-        state = self if scores is None else self._reporting(reduction, scores)
+        state = self if scores is None else self.reporting(reduction, scores)
         persisting = (*self.persisting, self._placed(reduction))
-        return state._replace(tokens=tokens, persisting=persisting, attention_map=None)
+        labels = self._merged_labels(reduction)
+        return state._replace(
+            tokens=tokens, persisting=persisting, attention_map=None, labels=labels
+        )
 
-    def _reporting(self, reduction: Reduction, scores: Float[Array, "b m"]) -> "TokenState":
+    def reporting(self, reduction: Reduction, scores: Float[Array, "b m"]) -> "TokenState":
         """The state that reports one more selection, as indices into all n tokens."""
         chosen = reduction.representatives()
         for around in reversed((*self.persisting, *self.open)):
@@ -144,24 +191,27 @@ class TokenState(NamedTuple):
         """The state with every open reduction ended. It has as many tokens as its group of layers began with."""
         if not self.open:
             return self
-        tokens = self.tokens
-        for reduction in reversed(self.open):
-            tokens = reduction.restore(tokens)
-        return self._replace(tokens=tokens, open=(), attention_map=None)
+        return self._after(reversed(self.open))._replace(open=())
 
-    def cut_off(self, tokens: Tokens, summary: Any) -> "TokenState":
+    def cut_off(self) -> "TokenState":
         """The state after a layer that worked out the first tokens alone: no reduction is left to end."""
-        return self._replace(tokens=tokens, summary=summary, open=(), persisting=())
+        policy = None if self.policy is None else self.policy[:, : self.tokens.shape[1]]
+        return self._replace(open=(), persisting=(), policy=policy)
 
     def restored_grid(self) -> "TokenState":
         """The state with all n tokens back in their places: every reduction has ended, persisting ones too."""
         state = self.restored()
         if not self.persisting:
             return state
-        tokens = state.tokens
-        for reduction in reversed(self.persisting):
+        return state._after(reversed(self.persisting))._replace(persisting=())
+
+    def _after(self, ending: Iterable[Reduction]) -> "TokenState":
+        """The state whose tokens and labels went back through the reductions, the newest first."""
+        tokens, labels = self.tokens, self.labels
+        for reduction in ending:
             tokens = reduction.restore(tokens)
-        return state._replace(tokens=tokens, persisting=(), attention_map=None)
+            labels = None if labels is None else reduction.restore_labels(labels)
+        return self._replace(tokens=tokens, labels=labels, attention_map=None)
 
 
 class LinearFit(NamedTuple):
@@ -226,6 +276,8 @@ class LayerContext(NamedTuple):
     train         whether the network is being trained.
     read          how many of the first tokens are read after this layer, which then is the last one; None: all. A kind
                   may return these alone; it need not.
+    aligns        whether labels travel with the tokens, so that `attend` reports its map too.
+    key_bias      what is added to the attention logits of each key (`weighing`); None: nothing.
     """
 
     attention_fn: AttentionFn
@@ -233,6 +285,21 @@ class LayerContext(NamedTuple):
     drop_path: Float[Array, ""] | float | None
     train: bool
     read: int | None = None
+    aligns: bool = False
+    key_bias: Bias = None
+
+    @property
+    def attend(self) -> AttentionFn:
+        """`attention_fn` as blocks run it. Where labels travel, it reports a `WithMap`, for `TokenState.attended`."""
+        return self._with_map if self.aligns else self.attention_fn
+
+    def _with_map(self, query: Queries, key: Keys, value: Keys) -> tuple[Queries, WithMap]:
+        out, summary = self.attention_fn(query, key, value)
+        query, key = jax.lax.stop_gradient((query, key))
+        logits = attention_logits(query, key)
+        if self.key_bias is not None:
+            logits += jax.lax.stop_gradient(self.key_bias)[:, None, None]
+        return out, WithMap(summary, jax.nn.softmax(logits, axis=-1).mean(axis=1))
 
     @property
     def drop(self) -> DropPath | None:
@@ -254,30 +321,30 @@ class LayerContext(NamedTuple):
             return self
         bias, read = key_bias(sizes, mask), self.attention_fn
         if read is plain_attention:
-            return self._replace(attention_fn=lambda q, k, v: (attention(q, k, v, bias), None))
+            return self._replace(
+                attention_fn=lambda q, k, v: (attention(q, k, v, bias), None), key_bias=bias
+            )
         if "key_bias" not in inspect.signature(read).parameters:
             raise ConfigError(
                 "the plan has a layer that reads the attention map of merged tokens; put it before the merging ones"
             )
         fields: dict[str, Any] = {"key_bias": bias}
-        return self._replace(attention_fn=functools.partial(read, **fields))
+        return self._replace(attention_fn=functools.partial(read, **fields), key_bias=bias)
 
     def run(
         self, block: Block, tokens: Tokens, rotary: Rotary | None = None
     ) -> tuple[Float[Array, "b m d"], Any]:
-        """Runs the block on `tokens` [b n d]: the tokens after it, and what `attention_fn` reports.
+        """Runs the block on `tokens` [b n d]: the tokens after it, and what `attend` reports.
 
         With `read` these are the first `read` tokens. `rotary` are the tokens' rotary positions (`TokenState.rotary`),
         which a network that has some needs.
         """
         fields: dict[str, Any] = {} if rotary is None else {"rotary": rotary}
         if self.read is None:
-            return block(tokens, self.attention_fn, self.drop, **fields)
+            return block(tokens, self.attend, self.drop, **fields)
         if type(block).__call__ is Block.__call__:
-            return block(tokens, self.attention_fn, self.drop, read=self.read, **fields)
-        after, summary = block(
-            tokens, self.attention_fn, self.drop, **fields
-        )  # a method's own block
+            return block(tokens, self.attend, self.drop, read=self.read, **fields)
+        after, summary = block(tokens, self.attend, self.drop, **fields)  # a method's own block
         return after[:, : self.read], summary
 
 

@@ -36,6 +36,8 @@ from tosa_jax.ops.array_types import (
 from tosa_jax.ops.attention import attention_logits
 from tosa_jax.ops.rotary import Rotary, axial_rotary
 
+PatchLabels = Float[Array, "b patches"]
+
 READ_TOGETHER = 8
 """Tokens that the last layer works out for a head that reads one or two: a TPU works on as many rows at once, and with
 fewer XLA would turn every array around."""
@@ -230,15 +232,23 @@ class VisionTransformer(nnx.Module):
         read: int | None = None,
         grid: tuple[int, int] | None = None,
         after: Sequence[int] = (),
+        patch_labels: PatchLabels | None = None,
     ) -> TokenState:
         """Runs the plan on tokens [b n d].
 
         read   how many of the first ones are read afterwards; None: all.
         grid   rows and columns of patches; None: those of the model's image size.
         after  layers, counted from 0, whose tokens `TokenState.intermediate` has beside those that the head reads.
+        patch_labels  [b patches], labels that travel with the tokens (`TokenState.labels`); prefix tokens start with
+                      their mean. None: tokens have none.
         """
         check_key(self.config.plan, key)
         state = TokenState(tokens, grid_rotary=self.rotary(grid or self.config.grid))
+        if patch_labels is not None:
+            mean = patch_labels.mean(axis=1, keepdims=True)
+            prefix = jnp.repeat(mean, self.config.num_prefix_tokens, axis=1)
+            labels = jnp.concatenate([prefix, patch_labels], axis=1)[:, :, None]
+            state = state._replace(labels=labels)
         parts = self.config, self.blocks, self.kinds, state
         fields = {"key": key, "train": train, "gather_params": self.gather_params}
         if self.config.scan_layers and not after:
@@ -251,6 +261,25 @@ class VisionTransformer(nnx.Module):
         logits = self.head(self.pool(tokens, weights))
         read_two = self.config.distilled and self.config.global_pool == "token"
         return (logits + self.head_dist(tokens[:, 1])) / 2 if read_two else logits
+
+    def pool_labels(self, state: TokenState) -> PerExample:
+        """The label of what the head classifies: the class token's, or the mean of the patches', as `pool` takes it.
+
+        Raises ConfigError for a head that pools by attention.
+        """
+        assert state.labels is not None
+        labels, config = state.labels[:, :, 0], self.config
+        if config.global_pool == "token":
+            return labels[:, 0]
+        if config.global_pool == "map":
+            raise ConfigError(
+                "align_labels needs a head that reads the class token or the mean of the patches, and this network's "
+                "pools by attention (global_pool='map')"
+            )
+        weights = jnp.ones_like(labels) if state.weights is None else state.weights
+        weights = jax.lax.stop_gradient(weights[:, config.num_prefix_tokens :])
+        mean = (labels[:, config.num_prefix_tokens :] * weights).sum(axis=1) / weights.sum(axis=1)
+        return mean if config.global_pool == "avg" else (labels[:, 0] + mean) / 2
 
     def pool(self, tokens: Tokens, weights: Scores | None = None) -> Float[Array, "b e"]:
         """What the head classifies of `Output.tokens` [b n d]: e is d, or 2d with `global_pool="token_avg"`.
@@ -280,11 +309,15 @@ class VisionTransformer(nnx.Module):
         key: jax.Array | None = None,
         train: bool = False,
         tokens: bool = True,
+        patch_labels: PatchLabels | None = None,
     ) -> Output:
         """images [b height width c], normalised.
 
         tokens  whether `Output.tokens` is wanted. Without it, and with a head that reads the class token, the last
                 layer works out keys and values of the other tokens and nothing more: the same logits for less.
+        patch_labels  [b patches] in [0, 1], a label a patch, which travels through the layers with the tokens;
+                      `Output.aux["label"]` then has that of the token or mean that the head classifies. No gradient
+                      passes through it.
 
         `key` feeds drop path (with `train`) and random selection: one key, or one an example, so that what an
         example draws does not depend on the others in its batch.
@@ -292,7 +325,11 @@ class VisionTransformer(nnx.Module):
         mean = self.config.global_pool == "avg"
         first = self.config.global_pool == "token"
         read = min(READ_TOGETHER, self.config.num_tokens) if first and not tokens else None
-        state = self.layers(self.embed(images), key=key, train=train, read=read)
+        state = self.layers(
+            self.embed(images), key=key, train=train, read=read, patch_labels=patch_labels
+        )
+        if patch_labels is not None:
+            state = state._replace(aux=state.aux | {"label": self.pool_labels(state)})
         last = state.tokens if mean else self.norm(state.tokens[:, :read])
         config, weights = self.config, state.weights
         predict = self.classify if config.num_classes else self.pool

@@ -41,6 +41,7 @@ class Reduction(NamedTuple):
     entered  [b s d]: the new tokens before the layer. If given, each old token gets the update (after - before) of the
              new token that represents it. Needs `before`.
     rotary   rotary positions of the new tokens; None: there are none. `TokenState` sets it.
+    labels   [b n 1]: labels of the old tokens; None: tokens have none. `TokenState` sets it.
     """
 
     source: Selection | TokenWeights
@@ -51,6 +52,7 @@ class Reduction(NamedTuple):
     before: Tokens | None = None
     entered: Float[Array, "b s d"] | None = None
     rotary: Rotary | None = None
+    labels: Float[Array, "b n 1"] | None = None
 
     def merge(self, values: Tokens) -> Float[Array, "b s d"]:
         """values [b n d] of the old tokens -> those of the new ones [b s d]."""
@@ -112,6 +114,17 @@ class Reduction(NamedTuple):
                 "weighted means rejoin by copies or by updates: leave `before`, or give `entered`"
             )
         return scatter_tokens(self.before, tokens, self.source)
+
+    def restore_labels(self, labels: Float[Array, "b s 1"]) -> Float[Array, "b n 1"]:
+        """Labels of the old tokens, after those of the new ones became `labels`.
+
+        A token that was bypassed keeps its own label, whatever updates it gets; one that is a copy of a new token gets
+        that token's.
+        """
+        if self.before is None or isinstance(self.source, TokenWeights):
+            return self.spread(labels)
+        assert self.labels is not None  # the new tokens' labels were made of them
+        return scatter_tokens(self.labels, labels, self.source)
 
 
 def pooled(selection: Selection, weights: Float[Array, "b n"]) -> Reduction:

@@ -6,7 +6,17 @@ what is read from disk are not in here.
 
 from tosa_jax.tasks.classification import Classification
 from tosa_jax.tasks.depth.task import Depth
+from tosa_jax.tasks.dino.task import Dino
 from tosa_jax.tasks.registry import TASKS, create_model, model_config, register
 from tosa_jax.tasks.task import Task
 
-__all__ = ["TASKS", "Classification", "Depth", "Task", "create_model", "model_config", "register"]
+__all__ = [
+    "TASKS",
+    "Classification",
+    "Depth",
+    "Dino",
+    "Task",
+    "create_model",
+    "model_config",
+    "register",
+]

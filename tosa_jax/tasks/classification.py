@@ -1,5 +1,6 @@
 """Image classification: batches of `image` uint8 [b height width c] and `label` int32 [b]."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +20,24 @@ from tosa_jax.reporting.figures import write_png
 from tosa_jax.reporting.token_pictures import draw_tokens
 from tosa_jax.tasks import losses
 from tosa_jax.tasks.metrics import top_k_correct
-from tosa_jax.tasks.mixing import MixingConfig, erase, mix
+from tosa_jax.tasks.mixing import (
+    MixingConfig,
+    erase,
+    mix,
+    mix_images,
+    own_shares,
+    patch_shares,
+)
 from tosa_jax.tasks.prediction_writer import PredictionWriter, Record
 from tosa_jax.tasks.predictions import Prediction
 from tosa_jax.tasks.registry import register
 from tosa_jax.tasks.task import (
     Batch,
     HostBatch,
+    Loss,
     RunSettings,
     StageSettings,
+    State,
     Task,
     input_fields,
 )
@@ -63,7 +73,10 @@ class ClassWriter(PredictionWriter):
 @register("classification")
 @dataclass(frozen=True, kw_only=True)
 class Classification(Task):
-    """Softmax cross-entropy with label smoothing. Batches hold `image` and `label`."""
+    """Softmax cross-entropy with label smoothing. Batches hold `image` and `label`.
+
+    patch_size  of the model, pixels; read where mixing aligns labels.
+    """
 
     prediction_writer: ClassVar[type[PredictionWriter]] = ClassWriter
     best_metric: ClassVar[str] = "acc1"
@@ -71,6 +84,7 @@ class Classification(Task):
     num_classes: int
     label_smoothing: float = 0.0
     mixing: MixingConfig = MixingConfig()
+    patch_size: int = 1
 
     @classmethod
     def from_run(cls, run: RunSettings, stage: StageSettings) -> "Classification":
@@ -79,6 +93,7 @@ class Classification(Task):
             num_classes=run.model.num_classes,
             label_smoothing=stage.label_smoothing,
             mixing=stage.mixing,
+            patch_size=run.model.patch_size,
             distill_weight=stage.distill_weight,
             **input_fields(run),
         )
@@ -111,16 +126,46 @@ class Classification(Task):
         return model(images, key=key, tokens=False)
 
     def training_batch(self, batch: Batch, key: jax.Array) -> Batch:
-        """`image`, normalised, erased and mixed, and `target` float [b classes], smoothed and mixed alike."""
+        """`image`, normalised, erased and mixed, and `target` float [b classes], smoothed and mixed alike.
+
+        Where labels are aligned, `target` is the image's own, `partner` [b classes] that of the one mixed into it, and
+        `patch_share` [b patches] the share of each patch that is the image's own.
+        """
         targets = losses.smoothed_targets(batch["label"], self.num_classes, self.label_smoothing)
         erase_key, mix_key = jax.random.split(key)
         images = erase(self.mixing, erase_key, self.inputs(batch["image"]))
+        if self.mixing.align_labels:
+            own = own_shares(self.mixing, mix_key, (images.shape[1], images.shape[2]))
+            share = patch_shares(own, self.patch_size)
+            return {
+                "image": mix_images(images, own),
+                "target": targets,
+                "partner": targets[::-1],
+                "patch_share": jnp.broadcast_to(share, (len(images), len(share))),
+            }
         images, targets = mix(self.mixing, mix_key, images, targets)
         return {"image": images, "target": targets}
 
+    def training_loss(
+        self,
+        forward: Callable[..., Any],
+        batch: Batch,
+        keys: jax.Array,
+        teacher: Callable[..., Any] | None,
+        state: State,
+    ) -> Loss:
+        """As the base class; labels that are aligned go through the forward pass with the tokens."""
+        if "patch_share" in batch:
+            forward = functools.partial(forward, patch_labels=batch["patch_share"])
+        return super().training_loss(forward, batch, keys, teacher, state)
+
     def loss(self, out: Output, batch: Batch) -> PerExample:
-        """Cross-entropy in nats against `target`."""
-        return losses.soft_cross_entropy(out.logits, batch["target"])
+        """Cross-entropy in nats against `target`, mixed with `partner` as the network mixed the tokens' labels."""
+        target = batch["target"]
+        if "partner" in batch:
+            share = out.aux["label"][:, None]
+            target = target * share + batch["partner"] * (1 - share)
+        return losses.soft_cross_entropy(out.logits, target)
 
     def distillation(self, out: Output, teacher: Output) -> PerExample:
         """Forward KL from the teacher's class distribution."""

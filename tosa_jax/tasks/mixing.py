@@ -27,12 +27,17 @@ class MixingConfig:
     mixup, cutmix  alpha of Beta(alpha, alpha), from which lambda is drawn; 0: not used.
     switch_prob    probability in [0, 1] of cutmix if both are used.
     erase_prob     probability in [0, 1] that a box of an image is erased.
+    align_labels   labels travel with tokens through the network (TL-Align, Xiao et al. 2022, arXiv 2210.06455), so that
+                   the target is mixed as the network mixed the tokens and not as the pixels were. The images are the
+                   same. Needs cutmix: batches that mixup mixes keep
+                   their targets.
     """
 
     mixup: float = 0.0
     cutmix: float = 0.0
     switch_prob: float = 0.5
     erase_prob: float = 0.0
+    align_labels: bool = False
 
     def __post_init__(self) -> None:
         for name in ("mixup", "cutmix"):
@@ -41,6 +46,10 @@ class MixingConfig:
         for name in ("switch_prob", "erase_prob"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be in [0, 1]")
+        if self.align_labels and not self.cutmix:
+            raise ConfigError(
+                "align_labels=True needs cutmix above 0: without it all tokens of an image have the same label"
+            )
 
 
 def mix(
@@ -53,8 +62,24 @@ def mix(
     """
     if not (config.mixup or config.cutmix):
         return images, targets
+    own = own_shares(config, key, (images.shape[1], images.shape[2]))
+    share = own.mean()
+    labels = targets * share + targets[::-1] * (1 - share)
+    return mix_images(images, own), labels.astype(targets.dtype)
+
+
+def mix_images(images: Images, own: Float[Array, "h w"]) -> Images:
+    """The images, of which each keeps the share `own` of its pixels and gets the rest of its partner's."""
+    own = own[None, :, :, None]
+    return (images * own + images[::-1] * (1 - own)).astype(images.dtype)
+
+
+def own_shares(
+    config: MixingConfig, key: jax.Array, size: tuple[int, int]
+) -> Float[Array, "height width"]:
+    """Draws the share in [0, 1] that each pixel of an image of (height, width) keeps of itself, for mixup or cutmix."""
+    height, width = size
     switch_key, share_key, box_key = jax.random.split(key, 3)
-    height, width = images.shape[1:3]
     if config.mixup and config.cutmix:
         use_cutmix = jax.random.uniform(switch_key) < config.switch_prob
     else:
@@ -65,12 +90,13 @@ def mix(
     box = _cutmix_box(box_key, kept, height, width) & use_cutmix
     kept = jnp.where(use_cutmix, 1.0, kept)
     # One expression for both: mixup has no box, cutmix keeps all outside of its box.
-    own = jnp.where(box, 0.0, kept)
-    share = own.mean()
-    own = own[None, :, :, None]
-    mixed = images * own + images[::-1] * (1 - own)
-    labels = targets * share + targets[::-1] * (1 - share)
-    return mixed.astype(images.dtype), labels.astype(targets.dtype)
+    return jnp.where(box, 0.0, kept)
+
+
+def patch_shares(own: Float[Array, "height width"], patch_size: int) -> Float[Array, " patches"]:
+    """The mean of `own_shares` over each patch, in raster order."""
+    height, width = (side // patch_size for side in own.shape)
+    return own.reshape(height, patch_size, width, patch_size).mean(axis=(1, 3)).reshape(-1)
 
 
 def _cutmix_box(

@@ -211,8 +211,12 @@ class Task:
 
     def inputs(self, images: RawImages) -> Images:
         """uint8 pixels -> normalised float32."""
+        return self.normalised(images.astype(jnp.float32) / 255)
+
+    def normalised(self, images: Images) -> Images:
+        """Pixels in [0, 1], float32 -> as the model takes them."""
         mean, std = (jnp.asarray(x).reshape(1, 1, 1, -1) for x in (self.mean, self.std))
-        return (images.astype(jnp.float32) / 255 - mean) / std
+        return (images - mean) / std
 
     def training_batch(self, batch: Batch, key: jax.Array) -> Batch:
         """What `training_loss` gets: augmented and normalised, with targets and weights.

@@ -39,15 +39,15 @@ class ATS(ReducingLayer):
                 chosen = with_one_hot(chosen, query.dtype)
             b, n, h, dim = query.shape
             few = gather_tokens(query.reshape(b, n, -1), chosen).reshape(b, -1, h, dim)
-            out, summary = context.attention_fn(few, key, value)
+            out, summary = context.attend(few, key, value)
             return out, (summary, chosen, scores)
 
         update, reported = block.attn_branch(state.tokens, attend, rotary=state.rotary)
         summary, chosen, scores = reported
         reduction = Reduction(chosen, before=state.tokens)
-        state = state.reduced(reduction.merge(state.tokens), reduction, scores)
-        tokens = block.finished(state.tokens, update, context.drop)
-        return state._replace(tokens=tokens, summary=summary)
+        left = state.reduced(reduction.merge(state.tokens), reduction, scores)
+        tokens = block.finished(left.tokens, update, context.drop)
+        return left.attended(tokens, summary, state.labels)
 
     def block_macs(self, block: Block) -> int:
         into, left = self.spec.count_in, self.spec.count

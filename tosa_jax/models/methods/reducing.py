@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -16,7 +17,7 @@ from tosa_jax.errors import ConfigError
 from tosa_jax.models.layers import Bias, Block, plain_attention
 from tosa_jax.models.methods.standard import Standard
 from tosa_jax.models.options import Options
-from tosa_jax.models.token_state import LayerContext, LayerSpec, TokenState, key_bias
+from tosa_jax.models.token_state import LayerContext, LayerSpec, TokenState, WithMap, key_bias
 from tosa_jax.models.vit_config import ViTConfig, check
 from tosa_jax.ops.array_types import AttnMap, Heads, Scores, Tokens
 from tosa_jax.ops.attention import first_row
@@ -104,12 +105,13 @@ class ReducingLayer(Standard):
         before, sizes = state, state.sizes if self.proportional else None
         bias = key_bias(sizes, state.mask)
 
-        def reduce(tokens, reported):
+        def reduce(state, reported):
+            tokens = state.tokens
             reduction, scores = self.reduction(tokens, reported, before)
             if self.one_hot and isinstance(reduction.source, Selection):
                 hot = with_one_hot(reduction.source, tokens.dtype)
                 reduction = reduction._replace(source=hot)
-            return before.reduced(reduction.merge(tokens), reduction, scores)
+            return state.reduced(reduction.merge(tokens), reduction, scores)
 
         def report(query, key, value):
             return self.report(query, key, value, bias)
@@ -146,26 +148,26 @@ def reduced_between(
     state: TokenState,
     context: LayerContext,
     report: Callable[[Heads, Heads, Heads], Any],
-    reduce: Callable[[Tokens, Any], TokenState],
+    reduce: Callable[[TokenState, Any], TokenState],
 ) -> TokenState:
     """Runs the block, with fewer tokens after its attention: the state after it.
 
     report  `(query, key, value) ->` what `reduce` needs of the attention.
-    reduce  `(tokens after attention, report) ->` the state with fewer tokens.
+    reduce  `(state after attention, report) ->` the state with fewer tokens.
     """
 
     def attend(query, key, value):
-        out, summary = context.attention_fn(query, key, value)
+        out, summary = context.attend(query, key, value)
         return out, (summary, report(query, key, value))
 
     def between(tokens, reported):
         summary, own = reported
-        after = reduce(tokens, own)
-        return after.tokens, (summary, after)
+        after = reduce(state.attended(tokens, summary), own)
+        return after.tokens, after
 
     run = block(state.tokens, attend, context.drop, between, context.read, state.rotary)
-    tokens, (summary, after) = run
-    return after._replace(tokens=tokens, summary=summary)
+    tokens, after = run
+    return after._replace(tokens=tokens)
 
 
 def run_by_map(
@@ -182,9 +184,9 @@ def run_by_map(
         )
     update = block.map_branch(state.tokens, attn_map[:, :, : context.read])
     tokens = block.finished(state.tokens[:, : context.read], update, context.drop)
-    if context.read is not None:
-        return state.cut_off(tokens, None)
-    return state._replace(tokens=tokens, summary=None)
+    mean_map = jax.lax.stop_gradient(attn_map[:, :, : context.read].mean(axis=1))
+    state = state.attended(tokens, WithMap(None, mean_map) if context.aligns else None)
+    return state if context.read is None else state.cut_off()
 
 
 def class_row(query: Heads, key: Heads, bias: Bias) -> Scores:

@@ -62,23 +62,23 @@ class Redundancy(SelectiveLayer):
         if self.bypass is None:
             state = Standard.apply(self, block, state, context)
             return state.restored() if self.spec.closes else state
-        bypass, before = self.bypass, state
+        bypass, sizes = self.bypass, state.sizes
 
-        def reduce(tokens, keys):
+        def reduce(state, keys):
             chosen, scores = bipartite_matching(keys, self.spec.count, self.num_prefix_tokens)
             if context.read is not None:  # nobody reads what merging would change
-                return before.opened(tokens, Reduction(chosen), scores)
+                return state.reporting(Reduction(chosen), scores)
             if self.one_hot:
-                chosen = with_one_hot(chosen, tokens.dtype)
-            entered = bypass.open(block, tokens, chosen, before.sizes)
-            return before.opened(*entered, scores)
+                chosen = with_one_hot(chosen, state.tokens.dtype)
+            entered = bypass.open(block, state.tokens, chosen, sizes)
+            return state.opened(*entered, scores)
 
-        weighing = context.weighing(state.sizes if self.proportional else None, state.mask)
+        weighing = context.weighing(sizes if self.proportional else None, state.mask)
         state = reduced_between(
             block, state, weighing, lambda query, key, value: mean_of_heads(key), reduce
         )
         if context.read is not None:
-            return state.cut_off(state.tokens, state.summary)
+            return state.cut_off()
         return state.restored() if self.spec.closes else state
 
     def block_macs(self, block: Block) -> int:

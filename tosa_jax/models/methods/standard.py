@@ -34,9 +34,8 @@ class Standard(LayerKind):
         """The state after the block ran on all its tokens. Sizes weigh in attention, and masked tokens are not read."""
         context = context.weighing(state.sizes if self.proportional else None, state.mask)
         tokens, summary = context.run(block, state.tokens, state.rotary)
-        if context.read is not None:
-            return state.cut_off(tokens, summary)
-        return state._replace(tokens=tokens, summary=summary)
+        state = state.attended(tokens, summary)
+        return state if context.read is None else state.cut_off()
 
     def restore(self, state: TokenState) -> TokenState:
         """The state with all n tokens back in their places."""

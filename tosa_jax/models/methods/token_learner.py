@@ -103,12 +103,19 @@ class TokenFuser(TokenLearner):
         reduction = self.learned(state.tokens)
         few = state.opened(reduction.merge(state.tokens), reduction)
         tokens, summary = context.run(block, few.tokens, few.rotary)
+        few = few.attended(tokens, summary)
         if context.read is not None:
-            return state.cut_off(tokens, summary)
+            return few.cut_off()
         prefix, patches = self.num_prefix_tokens, state.tokens[:, self.num_prefix_tokens :]
+        labels = few.restored().labels
+        if (
+            labels is not None and state.labels is not None
+        ):  # patches keep what they were, beside what they get
+            own = jnp.arange(labels.shape[1])[None, :, None] < prefix
+            labels = jnp.where(own, labels, (state.labels + labels) / 2)
         patches = patches + self.fused(tokens[:, prefix:], patches)
         tokens = jnp.concatenate([tokens[:, :prefix], patches], axis=1)
-        return state._replace(tokens=tokens, summary=summary, attention_map=None)
+        return state._replace(tokens=tokens, summary=few.summary, attention_map=None, labels=labels)
 
     def fused(self, learned: Float[Array, "b s d"], patches: Tokens) -> Tokens:
         """What the learned tokens [b s d], mixed among each other, add to each of the patches [b n d]."""

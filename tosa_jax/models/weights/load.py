@@ -217,14 +217,15 @@ def _other_heads(arrays: Mapping[str, np.ndarray], own: Params, say: Say) -> set
         return {name for name in names if name.startswith(f"{part}/")}
 
     # A head_dist that a classifier lacks is another variant, which is refused.
-    heads = ("decoder",) if of(own, "head") else ("head", "head_dist", "decoder", "attn_pool")
+    heads = ("decoder", "projection")
+    heads += () if of(own, "head") else ("head", "head_dist", "attn_pool")
     unused = {p: of(arrays, p) for p in heads if not of(own, p)}
     if any(unused.values()):
         say(f"its {' and '.join(p for p in unused if unused[p])} is not used: the model has none")
-    fresh = of(own, "decoder") if not of(arrays, "decoder") else set()
-    if fresh:
-        say("the decoder stays as the model has it, untrained: the file has none")
-    return set().union(fresh, *unused.values())
+    fresh = {p: of(own, p) for p in ("decoder", "projection") if not of(arrays, p)}
+    for part in filter(fresh.get, fresh):
+        say(f"the {part} stays as the model has it, untrained: the file has none")
+    return set().union(*fresh.values(), *unused.values())
 
 
 def _kept_kinds(arrays: Mapping[str, np.ndarray], own: Params, say: Say) -> set[str]:

@@ -1,0 +1,298 @@
+"""Self-distillation without labels: crops, reference tokens and loss against the published algorithm in NumPy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from published import gelu, layers_of, softmax
+from small import SIZES, small_model
+from test_layer_kinds import noisy
+
+from tosa_jax.config import default_config, make_run_config
+from tosa_jax.distributed.preemption import StopRequest
+from tosa_jax.errors import ConfigError
+from tosa_jax.models.params import get_params, set_params, split
+from tosa_jax.models.weights.load import load_pretrained, save_weights
+from tosa_jax.tasks import create_model
+from tosa_jax.tasks.dino import crops
+from tosa_jax.tasks.dino.scores import nearest_neighbours, ridge_classes
+from tosa_jax.tasks.dino.task import Dino, DinoOptions, momentum_at
+from tosa_jax.train.checkpoints import Checkpoints
+from tosa_jax.train.loop import train_stage
+from tosa_jax.train.metric_writer import MetricWriter
+from tosa_jax.train.runner import Runner
+from tosa_jax.train.stages import plan_stages
+
+HEAD = {"prototypes": 12, "head_hidden": 10, "head_bottleneck": 6, "reference_points": 3}
+MODEL = {k: v for k, v in SIZES.items() if k != "num_classes"} | HEAD | {"depth": 2}
+CHOICES = DinoOptions(local_crops=2, local_size=4, teacher_temperature=0.06, warmup_teacher_steps=8)
+TASK = Dino(choices=CHOICES, size=(8, 8), points=3, prototypes=12, mean=(0.3,), std=(0.4,))
+
+
+@functools.cache
+def model():
+    from flax import nnx
+
+    return noisy(create_model("vit", task="dino", rngs=nnx.Rngs(0), **MODEL))
+
+
+@functools.cache
+def compiled():
+    graphdef, _ = split(model())
+    return jax.jit(lambda p, x, at: set_params(graphdef, p)(x, at))
+
+
+def unit(x, axis):
+    return x / np.linalg.norm(x, axis=axis, keepdims=True)
+
+
+def test_a_crop_shows_at_a_point_what_the_image_has_there():
+    """Images hold their own coordinates, so that a crop tells what it shows."""
+    rows, columns = (np.arange(64) + 0.5) / 64, (np.arange(48) + 0.5) / 48
+    image = np.stack(np.broadcast_arrays(rows[:, None], columns[None]), axis=2).astype(np.float32)
+    images = jnp.asarray(np.repeat(image[None], 6, axis=0))
+    a = crops.draw_boxes(jax.random.key(0), 6, (0.4, 1.0))
+    b = crops.draw_boxes(jax.random.key(1), 6, (0.1, 0.4), (a,), 0.01)
+    flips = jnp.array([0.0, 1, 0, 1, 0, 1])
+    points, shared = crops.shared_points(jax.random.key(2), 5, a, b)
+    assert (shared == 1).all()
+    for box in (a, b):
+        crop = np.asarray(jax.jit(crops.cut, static_argnums=2)(images, box, (32, 32), flips))
+        at = np.asarray(crops.seen_in(points, box, flips))
+        assert at.min() >= 0 and at.max() <= 1
+        for i in range(6):
+            for place, want in zip(at[i], np.asarray(points[i]), strict=True):
+                row, column = np.clip((place * 32).astype(int), 1, 30)
+                near = crop[i, row - 1 : row + 2, column - 1 : column + 2]
+                assert np.abs(near - want).max(axis=(0, 1)).min() < 0.1
+                assert np.abs(near.mean(axis=(0, 1)) - want).max() < 0.06
+
+
+def test_boxes_have_their_areas_and_overlap():
+    a = crops.draw_boxes(jax.random.key(0), 400, (0.3, 0.6))
+    area = np.asarray(a[:, 2] * a[:, 3])
+    assert 0.25 < area.min() < 0.33 and 0.57 < area.max() < 0.61
+    assert (np.asarray(a[:, :2]) >= 0).all() and (np.asarray(a[:, :2] + a[:, 2:]) <= 1.00001).all()
+    free, tied = (crops.draw_boxes(jax.random.key(1), 400, (0.05, 0.1), others, 0.02)
+                  for others in ((), (a,)))  # fmt: skip
+    shares = [np.asarray(jnp.prod(crops.overlap(a, x)[:, 2:], axis=1)) for x in (free, tied)]
+    assert (shares[0] >= 0.02).mean() < 0.9 and (shares[1] >= 0.02).mean() > 0.99
+    nothing, _ = jnp.split(jnp.array([[0.0, 0, 0.2, 0.2], [0.5, 0.5, 0.2, 0.2]]), 2)
+    _, shared = crops.shared_points(jax.random.key(0), 2, nothing, nothing + 0.5)
+    assert shared.tolist() == [0.0]
+
+
+def test_head_and_reference_tokens_are_numpys():
+    images = jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
+    points = jax.random.uniform(jax.random.key(1), (2, 3, 2))
+    found = jax.device_get(compiled()(get_params(model()), images, points))
+    params = {k: np.asarray(v, np.float64) for k, v in get_params(model()).items()}
+    tokens = np.asarray(jax.jit(lambda m, x: m.embed(x))(model(), images), np.float64)
+    layers = layers_of(model())
+
+    def norm(x):
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+        return x * params["norm/scale"] + params["norm/bias"]
+
+    def head(x):
+        for name in ("fc1", "fc2", "fc3"):
+            x = x @ params[f"projection/{name}/kernel"] + params[f"projection/{name}/bias"]
+            x = gelu(x) if name != "fc3" else x
+        return unit(x, -1) @ unit(params["projection/prototypes"], 0)
+
+    grid = params["pos_embed"][0, -16:].reshape(4, 4, -1)
+    for i in range(2):
+        x, references = tokens[i], []
+        for row, column in np.asarray(points[i], np.float64) * 4 - 0.5:
+            row, column = np.clip([row, column], 0, 3)
+            r, c = min(int(row), 2), min(int(column), 2)
+            v, u = row - r, column - c
+            corners = grid[r : r + 2, c : c + 2]
+            weights = np.outer([1 - v, v], [1 - u, u])
+            references.append((corners * weights[:, :, None]).sum(axis=(0, 1)))
+        for layer in layers:
+            # Each reference token alone beside the patches, as the published mask leaves them.
+            after = []
+            for token in references:
+                alone = np.concatenate([token[None], x[1:]])
+                after.append(layer(alone)[0])
+            x, references = layer(x), after
+        np.testing.assert_allclose(found.features[i], norm(x)[0], atol=1e-5)
+        np.testing.assert_allclose(found.predictions["prototypes"][i], head(norm(x))[0], atol=1e-5)
+        want = norm(np.stack(references))
+        np.testing.assert_allclose(found.predictions["reference_features"][i], want, atol=1e-5)
+        np.testing.assert_allclose(found.predictions["reference"][i], head(want), atol=1e-5)
+
+
+@functools.cache
+def example():
+    images = jax.random.randint(jax.random.key(3), (3, 8, 8, 1), 0, 256).astype(jnp.uint8)
+    return TASK.training_batch({"image": images, "label": jnp.zeros(3)}, jax.random.key(4))
+
+
+def test_the_loss_and_the_centres_are_the_published_ones():
+    graphdef, params = split(model())
+    teacher = {k: x + 0.05 * jnp.sign(x) for k, x in params.items()}
+    batch = example()
+    batch = batch | {"shared": batch["shared"].at[1, 0, 2].set(0.0)}
+    state = {
+        "centre": jnp.linspace(-0.1, 0.1, 12), "reference_centre": jnp.linspace(0.2, -0.2, 12),
+        "updates": jnp.asarray(2, jnp.int32),
+    }  # fmt: skip
+
+    def loss(params, teacher):
+        models = (set_params(graphdef, x) for x in (params, teacher))
+        student, guide = models
+        keys = jax.random.split(jax.random.key(0), 3)
+        found = TASK.training_loss(student, batch, keys, guide, state)
+        return found.values.mean(), found
+
+    def outputs(params, crop, points):
+        out = compiled()(params, crop, points).predictions
+        return np.asarray(out["prototypes"], np.float64), np.asarray(out["reference"], np.float64)
+
+    views = [batch["large"][:, 0], batch["large"][:, 1], batch["small"][:, 0], batch["small"][:, 1]]
+    temperature = 0.04 + 0.02 * 2 / 8
+    total, points_total, centre, reference_centre = np.zeros(3), np.zeros(3), [], []
+    for t in range(2):
+        for v in range(4):
+            guide, guide_at = outputs(teacher, views[t], batch["teacher_points"][:, t, v])
+            own, own_at = outputs(params, views[v], batch["student_points"][:, v, t])
+            if v == t:
+                centre.append(guide)
+                continue
+            target = softmax((guide - np.asarray(state["centre"])) / temperature)
+            total -= (target * np.log(softmax(own / 0.1))).sum(axis=1) / 6
+            target = softmax((guide_at - np.asarray(state["reference_centre"])) / temperature)
+            apart = -(target * np.log(softmax(own_at / 0.1))).sum(axis=2).mean(axis=1) / 6
+            points_total += apart * np.asarray(batch["shared"])[:, t, v]
+            if v < 2:
+                reference_centre.append(guide_at)
+    both = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+    (_, (values, statistics)), (grads, to_teacher) = both(params, teacher)
+    np.testing.assert_allclose(values, (total + points_total) / 2, rtol=1e-4)
+    np.testing.assert_allclose(statistics["centre"], np.mean(centre, axis=(0, 1)), atol=1e-6)
+    want = np.mean(reference_centre, axis=(0, 1, 2))
+    np.testing.assert_allclose(statistics["reference_centre"], want, atol=1e-6)
+    after = TASK.update_state(state, statistics)
+    assert after["updates"] == 3
+    np.testing.assert_allclose(
+        after["reference_centre"], 0.9 * np.linspace(0.2, -0.2, 12) + 0.1 * want, atol=1e-6
+    )
+    assert all(np.isfinite(x).all() for x in grads.values())
+    assert np.abs(grads["projection/prototypes"]).max() > 0
+    assert not any(x.any() for x in to_teacher.values())
+
+
+def test_points_of_pairs_are_the_same_places():
+    """Teacher and student see a point of a pair at the place of the image that both crops show."""
+    views = TASK.views(3, jax.random.fold_in(jax.random.key(4), 0))
+    batch = example()
+    for t in range(2):
+        for v in range(4):
+            seen = []
+            pair = (t, batch["teacher_points"][:, t, v]), (v, batch["student_points"][:, v, t])
+            for view, points in pair:
+                box, flip = np.asarray(views.boxes[:, view]), np.asarray(views.flips[:, view])
+                points = np.array(points)
+                points[flip > 0, :, 1] = 1 - points[flip > 0, :, 1]
+                seen.append(box[:, None, :2] + points * box[:, None, 2:])
+            np.testing.assert_allclose(seen[0], seen[1], atol=1e-5)
+            assert (np.asarray(batch["shared"])[:, t, v] == (t != v)).all()
+
+
+def test_schedules_and_scores():
+    steps = np.arange(5)
+    want = 1 - (1 - 0.9) * (np.cos(np.pi * steps / 4) + 1) / 2
+    np.testing.assert_allclose(
+        [momentum_at(0.9, jnp.asarray(i), 4) for i in steps], want, atol=1e-6
+    )
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(3, 5)) * 3
+    labels = rng.integers(0, 3, 120)
+    features = (centres[labels] + rng.normal(size=(120, 5))).astype(np.float32)
+    train, known, test, wanted = features[:90], labels[:90], features[90:], labels[90:]
+    near = nearest_neighbours(train, known, test, neighbours=4)
+    for row, found in zip(test, near, strict=True):
+        cosines = unit(train, 1) @ unit(row, 0)
+        votes = np.zeros(3)
+        for i in np.argsort(-cosines)[:4]:
+            votes[known[i]] += np.exp(cosines[i] / 0.07)
+        assert found == votes.argmax()
+    assert (ridge_classes(train, known, test) == wanted).mean() > 0.9
+
+
+def run_of(data_dir, **fields):
+    config = default_config(task="dino")
+    config.update(batch_size=16, log_steps=1)
+    config.model.update(MODEL, depth=1)
+    config.task.update(local_crops=1, local_size=4, flip=False)
+    config.data.update(name="digits", data_dir=data_dir, in_memory=True)
+    config.inputs.update(mean=(0.3,), std=(0.4,))
+    config.eval.update(batch_size=240, figure_images=0)
+    config.pretrain.update(steps=4, checkpoint_steps=2, learning_rate=3e-3)
+    for name, value in fields.items():
+        config[name].update(value)
+    return make_run_config(config)
+
+
+def test_a_run_resumes_exactly(digits_dir, tmp_path, monkeypatch, one_device):
+    runner = Runner(run_of(digits_dir), tmp_path, StopRequest())
+    stage_run = runner.stage_run(plan_stages(runner.run)[0][0])
+
+    def train(folder, die=False):
+        with Checkpoints(folder, "knn") as checkpoints, MetricWriter(folder) as writer:
+            save = checkpoints.save
+
+            def save_and_die(step, *args):
+                save(step, *args)
+                if die and step == 2:
+                    checkpoints.wait()
+                    raise KeyboardInterrupt
+
+            monkeypatch.setattr(checkpoints, "save", save_and_die)
+            state = train_stage(
+                stage_run, runner.run, runner.mesh, checkpoints, writer, StopRequest()
+            )[0]
+            return jax.device_get(state)
+
+    straight = train(tmp_path / "a")
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "b", die=True)
+    resumed = train(tmp_path / "b")
+    assert resumed.task["updates"] == 4 and np.abs(resumed.task["reference_centre"]).max() > 0
+    kernel = "blocks/0/attn/qkv/kernel"
+    assert (resumed.teacher[kernel] != resumed.params[kernel]).any()
+    jax.tree.map(np.testing.assert_array_equal, straight, resumed)
+
+
+def test_a_backbone_starts_a_classifier_and_a_classifier_a_backbone(tmp_path):
+    pretrained, said = model(), []
+    save_weights(pretrained, tmp_path / "dino.safetensors")
+    classifier = small_model(depth=2, plan="selective", keep_rate=0.5)
+    load_pretrained(classifier, tmp_path / "dino.safetensors", on_message=said.append)
+    theirs, ours = get_params(pretrained), get_params(classifier)
+    shared = theirs.keys() & ours.keys()
+    assert len(shared) == len([k for k in ours if not k.startswith(("head/", "kinds/"))])
+    assert all((theirs[k] == ours[k]).all() for k in shared)
+    assert any("its projection is not used" in line for line in said)
+    save_weights(classifier, tmp_path / "classes.safetensors")
+    again = noisy(pretrained)
+    load_pretrained(again, tmp_path / "classes.safetensors", on_message=said.append)
+    after = get_params(again)
+    assert all((after[k] == ours[k]).all() for k in shared)
+    assert any("the projection stays as the model has it" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("section", "fields", "message"),
+    [("task", {"local_size": 5}, "local_size=5 is not a multiple of the patch"),
+     ("task", {"global_scale": (0.5, 0.2)}, "must be two shares"),
+     ("pretrain", {"cutmix": 1.0}, "config.pretrain.cutmix is for classification"),
+     ("model", {"reference_points": -1}, "reference_points=-1 is negative")],
+)  # fmt: skip
+def test_bad_fields_are_one_line(section, fields, message):
+    with pytest.raises(ConfigError, match=message):
+        run_of("unused", **{section: fields})
