@@ -154,7 +154,7 @@ class BudgetSearch:
         starts = [(self.error(kept), name, kept) for name, kept in self._starts(share)]
         check(bool(starts),
               f"share={share} of the dense network's cost cannot be reached with this plan")  # fmt: skip
-        *start, kept = min(starts)
+        error, name, kept = min(starts)
         for step in (2 * self._grain, self._grain):
             while (better := self._improved(kept, share, step)) != kept:
                 kept = better
@@ -163,7 +163,7 @@ class BudgetSearch:
                     f"share {self.share(kept):.3f}: error {self.error(kept):.5f}, counts {counts}"
                 )
         return Found(
-            self.with_kept(kept), self.counts(kept), self.share(kept), self.error(kept), tuple(start),
+            self.with_kept(kept), self.counts(kept), self.share(kept), self.error(kept), (error, name),
             len(self._errors) - tried, time.monotonic() - begun,
         )  # fmt: skip
 

@@ -132,7 +132,9 @@ class LayerPrograms:
                 found = [kinds[x.kind](self._config, x.spec, rngs=rngs) for x in (step, after) if x]
                 return nnx.List([kinds[step.kind].build_block(self._config, rngs=rngs), *found])
 
-            block, kind, *_ = modules = nnx.eval_shape(make)
+            modules = nnx.eval_shape(make)
+            block: Any = modules[0]
+            kind: Any = modules[1]
             graphdef, params = split(modules)
             macs = kind.block_macs(block) + kind.own_macs(block)
             found = _Part(graphdef, tuple(params), macs, kind.needs() is not None)
