@@ -263,6 +263,7 @@ METHODS = (
         short_label="MCTF, predicted",
         control=False,
         whole_plan=all_but_the_first,
+        fields=_CONTROL,
         fit_kind=MCTFFit,
     ),
 )
