@@ -13,7 +13,7 @@ from tosa_jax import compare
 from tosa_jax.errors import ConfigError
 from tosa_jax.models import cost, variants
 from tosa_jax.models.weights.load import save_weights
-from tosa_jax.performance import comparison
+from tosa_jax.performance import comparison, tpu_estimate
 from tosa_jax.performance.comparison import contender, solved
 from tosa_jax.reporting import comparison as tables
 from tosa_jax.reporting.intervals import by_picture, difference, interval
@@ -111,8 +111,8 @@ def test_a_row_is_level_where_the_interval_of_its_difference_has_zero_in_it():
 
 
 def test_the_plot_has_a_panel_for_each_part():
-    one = rows(tome=[0.9] * 4, evit=[0.8] * 4)
-    for row in (without := rows(tome=[0.9] * 4)):
+    one = rows(tome=[0.85] * 4, evit=[0.8] * 4)
+    for row in (without := rows(tome=[0.85] * 4)):
         del row["class"]
     both, patches = (
         Image.open(io.BytesIO(tables.plot(RECORD | {"rows": x}))) for x in (one, without)
@@ -158,6 +158,18 @@ def test_a_comparison_goes_on_where_it_stopped(argv, tmp_path, monkeypatch, caps
     (left_out,) = second["left_out"]
     assert left_out["name"] == "skip" and left_out["why"] in capsys.readouterr().out
     assert "--methods tome random skip" in second["command"]
+    assert "ms" not in (tmp_path / "out" / "tiny.md").read_text()
+    assert compare.main([*argv, "--time", "--rounds=1", "--batch_size=2"]) == 0
+    timed = json.loads(path.read_text())
+    assert set(timed["time"]["networks"]) == {"dense", "tome 0.8", "random 0.8"}
+    assert timed["rows"] == second["rows"] and len(ran) == 2
+    monkeypatch.setattr(comparison, "time_networks", None)  # they have been timed
+    monkeypatch.setattr(tpu_estimate, "forward_mcycles", lambda configs, *_: range(len(configs)))
+    assert compare.main([*argv, "--time", "--rounds=1", "--batch_size=2", "--estimate=v5e"]) == 0
+    text = (tmp_path / "out" / "tiny.md").read_text()
+    (row_of_tome,) = (line for line in text.splitlines() if line.startswith("| ToMe"))
+    assert f"| {timed['time']['networks']['tome 0.8']['ms']:.1f} ± 0.0 | 1.00 |" in row_of_tome
+    second = json.loads(path.read_text())
     assert compare.main([*argv, "--seed=1"]) == 2
     assert "rows with another seed: take another --name" in capsys.readouterr().err
     assert json.loads(path.read_text()) == second

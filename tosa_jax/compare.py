@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from tosa_jax.cli import flags
@@ -99,6 +100,7 @@ def _main(args: argparse.Namespace) -> int:
         found |= {k: by_picture(x, sources).round(7).tolist() for k, x in near.items()}
         record["rows"].append(found)
         _write(path, record)
+        jax.clear_caches()  # no other row runs this program
         cosines = ", ".join(f"{part} {x.mean():.5f}" for part, x in near.items())
         seconds = time.monotonic() - begun
         print(f"{target:g} {row.name}: share {found['share']:.3f}, {cosines}; {seconds:.0f} s", flush=True)  # fmt: skip
