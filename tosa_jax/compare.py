@@ -31,6 +31,7 @@ from tosa_jax.distributed.devices import describe_device, versions
 from tosa_jax.errors import ConfigError
 from tosa_jax.inference import loading
 from tosa_jax.models import cost
+from tosa_jax.models.vit import VisionTransformer
 from tosa_jax.models.vit_config import ViTConfig, check
 from tosa_jax.paths import write_atomically
 from tosa_jax.performance import comparison
@@ -90,20 +91,8 @@ def _main(args: argparse.Namespace) -> int:
     images = ((crops / 255 - mean) / std).astype(np.float32)
     record, path = _opened(args, config, [x.name for x in files])
     todo = list(_missing(args, record, config))
-    truth = comparison.grid_features(dense["model"], images) if todo else None
-    for row, target, network in todo:
-        begun, model = time.monotonic(), _model(args, network)
-        near = comparison.closeness(comparison.grid_features(model, images), truth, config)
-        gmacs = cost.gmacs(network)
-        found = {"name": row.name, "method": row.method, "target": target, "gmacs": gmacs,
-                 "share": gmacs / record["dense_gmacs"]}  # fmt: skip
-        found |= {k: by_picture(x, sources).round(7).tolist() for k, x in near.items()}
-        record["rows"].append(found)
-        _write(path, record)
-        jax.clear_caches()  # no other row runs this program
-        cosines = ", ".join(f"{part} {x.mean():.5f}" for part, x in near.items())
-        seconds = time.monotonic() - begun
-        print(f"{target:g} {row.name}: share {found['share']:.3f}, {cosines}; {seconds:.0f} s", flush=True)  # fmt: skip
+    if todo:
+        _run(args, todo, dense["model"], images, sources, record, path)
     if args.time:
         _add_times(args, record, config)
     if args.estimate:
@@ -116,11 +105,38 @@ def _main(args: argparse.Namespace) -> int:
     return 0
 
 
+def _run(
+    args: argparse.Namespace,
+    todo: Sequence[tuple[Contender, float, ViTConfig]],
+    dense: VisionTransformer,
+    images: np.ndarray,
+    sources: Sequence[Path],
+    record: dict[str, Any],
+    path: Path,
+) -> None:
+    """Runs the dense network and then each row, which is written at once."""
+    truth = comparison.grid_features(dense, images)
+    for row, target, network in todo:
+        begun = time.monotonic()
+        tokens = comparison.grid_features(_model(args, network), images)
+        near = comparison.closeness(tokens, truth, network)
+        gmacs = cost.gmacs(network)
+        found = {"name": row.name, "method": row.method, "target": target, "gmacs": gmacs,
+                 "share": gmacs / record["dense_gmacs"]}  # fmt: skip
+        found |= {k: by_picture(x, sources).round(7).tolist() for k, x in near.items()}
+        record["rows"].append(found)
+        _write(path, record)
+        jax.clear_caches()  # no other row runs this program
+        cosines = ", ".join(f"{part} {x.mean():.5f}" for part, x in near.items())
+        seconds = time.monotonic() - begun
+        print(f"{target:g} {row.name}: share {found['share']:.3f}, {cosines}; {seconds:.0f} s", flush=True)  # fmt: skip
+
+
 def _load(args: argparse.Namespace, say: Any, keep_rate: Any, **fields: Any) -> loading.LoadedModel:
     return loading.from_pretrained(args.model, args.weights, None, keep_rate, None, say, **fields)
 
 
-def _model(args: argparse.Namespace, config: ViTConfig) -> Any:
+def _model(args: argparse.Namespace, config: ViTConfig) -> VisionTransformer:
     """The network with the weights; what a method adds and no file has is as it is before training."""
     fields = config.to_fields()
     rate = fields.pop("keep_rate")

@@ -27,7 +27,7 @@ def random_crops(
     for path in sources:
         picture = _resized(path, size)
         wide, high = picture.size
-        x, y = rng.integers(0, wide - size + 1), rng.integers(0, high - size + 1)
+        x, y = (int(rng.integers(0, side - size + 1)) for side in (wide, high))
         images.append(np.asarray(picture.crop((x, y, x + size, y + size))))
     return np.stack(images), sources
 
