@@ -26,9 +26,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from PIL import Image
 
 import tosa_jax
+from tosa_jax.data.crops import random_crops
+from tosa_jax.data.image_files import find_images
 from tosa_jax.distributed.devices import describe_device, versions
 from tosa_jax.errors import ConfigError
 from tosa_jax.models import cost
@@ -42,37 +43,17 @@ from tosa_jax.ops.token_matching import (
     spread_groups,
     sum_groups,
 )
+from tosa_jax.performance.comparison import cosine, features
+from tosa_jax.reporting.intervals import by_picture, interval
 
 NAME = "vit_small_patch14_dinov2"
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 
 
-def pictures_in(folder: Path) -> list[Path]:
-    """The pictures under a folder, in order."""
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
-
-
-def crops(folder: Path, count: int, size: int, seed: int = 0) -> np.ndarray:
-    """Normalised square crops [count size size 3] of the pictures in a folder, shorter side resized to `size`."""
-    files = pictures_in(folder)
-    rng = np.random.default_rng(seed)
-    rng.shuffle(files)
-    images = []
-    for i in range(count):
-        with Image.open(files[i % len(files)]) as picture:
-            picture = picture.convert("RGB")
-            scale = size / min(picture.size)
-            wide, high = (max(size, round(side * scale)) for side in picture.size)
-            picture = picture.resize((wide, high), Image.Resampling.BICUBIC)
-        x, y = rng.integers(0, wide - size + 1), rng.integers(0, high - size + 1)
-        images.append(np.asarray(picture.crop((x, y, x + size, y + size))))
-    return ((np.stack(images) / 255 - MEAN) / STD).astype(np.float32)
-
-
-def run(forward, params, images: np.ndarray, batch: int = 16) -> np.ndarray:
-    """Final tokens of all images."""
-    parts = [forward(params, images[i : i + batch]) for i in range(0, len(images), batch)]
-    return np.concatenate([np.asarray(part, np.float32) for part in parts])
+def crops(folder: Path, count: int, size: int) -> np.ndarray:
+    """Normalised square crops [count size size 3] of the pictures in a folder."""
+    images, _ = random_crops(find_images([str(folder)]), count, size)
+    return ((images / 255 - MEAN) / STD).astype(np.float32)
 
 
 def final_tokens(graphdef, params, images):
@@ -168,16 +149,6 @@ def candidates(budgets: list[float], plans: list[str]):
         yield f"searched, {Path(path).stem}", {"plan": path}
 
 
-def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
-
-
-def interval(values: np.ndarray) -> list[float]:
-    """Where the mean lies in 95 % of the resamples of images."""
-    rows = np.random.default_rng(0).integers(0, len(values), (2000, len(values)))
-    return np.percentile(values[rows].mean(axis=1), [2.5, 97.5]).tolist()
-
-
 def closeness(of_class: np.ndarray, of_patches: np.ndarray) -> dict:
     """Mean cosines to the dense network's tokens, of the class token and of the patches, with their intervals."""
     return {
@@ -212,9 +183,9 @@ def paired(rows: list[dict], pictures: int) -> list[dict]:
         for part, ours, other in zip(
             ("class", "patch"), COSINES[row["name"]], COSINES[near["name"]], strict=True
         ):
-            by_picture = (ours - other)[: len(ours) // pictures * pictures].reshape(-1, pictures)
-            pair[f"{part}_difference"] = float(by_picture.mean())
-            pair[f"{part}_interval"] = interval(by_picture.mean(axis=0))
+            apart = by_picture(ours - other, [i % pictures for i in range(len(ours))])
+            pair[f"{part}_difference"] = float(apart.mean())
+            pair[f"{part}_interval"] = interval(apart)
         found.append(pair)
     return found
 
@@ -252,7 +223,7 @@ def measure(args: argparse.Namespace) -> tuple[list[dict], dict[str, str]]:
 
     def report(name, forward, params, macs):
         nonlocal truth
-        tokens = run(jax.jit(forward), params, images)
+        tokens = features(forward, params, images)
         truth = tokens if truth is None else truth
         near = cosine(tokens, truth)
         COSINES[name] = near[:, 0], near[:, 1:].mean(axis=1)
@@ -309,8 +280,8 @@ def main() -> None:
         f" --score=DIR --images={args.images}{given}",
         "data": f"{args.images} crops of {args.image_size} px of the pictures under --score",
         "device": describe_device(), "versions": versions(), "seed": 0, "model": NAME,
-        "left_out": left_out, "results": rows, "pictures": [x.name for x in pictures_in(args.score)],
-        "paired": paired(rows, len(pictures_in(args.score))) if args.rows == "budgets" else [],
+        "left_out": left_out, "results": rows, "pictures": [x.name for x in find_images([str(args.score)])],
+        "paired": paired(rows, len(find_images([str(args.score)]))) if args.rows == "budgets" else [],
     }, sys.stdout, indent=1)  # fmt: skip
     print()
 

@@ -21,7 +21,7 @@ FLOORS = [
     "inference",
     "performance",
     "cli",
-    "main prepare predict bench budget compile_check",
+    "main prepare predict bench budget compare compile_check",
 ]
 """Packages and modules of the top level, from the ground up: each imports from lower floors, and from itself."""
 

@@ -180,6 +180,26 @@ def test_an_untrained_selector_tells_mctf_what_the_map_before_does():
     assert [path for path in params if "selector" in path]
 
 
+def test_tokens_that_mctf_merged_get_updates_where_that_is_wanted():
+    """Not copies: what was not updated is as it was, and what became of a merged token is added to its members."""
+    model = network(plan=("mctf", "standard"), removed=(5,), mctf_restore="update")
+    copying = network(plan=("mctf", "standard"), removed=(5,))
+    tokens = tokens_of()
+    attended = jnp.ones(tokens.shape[:2])
+
+    def fused(network):
+        return network.kinds[0].fused(TokenState(tokens), attended)
+
+    (state, groups), (other, _) = fused(model), fused(copying)
+    np.testing.assert_array_equal(state.tokens, other.tokens)
+    np.testing.assert_allclose(state.restored_grid().tokens, tokens, atol=1e-6)
+    assert np.abs(other.restored_grid().tokens - tokens).max() > 0.1
+    moved = jnp.arange(state.tokens.shape[1], dtype=jnp.float32)[None, :, None]
+    later = state._replace(tokens=state.tokens + moved).restored_grid().tokens
+    wanted = tokens + np.asarray(groups.source.slot)[:, :, None]
+    np.testing.assert_allclose(later, wanted, atol=1e-5)
+
+
 @pytest.mark.parametrize("pool", ["avg", "map"])
 def test_a_head_that_reads_all_tokens_counts_merged_ones_by_size(pool):
     """As if each of the original tokens had a copy: ToMe's rule for a mean."""

@@ -1,7 +1,8 @@
 """What networks cost on a TPU by the compiler's own estimate (`tpu_cycles`). No TPU is needed, and nothing is run."""
 
+import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,7 @@ def estimate(
     make_config = functools.partial(model_config, task, model, **fields)
     records: list[Record] = []
     for name, keep_rate, config in networks(make_config, keep_rates, controls):
-        program, arguments = _program(config, batch_size, task, train=train)
-        found = cycles(program, *arguments, device=device, dumps=dumps)
+        found = network_cycles(config, batch_size, task, train=train, device=device, dumps=dumps)
         gmacs = cost.gmacs(config)
         record = {
             "name": name,
@@ -75,6 +75,27 @@ def estimate(
             record | {"speedup": speedup, "gmac_ratio": ratio, "realised": speedup / ratio}
         )
     return records
+
+
+def forward_mcycles(configs: Iterable[ViTConfig], chip: str, batch_size: int) -> Iterator[float]:
+    """10**6 cycles of a forward pass of each network on one chip, in bfloat16. Raises ConfigError as `estimate`."""
+    check_choice("--estimate", chip, CLOCKS)
+    dumps = tpu_cycles.kernel_dumps()
+    device = tpu_devices(f"{chip}:2x2")[0]
+    for config in configs:
+        short = dataclasses.replace(config, dtype="bfloat16", param_dtype="bfloat16")
+        found = network_cycles(
+            short, batch_size, config.task, train=False, device=device, dumps=dumps
+        )
+        yield found["cycles"] / 1e6
+
+
+def network_cycles(
+    config: ViTConfig, batch_size: int, task: str, *, train: bool, device: Device, dumps: Path
+) -> dict[str, Any]:
+    """What `cycles` finds of one network's program."""
+    program, arguments = _program(config, batch_size, task, train=train)
+    return cycles(program, *arguments, device=device, dumps=dumps)
 
 
 def _program(

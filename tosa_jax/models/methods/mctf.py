@@ -49,16 +49,20 @@ class MCTFOptions(Options):
     """What counts when tokens are matched. Raises ConfigError for values out of range.
 
     mctf_information           "own", "previous" or "class": whose attention says how informative a token is.
+    mctf_restore               "copy": for dense prediction merged tokens get copies of what they merged into (the
+                               paper). "update": they keep their values and get its updates, as in redundancy.
     tau_sim tau_info tau_size  the power of each criterion is 1 over it; 0: it does not count.
     """
 
     mctf_information: str = "own"
+    mctf_restore: str = "copy"
     tau_sim: float = 1.0
     tau_info: float = 20.0
     tau_size: float = 40.0
 
     def __post_init__(self) -> None:
         check_choice("mctf_information", self.mctf_information, ("own", "previous", "class"))
+        check_choice("mctf_restore", self.mctf_restore, ("copy", "update"))
         for name in ("tau_sim", "tau_info", "tau_size"):
             check(getattr(self, name) >= 0, f"{name}={getattr(self, name)} is negative")
 
@@ -123,12 +127,10 @@ class MCTF(ReducingLayer):
         if not self.spec.opens:
             return Standard.apply(self, block, state, context)
         if not self.reads_own_map:
-            reduction = self.fusion(state, state.summary)
-            state = state.reduced(reduction.merge(state.tokens), reduction)
+            state, _ = self.fused(state, state.summary)
             return Standard.apply(self, block, state, context)
         attn_map = self.own_map(block, state)
-        reduction = self.fusion(state, attn_map.mean(axis=(1, 2)))
-        state = state.reduced(reduction.merge(state.tokens), reduction)
+        state, reduction = self.fused(state, attn_map.mean(axis=(1, 2)))
         return run_by_map(merge_map(attn_map, reduction), block, state, context)
 
     def own_map(self, block: Block, state: TokenState) -> AttnMap:
@@ -137,6 +139,14 @@ class MCTF(ReducingLayer):
         logits = attention_logits(query, key)
         bias = key_bias(state.sizes if self.proportional else None, state.mask)
         return jax.nn.softmax(logits if bias is None else logits + bias[:, None, None], axis=-1)
+
+    def fused(self, state: TokenState, informative: Scores) -> tuple[TokenState, Reduction]:
+        """The state with merged tokens, and how they merged; `informative` as for `fusion`."""
+        reduction = self.fusion(state, informative)
+        tokens = reduction.merge(state.tokens)
+        if self.criteria.mctf_restore == "update":
+            reduction = reduction._replace(before=state.tokens, entered=tokens)
+        return state.reduced(tokens, reduction), reduction
 
     def fusion(self, state: TokenState, informative: Scores) -> Reduction:
         """The merging of the state's tokens, which get `informative` [b n] attention."""
@@ -263,6 +273,7 @@ METHODS = (
         short_label="MCTF, predicted",
         control=False,
         whole_plan=all_but_the_first,
+        fields=_CONTROL,
         fit_kind=MCTFFit,
     ),
 )

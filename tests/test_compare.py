@@ -1,0 +1,200 @@
+"""`python -m tosa_jax.compare`: equal budgets, a table that says what is level, going on, and bad input."""
+
+import dataclasses
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from small import SIZES, random_images, small_model
+
+from tosa_jax import compare
+from tosa_jax.errors import ConfigError
+from tosa_jax.models import cost, variants
+from tosa_jax.models.weights.load import save_weights
+from tosa_jax.performance import comparison, tpu_estimate
+from tosa_jax.performance.comparison import contender, solved
+from tosa_jax.reporting import comparison as tables
+from tosa_jax.reporting.intervals import by_picture, difference, interval
+
+TINY = SIZES | {"in_chans": 3, "image_size": 16}
+
+
+def config_of(**fields):
+    return variants.variant_config("vit", **(TINY | {"num_classes": 0} | fields))
+
+
+@pytest.mark.parametrize("text", ["tome", "redundancy", "mctf:mctf_information=class", "previous"])
+def test_a_row_gets_the_multiply_adds_that_were_asked_for(text):
+    dense = config_of()
+    config = solved(dense, contender(text), 0.8)
+    assert abs(cost.gmacs(config) / cost.gmacs(dense) / 0.8 - 1) <= comparison.TOLERANCE
+    assert config.plan != dense.plan
+
+
+def test_where_one_rate_serves_all_layers_the_last_ones_use_up_the_rest():
+    dense = config_of(depth=6)
+    config = solved(dense, contender("diffrate"), 0.8)
+    first, last = config.keep_rates_given[0], config.keep_rates_given[-1]
+    assert last - first == pytest.approx(1 / config.num_patches)
+    one_more = dataclasses.replace(config, keep_rate=last)
+    assert cost.gmacs(config) <= 0.8 * cost.gmacs(dense) < cost.gmacs(one_more)
+
+
+def test_fields_and_layers_of_a_row_are_those_of_its_network():
+    row = contender("expedit:layers=1-2,cluster_neighbours=3,keep_rate=0.5")
+    assert (row.method, row.layers) == ("expedit", (1, 2))
+    dense = config_of()
+    row_share = cost.gmacs(
+        dataclasses.replace(
+            dense, plan=("standard", "expedit", "expedit", "standard"), keep_rate=0.5
+        )
+    ) / cost.gmacs(dense)
+    config = solved(dense, row, row_share)
+    assert config.plan == ("standard", "expedit", "expedit", "standard")
+    assert (config.cluster_neighbours, config.keep_rate) == (3, 0.5)
+
+
+def test_removed_tokens_come_back_to_their_places_before_they_are_compared():
+    model = small_model(plan="tome", keep_rate=0.6, num_classes=0)
+    dense = small_model(num_classes=0)
+    images = np.asarray(random_images(2))
+    tokens, truth = (comparison.grid_features(m, images) for m in (model, dense))
+    assert tokens.shape == truth.shape == (2, 17, 16)
+    near = comparison.closeness(tokens, truth, dense.config)
+    one = float(tokens[1, 3] @ truth[1, 3] / np.sqrt((tokens[1, 3] ** 2).sum() * (truth[1, 3] ** 2).sum()))  # fmt: skip
+    assert comparison.cosine(tokens, truth)[1, 3] == pytest.approx(one, abs=1e-6)
+    assert near["patches"][1] == pytest.approx(comparison.cosine(tokens, truth)[1, 1:].mean())
+    assert near["class"][0] == comparison.cosine(tokens, truth)[0, 0] < 0.99999
+
+
+def test_pictures_are_resampled_and_not_their_crops():
+    values = np.array([0.0, 2.0, 1.0, 4.0, 2.0, 6.0])
+    assert by_picture(values, ["b", "a", "b", "a", "b", "a"]).tolist() == [1.0, 4.0]
+    low, high = interval([1.0, 4.0])
+    assert (low, high) == (1.0, 4.0)  # of two pictures a quarter of all resamples have only one
+    mean, bounds = difference([1.0, 2.0, 3.0], [0.5, 1.5, 2.5])
+    assert mean == 0.5 and bounds == (0.5, 0.5)
+
+
+def rows(**values):
+    return [
+        {"name": name, "method": name.partition(":")[0], "target": 0.5, "share": 0.5, "gmacs": 1.0,
+         "class": x, "patches": x[::-1]}
+        for name, x in values.items()
+    ]  # fmt: skip
+
+
+RECORD = {
+    "command": "python -m tosa_jax.compare", "device": "1 x cpu", "versions": {"jax": "1"}, "seed": 0,
+    "model": "vit", "image_size": 16, "count": 4, "pictures": ["a", "b", "c", "d"], "left_out": [],
+}  # fmt: skip
+
+
+def test_a_row_is_level_where_the_interval_of_its_difference_has_zero_in_it():
+    made = rows(
+        tome=[0.9, 0.8, 0.7, 0.6], evit=[0.9, 0.8, 0.7, 0.59], redundancy=[0.8, 0.7, 0.6, 0.5]
+    )
+    made[1]["class"] = [0.89, 0.81, 0.69, 0.6]
+    left_out = [{"name": "ats", "target": 0.5, "why": "so"}]
+    text = tables.markdown("x", RECORD | {"rows": made, "left_out": left_out})
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + 3 and len({line.count("|") for line in lines}) == 1
+    cells = {line.split(" | ")[0].removeprefix("| "): line.split(" | ") for line in lines[2:]}
+    assert cells["ToMe"][3] == "best"
+    assert cells["EViT"][3] == "level"
+    assert cells["redundancy"][3] == "-0.1000 [-0.1000, -0.1000]"
+    assert "- ats at 0.5: so" in text
+
+
+def test_the_plot_has_a_panel_for_each_part():
+    one = rows(tome=[0.85] * 4, evit=[0.8] * 4)
+    for row in (without := rows(tome=[0.85] * 4)):
+        del row["class"]
+    both, patches = (
+        Image.open(io.BytesIO(tables.plot(RECORD | {"rows": x}))) for x in (one, without)
+    )
+    assert both.format == "PNG" and both.width > 1.4 * patches.width
+
+
+@pytest.fixture
+def argv(tmp_path, monkeypatch):
+    """The arguments for a tiny network with saved weights, and three pictures; one method."""
+    monkeypatch.setitem(variants.VARIANTS, "tiny", TINY)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+    save_weights(small_model(**TINY), tmp_path / "w.safetensors")
+    (tmp_path / "images").mkdir()
+    for i in range(3):
+        pixels = np.random.default_rng(i).integers(0, 256, (20, 30, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{i}.png")
+    return [
+        "--model=tiny", f"--weights={tmp_path / 'w.safetensors'}", f"--images={tmp_path / 'images'}",
+        f"--out={tmp_path / 'out'}", "--count=6", "--target", "0.8", "--methods", "tome",
+    ]  # fmt: skip
+
+
+def test_a_comparison_goes_on_where_it_stopped(argv, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "out"
+    argv += ["--time", "--rounds=1", "--batch_size=2"]
+    assert compare.main(argv) == 0
+    path = folder / "tiny.json"
+    first = json.loads(path.read_text())
+    (row,) = first["rows"]
+    assert (row["name"], row["target"], len(row["class"])) == ("tome", 0.8, 3)
+    assert abs(row["share"] / 0.8 - 1) <= 0.02 and 0.5 < np.mean(row["patches"]) < 1
+    assert first["pictures"] == ["0.png", "1.png", "2.png"] and first["device"]
+    assert str(tmp_path) not in path.read_text() and "--images=DIR" in first["command"]
+    assert set(first["time"]["networks"]) == {"dense", "tome 0.8"}
+    run, ran = comparison.grid_features, []
+    monkeypatch.setattr(comparison, "grid_features", lambda m, x: ran.append(m.config.plan) or run(m, x))  # fmt: skip
+    monkeypatch.setattr(comparison, "time_networks", None)
+    assert compare.main(argv) == 0 and not ran
+    assert json.loads(path.read_text()) == first
+
+    times = {"ms": 2.0, "ms_iqr": 1.0}
+    monkeypatch.setattr(comparison, "time_networks", lambda configs, *_: dict.fromkeys(configs, times))  # fmt: skip
+    monkeypatch.setattr(tpu_estimate, "forward_mcycles", lambda configs, *_: range(len(configs)))
+    capsys.readouterr()
+    assert compare.main([*argv, "--methods", "tome", "random", "skip", "--estimate=v5e"]) == 0
+    second = json.loads(path.read_text())
+    assert second["rows"][0] == row and [x["name"] for x in second["rows"]] == ["tome", "random"]
+    assert len(ran) == 2  # the dense network, and the new one
+    (left_out,) = second["left_out"]
+    assert left_out["name"] == "skip" and left_out["why"] in capsys.readouterr().out
+    assert "--methods tome random skip" in second["command"]
+    table = (folder / "tiny.md").read_text()
+    (of_tome,) = (line for line in table.splitlines() if line.startswith("| ToMe"))
+    assert of_tome.endswith("| 2.0 ± 0.5 | 1.00 |")
+    assert compare.main([*argv, "--seed=1"]) == 2
+    assert "rows with another seed: take another --name" in capsys.readouterr().err
+    assert json.loads(path.read_text()) == second
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--methods", "tom"], "--methods='tom' is unknown; did you mean 'tome'?"),
+        (["--methods", "tome:removed"], "has 'removed', not FIELD=VALUE"),
+        (["--methods", "tome:layers=4"], "layers=4 is not FIRST-LAST"),
+        (["--target", "1.5"], "--target=1.5 is not in (0, 1)"),
+        (["--count=0"], "--count=0 must be at least 1"),
+    ],
+)
+def test_a_bad_command_line_gets_one_line(argv, arguments, said, capsys):
+    assert compare.main([*argv, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_a_file_that_is_no_picture_is_named(argv, tmp_path, capsys):
+    (tmp_path / "images" / "z.png").write_text("no picture")
+    assert compare.main(argv) == 2
+    assert "z.png cannot be read as an image" in capsys.readouterr().err
+
+
+def test_fields_that_a_method_lacks_are_refused():
+    with pytest.raises(ConfigError, match="taw_size"):
+        solved(config_of(), contender("mctf:taw_size=0"), 0.8)
+    with pytest.raises(ConfigError, match="layers=2-9 are not among 0-3"):
+        solved(config_of(), contender("expedit:layers=2-9"), 0.8)

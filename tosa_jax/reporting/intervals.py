@@ -1,0 +1,42 @@
+"""Means with 95 % intervals, and whether two methods that saw the same pictures differ."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+Interval = tuple[float, float]
+
+
+def interval(values: Sequence[float] | Float[np.ndarray, " b"]) -> Interval:
+    """Where the mean lies in 95 % of 2000 resamples of the values."""
+    values = np.asarray(values)
+    rows = np.random.default_rng(0).integers(0, len(values), (2000, len(values)))
+    low, high = np.percentile(values[rows].mean(axis=1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def by_picture(
+    values: Float[np.ndarray, " b"], sources: Sequence[object]
+) -> Float[np.ndarray, " p"]:
+    """Means over the values of each source, in the order in which sources come first.
+
+    Crops of one picture are alike: what is resampled are pictures.
+    """
+    names = {name: i for i, name in enumerate(dict.fromkeys(sources))}
+    place = np.array([names[name] for name in sources])
+    return np.bincount(place, values) / np.bincount(place)
+
+
+def difference(
+    ours: Sequence[float] | Float[np.ndarray, " p"],
+    theirs: Sequence[float] | Float[np.ndarray, " p"],
+) -> tuple[float, Interval]:
+    """Mean of ours - theirs, pair by pair, and its interval."""
+    pairs = np.asarray(ours) - np.asarray(theirs)
+    return float(pairs.mean()), interval(pairs)
+
+
+def is_level(bounds: Interval) -> bool:
+    """Whether the interval of a difference has 0 in it."""
+    return bounds[0] <= 0 <= bounds[1]
