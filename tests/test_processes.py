@@ -1,5 +1,6 @@
 """Several processes on loopback: one network, one report; they start, stop and fail together."""
 
+import contextlib
 import json
 import os
 import re
@@ -79,7 +80,7 @@ class Run:
                 "--num_processes=2", f"--process_id={i}", *args, *each[i],
             ]  # fmt: skip
             tree = trees[i] if trees else ROOT
-            with out.open("w") as stdout, err.open("w") as stderr:
+            with out.open("w") as stdout, err.open("w") as stderr, ctrl_c_counts():
                 self.children.append(
                     subprocess.Popen(
                         command, cwd=tree, env=environment(tree), stdout=stdout, stderr=stderr
@@ -107,6 +108,16 @@ def no_orphans():
         for child in Run.started.pop():
             child.kill()
             child.wait()
+
+
+@contextlib.contextmanager
+def ctrl_c_counts():
+    """Processes that are started here heed Ctrl-C, which a shell ignores for what runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def environment(tree: Path) -> dict[str, str]:

@@ -230,7 +230,9 @@ def test_a_signal_outside_of_training_is_one_line_and_its_status(tmp_path, monke
     for signum, handler in zip(SIGNALS, before, strict=True):
         assert signal.signal(signum, handler) == signal.SIG_DFL
     # and Ctrl-C in any other command
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     assert run_command(lambda: signal.raise_signal(signal.SIGINT)) == 130  # pyright: ignore
+    signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == "stopped by SIGINT\n"
 
 

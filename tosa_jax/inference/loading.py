@@ -250,9 +250,8 @@ def _described(text: str) -> dict[str, Any]:
     config = TASKS[task].model_class.config_class(**said["model"])
     inputs = build_section(InputConfig, "inputs", {name: said[name] for name in ("mean", "std")})
     names = said["class_names"]
-    if names is not None and not (
-        len(names) == config.num_classes and all(isinstance(x, str) for x in names)
-    ):
+    classes = 0 if "num_classes" in config.unused else config.num_classes
+    if names is not None and not (len(names) == classes and all(isinstance(x, str) for x in names)):
         raise ValueError("its class names are not those of its classes")
     return {
         "config": config,
