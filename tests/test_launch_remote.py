@@ -175,10 +175,12 @@ def test_one_failing_slice_fails_the_run(machine: Machine) -> None:
     assert sorted(call.split()[5] for call in machine.calls) == ["my-tpu-0", "my-tpu-1"]
 
 
-def test_a_job_whose_time_is_up_goes_back_into_the_queue(machine: Machine) -> None:
+@pytest.mark.parametrize("status", [143, 138])
+def test_a_job_whose_time_is_up_goes_back_into_the_queue(status: int, machine: Machine) -> None:
+    """By SIGTERM, or by the warning that sbatch's --signal=USR1 sends before."""
     args = ("slurm.sbatch", "--config=x", "--workdir=/shared/run")
-    done = machine.run(*args, SLURM_JOB_ID="7", MAIN_RCS="143")
-    assert done.returncode == 143
+    done = machine.run(*args, SLURM_JOB_ID="7", MAIN_RCS=str(status))
+    assert done.returncode == status
     assert machine.calls[0].startswith("srun --kill-on-bad-exit=1") and machine.calls[0].endswith(
         "--multihost"
     )
