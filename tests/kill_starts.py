@@ -225,15 +225,24 @@ def end_state(workdir: Path) -> dict[str, Any]:
         facts.pop("seconds")
     for row in report["results"]:
         row.pop("img_per_sec")
-    names = ("config.json", "classes.txt", "selected_tokens.png", "selectors.safetensors")
+    names = ("classes.txt", "selected_tokens.png", "selectors.safetensors")
     files = [workdir / name for name in names if (workdir / name).exists()]
     left = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-    known = {*left, "report.json", "report.html", "metrics.jsonl", "checkpoints", "tensorboard"}
+    known = {
+        *left,
+        "config.json",
+        "report.json",
+        "report.html",
+        "metrics.jsonl",
+        "checkpoints",
+        "tensorboard",
+    }
     hidden = {item.name for item in workdir.iterdir() if not item.name.endswith((".lock",))} - known
     return {
         "report": report,
         "page": (workdir / "report.html").read_text().rstrip().endswith("</html>"),
         "files": left,
+        "config": _what_counts(json.loads((workdir / "config.json").read_text())),
         "other files": sorted(hidden),
         "arrays": {folder.name: _newest(folder) for folder in (workdir / "checkpoints").iterdir()},
         "records": _records(workdir / "metrics.jsonl"),
@@ -241,6 +250,14 @@ def end_state(workdir: Path) -> dict[str, Any]:
             folder.name: shown(folder) for folder in sorted((workdir / "tensorboard").iterdir())
         },
     }
+
+
+def _what_counts(config: dict[str, Any]) -> dict[str, Any]:
+    """A run's configuration without what may change, such as the workers, which starts have different ones of."""
+    for field in MAY_CHANGE:
+        section, _, name = field.rpartition(".")
+        (config[section] if section else config).pop(name, None)
+    return config
 
 
 def _newest(stage: Path) -> dict[str, Any]:
@@ -256,10 +273,8 @@ def _newest(stage: Path) -> dict[str, Any]:
         arrays = reader.restore(path / "state", restore_args=kinds)
     facts = json.loads((path / "facts/metadata").read_text())
     facts.pop("seconds")
-    for field in MAY_CHANGE:  # such as the workers, which starts have different ones of
-        section, _, name = field.rpartition(".")
-        config = facts.get("run", {}).get("config", {})
-        (config.get(section, {}) if section else config).pop(name, None)
+    if "run" in facts:
+        _what_counts(facts["run"]["config"])
     digests = {
         jax.tree_util.keystr(name): hashlib.sha256(np.ascontiguousarray(x).tobytes()).hexdigest()
         for name, x in jax.tree_util.tree_leaves_with_path(arrays)
