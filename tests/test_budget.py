@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shlex
 
 import jax
 import jax.numpy as jnp
@@ -163,6 +164,9 @@ def test_the_command_writes_a_plan_for_an_exported_network(tmp_path, capsys):
     path = tmp_path / "plans/small_previous_0.8.json"
     said = json.loads(path.read_text())
     assert sorted(said["images"]) == ["0.png", "1.png", "2.png"] and said["share"] <= 0.8
+    again = budget.parse_arguments(shlex.split(said["command"])[3:])
+    assert (again.method, again.target, again.image_size) == ("previous", [0.8], [8])
+    assert str(tmp_path) not in path.read_text()
     found = small_model(plan=str(path))
     specs = layer_specs(found.config)
     assert [spec.count for spec in specs if spec.opens] == said["counts"]

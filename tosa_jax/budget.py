@@ -12,6 +12,7 @@ measured on this device; both are of the layers. Exit status: 0 done, 2 bad inpu
 import argparse
 import functools
 import random
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ def _load(args: argparse.Namespace) -> tuple[str, loading.LoadedModel]:
         fields["image_size"] = flags.image_size(args.image_size)
     if args.task:
         fields["task"] = args.task
-    name = args.model or Path(args.weights).name.removesuffix(".safetensors")
+    name = args.model or Path(args.weights).resolve().name.removesuffix(".safetensors")
     parts = args.weights, args.model or "", args.selectors
     return name, loading.load(*parts, 0.5, None, print, **fields)
 
@@ -136,12 +137,18 @@ def _images(
 
 
 def _facts(args: argparse.Namespace, name: str, found: Found, used: list[str]) -> dict[str, Any]:
+    size = np.atleast_1d(found.config.image_size).tolist()
+    words = [f"--weights={Path(args.weights).name}", "--images=DIR", f"--method={args.method}"]
+    words += [f"--model={args.model}"] if args.model else []
+    words += ["--image_size", *map(str, size), f"--read={args.read}", f"--cost={args.cost}"]
+    words += ["--target", *map(str, args.target), f"--count={args.count}", f"--seed={args.seed}"]
     return {
+        "command": f"python -m tosa_jax.budget {shlex.join(words)}",
         "model": name, "image_size": found.config.image_size, "counts": found.counts,
         "share": found.share, "gmacs": cost.gmacs(found.config), "cost": args.cost, "read": args.read,
         "error": found.error, "start": {"schedule": found.start[1], "error": found.start[0]},
         "trials": found.trials, "seconds": round(found.seconds, 1), "device": describe_device(),
-        "versions": versions(), "seed": args.seed, "images": used,
+        "versions": versions(), "images": used,
     }  # fmt: skip
 
 

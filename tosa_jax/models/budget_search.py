@@ -5,6 +5,7 @@ of the linear and the uniform schedule of that cost. It then lets one layer keep
 the same cost, as long as the error falls; which ones, it learns from trying each layer alone.
 """
 
+import bisect
 import dataclasses
 import itertools
 import time
@@ -95,10 +96,10 @@ class BudgetSearch:
         dense = schedule_of(dataclasses.replace(config, plan=(STANDARD,) * config.depth))
         self._dense_cost = self._cost_of(dense)
         self._errors: dict[Schedule, float] = {}
-        truth, prefix = self._layers.tokens(dense), config.num_prefix_tokens
+        self._truth, prefix = self._layers.tokens(dense), config.num_prefix_tokens
 
         @jax.jit
-        def error(tokens):
+        def error(tokens, truth):
             near = (tokens * truth).sum(axis=2)
             near /= jnp.linalg.norm(tokens, axis=2) * jnp.linalg.norm(truth, axis=2)
             of_class, of_patches = near[:, 0].mean(), near[:, prefix:].mean()
@@ -124,7 +125,8 @@ class BudgetSearch:
         schedule = self._schedule(kept)
         assert schedule is not None
         if schedule not in self._errors:
-            self._errors[schedule] = float(self._error_of(self._layers.tokens(schedule)))
+            tokens = self._layers.tokens(schedule)
+            self._errors[schedule] = float(self._error_of(tokens, self._truth))
         return self._errors[schedule]
 
     def share(self, kept: Kept) -> float:
@@ -169,26 +171,36 @@ class BudgetSearch:
 
     def _starts(self, share: float) -> Iterator[tuple[str, Kept]]:
         """The largest linear and uniform schedule within the share, on the grid that the search moves on."""
-        patches = self.config.num_patches
+        falling = range(self.config.num_patches, 0, -1)
         for budget in ("linear", "uniform"):
-            for whole in range(patches, 0, -1):
-                fields = {"keep_rate": whole / patches, "budget": budget, "budget_gmacs": 0.0}
-                try:
-                    kept = self._explicit(dataclasses.replace(self.config, **fields))
-                except ConfigError:
-                    continue
-                # Not every smaller one can be reached: the first one that fits.
-                if self._schedule(kept) is not None and self.share(kept) <= share:
-                    yield budget, kept
-                    break
 
-    def _explicit(self, config: ViTConfig) -> Kept:
-        """The keep rates of a schedule, one by one, rounded down to the grid. Raises ConfigError: it cannot be."""
-        specs, prefix = layer_specs(config), config.num_prefix_tokens
-        kept = tuple(specs[i].count - prefix for i in self._selections)
+            def small_enough(patches: int, budget: str = budget) -> bool:
+                kept = self._explicit(budget, patches)
+                # What cannot be lies below all that can.
+                return kept is None or self.share(kept) <= share
+
+            place = bisect.bisect_left(falling, True, key=small_enough)
+            kept = self._explicit(budget, falling[place]) if place < len(falling) else None
+            if kept is not None:
+                yield budget, kept
+
+    def _explicit(self, budget: str, patches: int) -> Kept | None:
+        """The keep rates of a schedule that keeps so many patches, or as the mean; rounded down to the grid.
+
+        None: it cannot be.
+        """
+        rate = patches / self.config.num_patches
+        fields = {"keep_rate": rate, "budget": budget, "budget_gmacs": 0.0}
+        config = dataclasses.replace(self.config, **fields)
+        try:
+            specs = layer_specs(config)
+        except ConfigError:
+            return None
+        kept = tuple(specs[i].count - config.num_prefix_tokens for i in self._selections)
         if self._schedule(kept) != schedule_of(config):  # a kind that counts in its own way
             kept = tuple(round(rate * config.num_patches) for rate in keep_rates(config))
-        return tuple(max(self._grain, x // self._grain * self._grain) for x in kept)
+        kept = tuple(max(self._grain, x // self._grain * self._grain) for x in kept)
+        return None if self._schedule(kept) is None else kept
 
     def _moved(self, kept: Kept, selection: int, removed: int) -> Kept | None:
         """The keep rates if one selection keeps so many patches fewer; None where that cannot be, or changes nothing.
@@ -215,14 +227,14 @@ class BudgetSearch:
 
     def _improved(self, kept: Kept, share: float, step: int) -> Kept:
         """Keep rates of less error within the share, or the same ones."""
-        for more, less in itertools.islice(self._pairs(kept, step), _TRIES):
+        for more, less in itertools.islice(self._exchanges(kept, step), _TRIES):
             while (tried := self._exchanged(kept, share, more, less, step)) is not None:
                 if self.error(tried) >= self.error(kept):
                     break
                 kept = tried
         return kept
 
-    def _pairs(self, kept: Kept, step: int) -> Iterator[tuple[int, int]]:
+    def _exchanges(self, kept: Kept, step: int) -> Iterator[tuple[int, int]]:
         """Selections (that keeps more, that keeps fewer), those first by which the error should fall most."""
         gains, losses = {}, {}
         error, cost = self.error(kept), self.share(kept)
@@ -231,8 +243,8 @@ class BudgetSearch:
                 moved = self._moved(kept, i, removed)
                 if moved is not None and (saved := cost - self.share(moved)):
                     found[i] = (self.error(moved) - error) / abs(saved)
-        rates = {(i, j): gains[i] + losses[j] for i in gains for j in losses if i != j}
-        yield from (pair for pair in sorted(rates, key=rates.__getitem__) if rates[pair] < 0)
+        falls = {(i, j): gains[i] + losses[j] for i in gains for j in losses if i != j}
+        yield from (pair for pair in sorted(falls, key=falls.__getitem__) if falls[pair] < 0)
 
     def _exchanged(self, kept: Kept, share: float, more: int, less: int, step: int) -> Kept | None:
         """Selection `more` keeps `step` patches more, and `less` so many fewer that the cost fits; None: it cannot."""
