@@ -17,7 +17,6 @@ import tosa_jax
 from tosa_jax.data.decoding import Preprocess
 from tosa_jax.models import cost
 from tosa_jax.models.params import set_params, split
-from tosa_jax.reporting.figures import write_png
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -68,7 +67,7 @@ def main() -> None:
         for row, picture in enumerate(pictures):
             axes[row, column].imshow(picture, interpolation="nearest")
             axes[row, column].axis("off")
-    write_png(args.out, figure)
+    figure.savefig(args.out, dpi=100)
 
 
 if __name__ == "__main__":
