@@ -11,7 +11,6 @@ point looks for its own among the sixteen points of four images, chance is 1/16.
 """
 
 import argparse
-import functools
 import json
 import sys
 import tempfile
@@ -44,7 +43,6 @@ def correspondence(config, params, images) -> dict[str, float]:
     """`found` and `distance` of patches, and `references` where the network has reference tokens."""
     size = config.image_shape
     graphdef = structure(config).graphdef
-    unit = functools.partial(_unit, axis=-1)
     grid = config.grid
     centres = np.stack(np.divmod(np.arange(grid[0] * grid[1]), grid[1]), axis=1) + 0.5
     centres = jnp.asarray(centres / np.asarray(grid), jnp.float32)
@@ -87,8 +85,8 @@ def correspondence(config, params, images) -> dict[str, float]:
     return {name: float(np.mean([x[name] for x in draws])) for name in draws[0]}
 
 
-def _unit(x, axis):
-    return x / jnp.linalg.norm(x, axis=axis, keepdims=True)
+def unit(x):
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
 def scores(runner: Runner, model, params) -> dict[str, float]:

@@ -14,6 +14,7 @@ from tosa_jax.models.params import set_params, split
 from tosa_jax.models.vit import Output, VisionTransformer
 from tosa_jax.tasks import create_model
 from tosa_jax.train import runner
+from tosa_jax.train.checkpoints import Checkpoints
 
 SIZES = {
     "embed_dim": 16,
@@ -44,6 +45,19 @@ def _forward(graphdef, params, images, key):
 
 def random_images(batch: int = 4, seed: int = 0) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), (batch, 8, 8, 1))
+
+
+def die_after_saving(checkpoints: Checkpoints, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raises KeyboardInterrupt right after the checkpoint of `step` is written, as if the run were killed there."""
+    save = checkpoints.save
+
+    def save_and_die(at, *args):
+        save(at, *args)
+        if at == step:
+            checkpoints.wait()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoints, "save", save_and_die)
 
 
 def small_run(data_dir: str, **sections) -> RunConfig:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from published import gelu, layers_of, softmax
-from small import SIZES, small_model
+from small import SIZES, die_after_saving, small_model
 from test_layer_kinds import noisy
 
 from tosa_jax.config import default_config, make_run_config
@@ -244,15 +244,8 @@ def test_a_run_resumes_exactly(digits_dir, tmp_path, monkeypatch, one_device):
 
     def train(folder, die=False):
         with Checkpoints(folder, "knn") as checkpoints, MetricWriter(folder) as writer:
-            save = checkpoints.save
-
-            def save_and_die(step, *args):
-                save(step, *args)
-                if die and step == 2:
-                    checkpoints.wait()
-                    raise KeyboardInterrupt
-
-            monkeypatch.setattr(checkpoints, "save", save_and_die)
+            if die:
+                die_after_saving(checkpoints, 2, monkeypatch)
             state = train_stage(
                 stage_run, runner.run, runner.mesh, checkpoints, writer, StopRequest()
             )[0]

@@ -282,9 +282,8 @@ def test_a_learned_choice_masks_in_training(name):
         return [grad for grad, _ in grads], grads[0][1]
 
     layers = published.layers_of(model)
-    if (
-        name == "as_vit"
-    ):  # half of a first image's patches are above the threshold, one of them hardly
+    if name == "as_vit":
+        # Half of the first image's patches are above the threshold, one of them hardly.
         first = np.asarray(tokens[0], np.float64)
         threshold = np.sort(published.head_weighted_row(layers[0], first))[8] - 1e-4
         params = params | {"kinds/1/threshold": jnp.asarray(threshold, jnp.float32)}

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from small import SIZES
+from small import SIZES, die_after_saving
 
 from tosa_jax.config import StageConfig, default_config, make_run_config
 from tosa_jax.distributed.mesh import MeshConfig, make_mesh, to_global, tree_shardings
@@ -269,15 +269,8 @@ def test_the_state_of_a_task_survives_a_restart_bit_for_bit(
 
     def train(folder, die=False):
         with Checkpoints(folder, "knn") as checkpoints, MetricWriter(folder) as writer:
-            save = checkpoints.save
-
-            def save_and_die(step, *args):
-                save(step, *args)
-                if die and step == 2:
-                    checkpoints.wait()
-                    raise KeyboardInterrupt
-
-            monkeypatch.setattr(checkpoints, "save", save_and_die)
+            if die:
+                die_after_saving(checkpoints, 2, monkeypatch)
             go = functools.partial(train_stage, stage_run, runner.run, runner.mesh)
             return go(checkpoints, writer, StopRequest())[0]
 

@@ -8,7 +8,7 @@ import signal
 import jax
 import numpy as np
 import pytest
-from small import small_run
+from small import die_after_saving, small_run
 
 from tosa_jax.data.pipeline import Dataset
 from tosa_jax.distributed import memory
@@ -50,15 +50,7 @@ def train_one(runner, stage, workdir, stop_at=None, monkeypatch=None):
     stage_run = runner.stage_run(stage)
     checkpoints = Checkpoints(workdir / stage.name, stage_run.setup.task.best_metric)
     if stop_at is not None:
-        save = checkpoints.save
-
-        def save_and_die(step, *args):
-            save(step, *args)
-            if step == stop_at:
-                checkpoints.wait()
-                raise KeyboardInterrupt
-
-        monkeypatch.setattr(checkpoints, "save", save_and_die)
+        die_after_saving(checkpoints, stop_at, monkeypatch)
     seen = []
 
     def recorded(*args, **kwargs):

@@ -14,6 +14,19 @@ Grid = tuple[int, int]
 """Rows and columns."""
 
 
+def coarser(grid: Grid, keep_rate: float) -> Grid:
+    """Rows and columns of cells, as near to the share `keep_rate` of a grid's places as whole numbers allow."""
+    rows, columns = (max(1, round(side * keep_rate**0.5)) for side in grid)
+    return rows, columns
+
+
+def as_grid(count: int, grid: Grid) -> Grid:
+    """Rows and columns that make `count`, in proportions as near to those of `grid` as can be."""
+    rows, columns = grid
+    pairs = [(h, count // h) for h in range(1, count + 1) if count % h == 0]
+    return min(pairs, key=lambda pair: abs(pair[0] * columns - pair[1] * rows))
+
+
 def squared_distances(a: Float[Array, "b n f"], b: Float[Array, "b m f"]) -> Float[Array, "b n m"]:
     """Squared Euclidean distance of each row of `a` from each row of `b`, float32, at least 0."""
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)

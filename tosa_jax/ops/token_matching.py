@@ -183,9 +183,8 @@ def bipartite_matching(
     n = features.shape[1]
     places = np.arange(n)
     may_leave = candidates(n, num_prefix_tokens, first)
-    number = np.where(
-        may_leave, (places - num_prefix_tokens - first) // 2, 0
-    )  # among those that may
+    # Among those that may.
+    number = np.where(may_leave, (places - num_prefix_tokens - first) // 2, 0)
     stay = places[~may_leave]
     similarity = cosines(features[:, places[may_leave]], features[:, stay])
     likeness = similarity[:, :, num_prefix_tokens:].max(axis=-1)

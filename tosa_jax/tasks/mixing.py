@@ -29,8 +29,7 @@ class MixingConfig:
     erase_prob     probability in [0, 1] that a box of an image is erased.
     align_labels   labels travel with tokens through the network (TL-Align, Xiao et al. 2022, arXiv 2210.06455), so that
                    the target is mixed as the network mixed the tokens and not as the pixels were. The images are the
-                   same. Needs cutmix: batches that mixup mixes keep
-                   their targets.
+                   same. Needs cutmix; batches that mixup mixes keep their targets.
     """
 
     mixup: float = 0.0

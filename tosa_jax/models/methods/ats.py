@@ -12,15 +12,14 @@ import jax.numpy as jnp
 
 from tosa_jax.models.layers import Block
 from tosa_jax.models.method import Method, at_layers
-from tosa_jax.models.methods.ppt import class_scores
-from tosa_jax.models.methods.reducing import ReducingLayer
+from tosa_jax.models.methods.reducing import PersistentReduction, class_scores
 from tosa_jax.models.token_state import LayerContext, TokenState, key_bias
 from tosa_jax.ops.array_types import Scores
 from tosa_jax.ops.reduction import Reduction
 from tosa_jax.ops.token_selection import Selection, gather_tokens, select_tokens, with_one_hot
 
 
-class ATS(ReducingLayer):
+class ATS(PersistentReduction):
     """Samples the share `keep_rate` of the patches that reach the layer."""
 
     reads_class_token = True
@@ -51,9 +50,8 @@ class ATS(ReducingLayer):
 
     def block_macs(self, block: Block) -> int:
         into, left = self.spec.count_in, self.spec.count
-        queries = (
-            into - left
-        ) * block.width**2  # of tokens that are not sampled, before it is known
+        # Of tokens that are not sampled: it is not known before.
+        queries = (into - left) * block.width**2
         return block.attn_macs(left, into) + queries + block.mlp_macs(left)
 
     def own_macs(self, block: Block) -> int:

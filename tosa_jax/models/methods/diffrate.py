@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from flax import nnx
 
+from tosa_jax.errors import ConfigError
 from tosa_jax.models.layers import Bias, Block
 from tosa_jax.models.method import Method, every_layer
 from tosa_jax.models.methods.reducing import ReducingLayer, class_row, sizes_of
@@ -68,8 +69,7 @@ def read_schedule(path: str, network: str, cost: str) -> dict[str, tuple[int, ..
         lists = (table[network][cost][f"{part}_kept_num"] for part in ("prune", "merge"))
         pruned, merged = (tuple(map(int, json.loads(text))) for text in lists)
     except (OSError, KeyError, TypeError, ValueError) as error:
-        check(False, f"{path}: no schedule of DiffRate: {error!r}")
-        raise
+        raise ConfigError(f"{path}: no schedule of DiffRate: {error!r}") from error
     return {"pruned_to": pruned, "merged_to": merged}
 
 

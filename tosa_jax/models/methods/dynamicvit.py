@@ -15,8 +15,7 @@ from flax import nnx
 
 from tosa_jax.models.layers import Block, draw, fold_key, layer_norm, linear
 from tosa_jax.models.method import Method, at_quarters
-from tosa_jax.models.methods.reducing import ReducingLayer
-from tosa_jax.models.methods.standard import Standard
+from tosa_jax.models.methods.reducing import PersistentReduction
 from tosa_jax.models.options import Options
 from tosa_jax.models.token_state import LayerContext, LayerSpec, TokenState
 from tosa_jax.models.vit_config import ViTConfig, check
@@ -36,7 +35,7 @@ class PruningOptions(Options):
               f"pruning_loss_weight={self.pruning_loss_weight} is negative")  # fmt: skip
 
 
-class LearnedPruning(ReducingLayer):
+class LearnedPruning(PersistentReduction):
     """Drops patches before the layer: at inference a fixed number, in training those that a learned choice masks.
 
     A subclass gives the scores of patches (`scores`), and makes of them the choice that training learns (`decide`).
@@ -70,7 +69,7 @@ class LearnedPruning(ReducingLayer):
             state = (
                 self.masked(state, scores, context) if context.train else self.cut(state, scores)
             )
-        return Standard.apply(self, block, state, context)
+        return super().apply(block, state, context)
 
     def cut(self, state: TokenState, scores: Scores) -> TokenState:
         """The state with the best patches alone."""
@@ -88,9 +87,6 @@ class LearnedPruning(ReducingLayer):
         loss = jnp.broadcast_to(self.loss_weight * self.miss(share), len(policy))
         aux = state.aux | {f"loss/pruning/{self.spec.layer}": loss}
         return state._replace(policy=policy, aux=aux)
-
-    def block_macs(self, block: Block) -> int:
-        return block.macs(self.spec.count)
 
 
 class Predictor(nnx.Module):

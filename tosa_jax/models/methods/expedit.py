@@ -17,7 +17,7 @@ from tosa_jax.models.options import Options
 from tosa_jax.models.token_state import LayerContext, LayerSpec, TokenState
 from tosa_jax.models.vit_config import ViTConfig, check
 from tosa_jax.ops.array_types import Tokens
-from tosa_jax.ops.clustering import reconstruction, soft_clusters
+from tosa_jax.ops.clustering import as_grid, coarser, reconstruction, soft_clusters
 from tosa_jax.ops.reduction import Reduction, TokenWeights, beside_prefix
 
 
@@ -43,19 +43,6 @@ class ExpeditOptions(Options):
         check(self.cluster_window % 2 == 1, f"cluster_window={self.cluster_window} must be odd")
         check(self.cluster_temperature > 0,
               f"cluster_temperature={self.cluster_temperature} must be above 0")  # fmt: skip
-
-
-def coarser(grid: tuple[int, int], keep_rate: float) -> tuple[int, int]:
-    """Rows and columns of clusters, as near to the share `keep_rate` of a grid's places as whole numbers allow."""
-    rows, columns = (max(1, round(side * keep_rate**0.5)) for side in grid)
-    return rows, columns
-
-
-def as_grid(count: int, grid: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns that make `count`, in proportions as near to those of `grid` as can be."""
-    rows, columns = grid
-    pairs = [(h, count // h) for h in range(1, count + 1) if count % h == 0]
-    return min(pairs, key=lambda pair: abs(pair[0] * columns - pair[1] * rows))
 
 
 class Expedit(Standard):
@@ -111,9 +98,6 @@ class Expedit(Standard):
 
         source = TokenWeights(beside_prefix(weights, prefix), beside_prefix(back, prefix))
         return Reduction(source)
-
-    def block_macs(self, block: Block) -> int:
-        return block.macs(self.spec.count)
 
     def own_macs(self, block: Block) -> int:
         """Distances and means in each round, then distances, merging, and rebuilding once."""

@@ -22,21 +22,21 @@ from jaxtyping import Array, Float
 from tosa_jax.models.layers import AttentionFn, Bias, Block
 from tosa_jax.models.method import Method, at_layers
 from tosa_jax.models.methods.reducing import (
-    ReducingLayer,
+    PersistentReduction,
     RemovalOptions,
     class_row,
     left_after_merging,
+    own_map,
     run_by_map,
     sizes_of,
 )
-from tosa_jax.models.methods.standard import Standard
 from tosa_jax.models.methods.tosa import SelectiveFit
 from tosa_jax.models.options import Options
 from tosa_jax.models.selector import SelectorOptions, TokenSelector
-from tosa_jax.models.token_state import LayerContext, LayerSpec, TokenState, key_bias
+from tosa_jax.models.token_state import LayerContext, LayerSpec, TokenState
 from tosa_jax.models.vit_config import ViTConfig, check, check_choice
 from tosa_jax.ops.array_types import AttnMap, Heads, Scores
-from tosa_jax.ops.attention import attention, attention_and_column_sums, attention_logits
+from tosa_jax.ops.attention import attention, attention_and_column_sums
 from tosa_jax.ops.reduction import Reduction, group_totals
 from tosa_jax.ops.token_matching import cosines, sum_groups, two_way_matching
 
@@ -67,7 +67,7 @@ class MCTFOptions(Options):
             check(getattr(self, name) >= 0, f"{name}={getattr(self, name)} is negative")
 
 
-class MCTF(ReducingLayer):
+class MCTF(PersistentReduction):
     """Merges tokens before the layer. `removed` is the paper's r; otherwise `keep_rate` counts as in ToMe."""
 
     options = (RemovalOptions, MCTFOptions)
@@ -125,20 +125,13 @@ class MCTF(ReducingLayer):
 
     def apply(self, block: Block, state: TokenState, context: LayerContext) -> TokenState:
         if not self.spec.opens:
-            return Standard.apply(self, block, state, context)
+            return super().apply(block, state, context)
         if not self.reads_own_map:
             state, _ = self.fused(state, state.summary)
-            return Standard.apply(self, block, state, context)
-        attn_map = self.own_map(block, state)
+            return super().apply(block, state, context)
+        attn_map = own_map(block, state, state.sizes if self.proportional else None)
         state, reduction = self.fused(state, attn_map.mean(axis=(1, 2)))
         return run_by_map(merge_map(attn_map, reduction), block, state, context)
-
-    def own_map(self, block: Block, state: TokenState) -> AttnMap:
-        """The layer's attention map of the tokens that reach it, float32 [b h n n]."""
-        query, key = block.attn.query_key(block.norm1(state.tokens), state.rotary)
-        logits = attention_logits(query, key)
-        bias = key_bias(state.sizes if self.proportional else None, state.mask)
-        return jax.nn.softmax(logits if bias is None else logits + bias[:, None, None], axis=-1)
 
     def fused(self, state: TokenState, informative: Scores) -> tuple[TokenState, Reduction]:
         """The state with merged tokens, and how they merged; `informative` as for `fusion`."""

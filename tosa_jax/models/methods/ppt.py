@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 
 from tosa_jax.models.layers import Bias, Block
 from tosa_jax.models.method import Method, at_quarters
-from tosa_jax.models.methods.reducing import class_row, sizes_of
+from tosa_jax.models.methods.reducing import class_scores, sizes_of
 from tosa_jax.models.methods.tome import ToMe
 from tosa_jax.models.options import Options
 from tosa_jax.models.token_state import LayerSpec, TokenState
@@ -79,12 +79,6 @@ class PPT(ToMe):
         """What merging takes, and the class token's row once more."""
         row = self.spec.count_in * block.width if self.spec.opens else 0
         return super().own_macs(block) + row
-
-
-def class_scores(query: Heads, key: Heads, value: Heads, bias: Bias) -> Scores:
-    """The class token's attention times the length of a token's value, float32 [b n]."""
-    length = jnp.sqrt(jnp.square(value.astype(jnp.float32)).sum(axis=(2, 3)))
-    return jax.lax.stop_gradient(class_row(query, key, bias) * length)
 
 
 METHODS = (

@@ -7,23 +7,20 @@ pooling) to about the share `keep_rate` of the places that reach it, and hands i
 For dense prediction, each patch gets a copy of its cell, or the mean where cells overlap.
 """
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from tosa_jax.models.layers import Block
 from tosa_jax.models.method import Method
-from tosa_jax.models.methods.expedit import as_grid, coarser
-from tosa_jax.models.methods.reducing import ReducingLayer, run_by_map
+from tosa_jax.models.methods.reducing import PersistentReduction, own_map, run_by_map
 from tosa_jax.models.methods.standard import Standard
 from tosa_jax.models.token_state import LayerContext, LayerSpec, TokenState
 from tosa_jax.models.vit_config import STANDARD, ViTConfig, check
-from tosa_jax.ops.attention import attention_logits
-from tosa_jax.ops.clustering import pooling
+from tosa_jax.ops.clustering import as_grid, coarser, pooling
 from tosa_jax.ops.reduction import Reduction, TokenWeights, beside_prefix
 
 
-class PSViT(ReducingLayer):
+class PSViT(PersistentReduction):
     """Pools the grid before the layer, and hands the layer's attention map on."""
 
     def __init__(self, config: ViTConfig, spec: LayerSpec, *, rngs: nnx.Rngs) -> None:
@@ -56,12 +53,8 @@ class PSViT(ReducingLayer):
             weights = jnp.broadcast_to(weights, (len(state.tokens), *weights.shape[1:]))
             reduction = Reduction(TokenWeights(beside_prefix(weights, self.num_prefix_tokens)))
             state = state.reduced(reduction.merge(state.tokens), reduction)
-        query, key = block.attn.query_key(block.norm1(state.tokens), state.rotary)
-        attn_map = jax.nn.softmax(attention_logits(query, key), axis=-1)
+        attn_map = own_map(block, state)
         return run_by_map(attn_map, block, state._replace(attention_map=attn_map), context)
-
-    def block_macs(self, block: Block) -> int:
-        return block.macs(self.spec.count)
 
 
 class PSViTShare(Standard):

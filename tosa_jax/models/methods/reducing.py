@@ -1,7 +1,8 @@
-"""Layers that leave fewer tokens for good: the base class of the methods that drop, merge or fuse tokens.
+"""Layers that leave fewer tokens for good: the base classes of the methods that drop, merge or fuse tokens.
 
-Attention runs on all tokens that reach the layer, the MLP on those that are left, and so do all later layers. For dense
-prediction every token gets a copy of the one that represents it, unless the method says otherwise.
+`PersistentReduction` counts the tokens that are left, and its subclasses reduce them before the block. `ReducingLayer`
+reduces them between attention and MLP. All later layers run on the tokens that are left. For dense prediction every
+token gets a copy of the one that represents it, unless the method says otherwise.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from tosa_jax.models.options import Options
 from tosa_jax.models.token_state import LayerContext, LayerSpec, TokenState, WithMap, key_bias
 from tosa_jax.models.vit_config import ViTConfig, check
 from tosa_jax.ops.array_types import AttnMap, Heads, Scores, Tokens
-from tosa_jax.ops.attention import first_row
+from tosa_jax.ops.attention import attention_logits, first_row
 from tosa_jax.ops.reduction import Reduction
 from tosa_jax.ops.token_selection import Selection, num_selected, with_one_hot
 
@@ -50,11 +51,11 @@ class RemovalOptions(Options):
         return self.removed[layers.index(layer)]
 
 
-class ReducingLayer(Standard):
-    """Reduces the tokens between attention and MLP.
+class PersistentReduction(Standard):
+    """Leaves fewer tokens, in this layer and all later ones.
 
-    A subclass says how many are left (`count_left`), what it reads of its attention (`report`), and how the tokens
-    become fewer (`reduction`). `reads_class_token` is whether it cannot do without a class token.
+    A subclass says how many are left (`count_left`), and its `apply` reduces the tokens to that number.
+    `reads_class_token` is whether it cannot do without a class token.
     """
 
     selects = nests = True
@@ -83,6 +84,14 @@ class ReducingLayer(Standard):
         """How many tokens are left: the share `keep_rate` of the patches that reach the layer, and the prefix."""
         prefix = config.num_prefix_tokens
         return num_selected(spec.count_in - prefix, prefix, keep_rate, config.count_multiple)
+
+
+class ReducingLayer(PersistentReduction):
+    """Reduces the tokens between attention and MLP: attention runs on all that reach the layer, the MLP on those left.
+
+    A subclass says how many are left (`count_left`), what it reads of its attention (`report`), and how the tokens
+    become fewer (`reduction`).
+    """
 
     def report(self, query: Heads, key: Heads, value: Heads, bias: Bias) -> Any:
         """What `reduction` gets of this layer's attention; here nothing. `bias` is that of the keys."""
@@ -170,6 +179,13 @@ def reduced_between(
     return after._replace(tokens=tokens)
 
 
+def own_map(block: Block, state: TokenState, sizes: Float[Array, "b n"] | None = None) -> AttnMap:
+    """The block's attention map of the state's tokens, float32 [b h n n]; `sizes` as for `LayerContext.weighing`."""
+    query, key = block.attn.query_key(block.norm1(state.tokens), state.rotary)
+    logits, bias = attention_logits(query, key), key_bias(sizes, state.mask)
+    return jax.nn.softmax(logits if bias is None else logits + bias[:, None, None], axis=-1)
+
+
 def run_by_map(
     attn_map: AttnMap, block: Block, state: TokenState, context: LayerContext
 ) -> TokenState:
@@ -192,6 +208,12 @@ def run_by_map(
 def class_row(query: Heads, key: Heads, bias: Bias) -> Scores:
     """How much attention the class token pays to each token, mean over heads, float32 [b n]."""
     return first_row(query, key, bias).mean(axis=1)
+
+
+def class_scores(query: Heads, key: Heads, value: Heads, bias: Bias) -> Scores:
+    """The class token's attention times the length of a token's value, float32 [b n]. No gradient passes."""
+    length = jnp.sqrt(jnp.square(value.astype(jnp.float32)).sum(axis=(2, 3)))
+    return jax.lax.stop_gradient(class_row(query, key, bias) * length)
 
 
 def sizes_of(state: TokenState) -> Float[Array, "b n"]:

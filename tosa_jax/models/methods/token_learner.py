@@ -13,8 +13,7 @@ from jaxtyping import Array, Float
 
 from tosa_jax.models.layers import Block, layer_norm, linear
 from tosa_jax.models.method import Method, at_layers
-from tosa_jax.models.methods.reducing import ReducingLayer
-from tosa_jax.models.methods.standard import Standard
+from tosa_jax.models.methods.reducing import PersistentReduction
 from tosa_jax.models.token_state import LayerContext, LayerSpec, TokenState
 from tosa_jax.models.vit_config import ViTConfig
 from tosa_jax.ops.array_types import Tokens
@@ -41,7 +40,7 @@ class Maps(nnx.Module):
         return n * BOTTLENECK * (self.fc1.in_features + self.fc2.out_features)
 
 
-class TokenLearner(ReducingLayer):
+class TokenLearner(PersistentReduction):
     """Mixes the patches into the share `keep_rate` of their number before the layer, for good.
 
     For dense prediction, a patch is the mean of the learned tokens, weighted by its share in each.
@@ -65,10 +64,7 @@ class TokenLearner(ReducingLayer):
         if self.spec.opens:
             reduction = self.learned(state.tokens)
             state = state.reduced(reduction.merge(state.tokens), reduction)
-        return Standard.apply(self, block, state, context)
-
-    def block_macs(self, block: Block) -> int:
-        return block.macs(self.spec.count)
+        return super().apply(block, state, context)
 
     def own_macs(self, block: Block) -> int:
         """The maps, and the means by them."""
@@ -99,7 +95,7 @@ class TokenFuser(TokenLearner):
 
     def apply(self, block: Block, state: TokenState, context: LayerContext) -> TokenState:
         if self.maps is None:
-            return Standard.apply(self, block, state, context)
+            return super().apply(block, state, context)
         reduction = self.learned(state.tokens)
         few = state.opened(reduction.merge(state.tokens), reduction)
         tokens, summary = context.run(block, few.tokens, few.rotary)
@@ -108,9 +104,8 @@ class TokenFuser(TokenLearner):
             return few.cut_off()
         prefix, patches = self.num_prefix_tokens, state.tokens[:, self.num_prefix_tokens :]
         labels = few.restored().labels
-        if (
-            labels is not None and state.labels is not None
-        ):  # patches keep what they were, beside what they get
+        if labels is not None and state.labels is not None:
+            # Patches keep what they were, beside what they get.
             own = jnp.arange(labels.shape[1])[None, :, None] < prefix
             labels = jnp.where(own, labels, (state.labels + labels) / 2)
         patches = patches + self.fused(tokens[:, prefix:], patches)

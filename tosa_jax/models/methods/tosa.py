@@ -110,9 +110,8 @@ class SelectiveFit(Selective):
         selector = self.selector
         assert selector is not None  # only the first layer of a group compares, and it has one
         place = jnp.arange(query.shape[1])
-        read = jnp.where(
-            place % selector.query_stride, 0, 1
-        )  # the rows that scores are summed over
+        # The rows that scores are summed over.
+        read = jnp.where(place % selector.query_stride, 0, 1)
 
         def summarise(logits, attn_map, rows):
             before_rows, read = rows

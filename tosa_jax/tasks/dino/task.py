@@ -7,7 +7,7 @@ point of the other crop. Plain DINO is the same without them (`config.model.refe
 
 Sources: facebookresearch/dino, `main_dino.py`; yyk-wew/DenseDINO, `main_dino.py`. Not as there: weight decay is
 constant; there is no blur, and jitter has no hue; the last layer learns from the first step on; the centre of the
-reference tokens is that of points between different crops alone; position codes at points are bilinear.
+reference tokens is the mean over points that the two large crops share; position codes at points are bilinear.
 """
 
 import functools
@@ -108,9 +108,9 @@ class Views(NamedTuple):
 class Dino(Task):
     """The loss is the cross-entropy of the student's outputs against the teacher's, mean over all pairs of crops.
 
-    size, patch_size  of the model, pixels.
-    points            reference tokens for each pair of crops.
-    prototypes        outputs of the head.
+    size        of the large crops, (height, width) in pixels: those of the model's images.
+    points      reference tokens for each pair of crops.
+    prototypes  outputs of the head.
     """
 
     options: ClassVar[type] = DinoOptions
@@ -196,19 +196,17 @@ class Dino(Task):
         return found
 
     def views(self, count: int, key: jax.Array) -> Views:
-        """Draws boxes and flips. Crops share at least a hundredth of the image with each large one, these two of it."""
+        """Draws boxes and flips.
+
+        The two large crops share at least two hundredths of the image, a small one and each large one a hundredth.
+        """
         choices, boxes = self.choices, []
         for i in range(GLOBAL + choices.local_crops):
             scale = choices.global_scale if i < GLOBAL else choices.local_scale
             least = 0.02 if i < GLOBAL else 0.01
-            drawn = draw_boxes(
-                jax.random.fold_in(key, i),
-                count,
-                (scale[0], scale[1]),
-                tuple(boxes[:GLOBAL]),
-                least,
-            )
-            boxes.append(drawn)
+            own = jax.random.fold_in(key, i)
+            others = tuple(boxes[:GLOBAL])
+            boxes.append(draw_boxes(own, count, (scale[0], scale[1]), others, least))
         flips = jax.random.bernoulli(jax.random.fold_in(key, 99), 0.5, (count, len(boxes)))
         return Views(jnp.stack(boxes, axis=1), flips.astype(jnp.float32) * choices.flip)
 
