@@ -20,8 +20,8 @@ from tosa_jax import predict
 from tosa_jax.config import default_config, make_run_config
 from tosa_jax.errors import ConfigError
 from tosa_jax.models.params import get_params, set_params, split
-from tosa_jax.models.weights.checks import WEIGHTS_FORMAT
 from tosa_jax.models.weights.load import load_pretrained, save_weights
+from tosa_jax.models.weights.statements import WEIGHTS_FORMAT
 from tosa_jax.tasks.depth.dpt import DPTDecoder
 
 STORED = np.load(GOLDEN / "dpt.npz")

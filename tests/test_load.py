@@ -18,6 +18,7 @@ from tosa_jax.errors import ConfigError, WeightsError
 from tosa_jax.models.params import get_params
 from tosa_jax.models.positions import resample_positions
 from tosa_jax.models.variants import variant_config
+from tosa_jax.models.weights import statements
 from tosa_jax.models.weights.load import load_pretrained, save_weights
 
 NAMES = ["ant", "bee", "cat", "dog", "eel"]
@@ -239,6 +240,34 @@ def test_settings_in_a_checkpoint_do_not_refuse_it(tmp_path: Path) -> None:
             "sets": {1, 2}, "counts": collections.defaultdict(int, a=1)}  # fmt: skip
     path = write_pth(tmp_path / "a.pth", tree)
     assert same(load_pretrained(tiny(), path), load_pretrained(tiny(1), tiny_weights()))
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("model", "vit_tiny"),
+        ("class_names", "ant,bee"),
+        ("preprocessing", "no"),
+        ("predictor", "b"),
+    ],
+)
+def test_the_metadata_of_another_project_is_no_statement(key, text, tmp_path: Path) -> None:
+    path = folder_of(tmp_path, tiny_weights(), HF)
+    write(path / "model.safetensors", tiny_weights(), format="pt", **{key: text})
+    assert same(load_pretrained(tiny(), path), load_pretrained(tiny(1), tiny_weights()))
+    assert load(path)[0].class_names == tuple(NAMES)
+
+
+@pytest.mark.parametrize("statement", ["model", "class_names", "predictor"])
+def test_a_statement_of_our_own_of_an_unknown_form_is_one_line(statement, tmp_path: Path) -> None:
+    for text in ("5", "no JSON"):
+        header = {
+            "format": statements.WEIGHTS_FORMAT,
+            "model": json.dumps(tiny().config.to_fields()),
+        }
+        path = write(tmp_path / "a.safetensors", tiny_weights(), **{**header, statement: text})
+        with pytest.raises(WeightsError, match="unknown form|describes no model"):
+            load(path)
 
 
 def test_a_network_of_several_is_chosen(tmp_path: Path) -> None:

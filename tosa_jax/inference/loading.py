@@ -139,7 +139,7 @@ def load(
     if isinstance(source, str | Path) and is_workdir(folder := Path(source).expanduser()):
         return from_workdir(folder, keep_rate, on_message, **fields)
     file = read_weights(source, checkpoint_key=checkpoint_key, prefix=prefix)
-    if PREDICTOR in file.metadata:
+    if statements.has_own(file, PREDICTOR):
         return _from_statement(file, keep_rate, on_message, **fields)
     task, network = network_of(file, name, on_message)
     task = fields.pop("task", task)
@@ -208,7 +208,7 @@ def _has_selectors(file: WeightFile) -> bool:
 def from_weights(path: str | Path, keep_rate: KeepRate, on_message: OnMessage) -> LoadedModel:
     """Loads a file of `save`. Raises WeightsError for any other file: it has no model configuration."""
     file = read_weights(path)
-    if PREDICTOR not in file.metadata:
+    if not statements.has_own(file, PREDICTOR):
         raise WeightsError(
             f"{path} has no model configuration: name the variant too (--model=NAME, or "
             "Predictor.from_pretrained), or use tosa_jax.load, which reads what lies beside it"

@@ -8,12 +8,12 @@ import numpy as np
 from tosa_jax.errors import WeightsError
 from tosa_jax.models.variants import VARIANTS
 from tosa_jax.models.vit_config import ViTConfig
+from tosa_jax.models.weights import statements
 from tosa_jax.models.weights.dpt import decoder_fields, depth_fields
 from tosa_jax.models.weights.names import google_fields, is_google
 from tosa_jax.models.weights.readers import WeightFile
 from tosa_jax.paths import parse_json
 
-WEIGHTS_FORMAT = "tosa_jax weights"  # under "format" in the header of what `save_weights` writes
 # transformers' `hidden_act` -> `ViTConfig.mlp`.
 _ACTIVATIONS = {
     **dict.fromkeys(("gelu", "gelu_python"), "gelu"),
@@ -111,9 +111,8 @@ def _stated_fields(file: WeightFile) -> dict[str, Any]:
     if is_google(file.arrays):
         return google_fields(file.arrays)
     decoder = decoder_fields(file.arrays)
-    if file.metadata.get("format") == WEIGHTS_FORMAT:
-        fields = parse_json(file.metadata.get("fields", "{}"))
-        return decoder | {k: tuple(x) if isinstance(x, list) else x for k, x in fields.items()}
+    if file.metadata.get("format") == statements.WEIGHTS_FORMAT:
+        return decoder | statements.tuples(parse_json(file.metadata.get("fields", "{}")))
     config = file.config
     if config.get("architecture") in VARIANTS:  # timm's folders
         silent = ViTConfig(**VARIANTS[config["architecture"]]).silent_fields

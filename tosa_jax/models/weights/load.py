@@ -24,12 +24,7 @@ from tosa_jax.models.vit import VisionTransformer
 from tosa_jax.models.vit_config import check_choice
 from tosa_jax.models.weights import foreign, statements
 from tosa_jax.models.weights import names as names_of
-from tosa_jax.models.weights.checks import (
-    WEIGHTS_FORMAT,
-    check_config,
-    check_fit,
-    stored_as,
-)
+from tosa_jax.models.weights.checks import check_config, check_fit, stored_as
 from tosa_jax.models.weights.preprocessing import Preprocessing, stated
 from tosa_jax.models.weights.readers import WeightFile, read_weights, write_safetensors
 from tosa_jax.models.weights.torch_pickle import EMA_KEYS
@@ -269,7 +264,7 @@ def save_weights(
         write_safetensors(Path(path) / "model.safetensors", arrays, {"format": "pt"})
         foreign.write_statements(Path(path), files)
         return
-    facts = {"format": WEIGHTS_FORMAT, "fields": json.dumps(config.silent_fields)}
+    facts = {"format": statements.WEIGHTS_FORMAT, "fields": json.dumps(config.silent_fields)}
     facts |= {statements.MODEL: json.dumps(config.to_fields()), statements.TASK: config.task}
     if model.preprocessing is not None:
         facts[statements.PREPROCESSING] = json.dumps(model.preprocessing._asdict())

@@ -11,7 +11,6 @@ from tosa_jax.models.variants import HUB_NAMES
 from tosa_jax.models.weights import statements
 from tosa_jax.models.weights.names import is_google
 from tosa_jax.models.weights.readers import WeightFile
-from tosa_jax.paths import parse_json
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Mean and standard deviation of ImageNet's red, green and blue in [0, 1]."""
@@ -137,13 +136,13 @@ def _unknown(file: WeightFile) -> str:
 
 
 def _said(file: WeightFile) -> dict[str, Any]:
-    if text := file.metadata.get(statements.PREDICTOR):
-        said = parse_json(text)
+    if statements.has_own(file, statements.PREDICTOR):
+        said = statements.own_value(file, statements.PREDICTOR, dict)
         form = said["form"]
         said |= form if form["resize"] in _RESIZES else {}
         said = {name: x for name, x in said.items() if name != "resize" or x in _RESIZES}
-    elif text := file.metadata.get(statements.PREPROCESSING):
-        said = parse_json(text)
+    elif statements.has_own(file, statements.PREPROCESSING):
+        said = statements.own_value(file, statements.PREPROCESSING, dict)
     elif "inputs" in file.config:
         data = file.config["data"]
         names = ("crop_pct", "interpolation", "resize")
@@ -157,7 +156,7 @@ def _said(file: WeightFile) -> dict[str, Any]:
     found = {name: said[name] for name in Preprocessing._fields if said.get(name)}
     if found.get("interpolation") not in (None, "bicubic", "bilinear"):
         del found["interpolation"]
-    return {name: tuple(x) if isinstance(x, list) else x for name, x in found.items()}
+    return statements.tuples(found)
 
 
 _RESIZES = ("crop", "squash")

@@ -1,11 +1,15 @@
 """What a file, and the JSON files beside it, state of a network: its configuration, image size, grid, and classes."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tosa_jax.errors import WeightsError
 from tosa_jax.models.variants import VARIANTS
 from tosa_jax.models.weights.readers import WeightFile
+from tosa_jax.paths import parse_json
+
+WEIGHTS_FORMAT = "tosa_jax weights"
+"""Under "format" in the metadata of what `save_weights` writes. Of another file the keys below mean nothing."""
 
 PREDICTOR = "predictor"
 """Key in a weights file's metadata under which `inference.loading.save` states all that a `Predictor` needs."""
@@ -16,24 +20,58 @@ MODEL, TASK = "model", "task"
 PREPROCESSING = "preprocessing"
 """The key there of the fields of `Preprocessing` as JSON, where they are known."""
 
+CLASS_NAMES = "class_names"
+"""The key there of the classes' names as a JSON list, where they are known."""
+
+
+def has_own(file: WeightFile, key: str) -> bool:
+    """Whether this project wrote the file, with that key in its metadata. Other projects use such keys too."""
+    return file.metadata.get("format") == WEIGHTS_FORMAT and key in file.metadata
+
+
+def own_value(file: WeightFile, key: str, kind: type) -> Any:
+    """What this project wrote under a key of the file's metadata, a JSON value of type `kind`; None if it did not.
+
+    Raises WeightsError: it is another value.
+    """
+    if not has_own(file, key):
+        return None
+    try:
+        value = parse_json(file.metadata[key])
+    except ValueError:
+        value = None
+    return _of_kind(file, key, value, kind)
+
+
+def _of_kind(file: WeightFile, key: str, value: Any, kind: type) -> Any:
+    if not isinstance(value, kind):
+        raise WeightsError(
+            f"{file.path}: what states its {key} is of an unknown form; make it again"
+        )
+    return value
+
+
+def tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON's fields as configurations have them: with tuples in place of lists."""
+    return {name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()}
+
 
 def own_network(file: WeightFile) -> tuple[str, dict[str, Any]] | None:
     """Task and fields of the configuration, as this project's own files and work directories state them all.
 
     None: another project's file, or one of an earlier version that states less.
+
+    Raises WeightsError: what they state is of an unknown form.
     """
-    if text := file.metadata.get(PREDICTOR):
-        said = json.loads(text)
-        return said.get("task", "classification"), _tuples(said["model"])
-    if text := file.metadata.get(MODEL):
-        return file.metadata.get(TASK, "classification"), _tuples(json.loads(text))
-    if "inputs" in file.config and "model" in file.config:  # a run's
-        return file.config.get("task", "classification"), _tuples(file.config["model"])
-    return None
-
-
-def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()}
+    if has_own(file, PREDICTOR):
+        said = own_value(file, PREDICTOR, dict)
+    elif has_own(file, MODEL):
+        said = file.metadata | {MODEL: own_value(file, MODEL, dict)}
+    elif "inputs" in file.config and MODEL in file.config:  # a run's
+        said = file.config
+    else:
+        return None
+    return said.get(TASK, "classification"), tuples(_of_kind(file, MODEL, said.get(MODEL), dict))
 
 
 def vision_config(file: WeightFile) -> dict[str, Any]:
@@ -54,9 +92,6 @@ def architecture(file: WeightFile) -> str:
     name = str(file.config.get("architecture", "")).split(".")[0]
     return name if name in VARIANTS else ""
 
-
-CLASS_NAMES = "class_names"
-"""The key there of the classes' names as a JSON list, where they are known."""
 
 _FAMILIES = {
     "vit": "vit_augreg", "vit_mae": "mae", "deit": "deit_", "dinov2": "vit_dinov2", "clip": "vit_clip",
@@ -110,10 +145,10 @@ def class_names(file: WeightFile, num_classes: int) -> tuple[str, ...] | None:
 
     None: nothing states them, they are only numbered ("LABEL_0"), or they are for another number of classes.
     """
-    if text := file.metadata.get(PREDICTOR):
-        found = json.loads(text).get("class_names") or ()
-    elif text := file.metadata.get(CLASS_NAMES):
-        found = json.loads(text)
+    if said := own_value(file, PREDICTOR, dict):
+        found = said.get(CLASS_NAMES) or ()
+    elif said := own_value(file, CLASS_NAMES, list):
+        found = said
     elif timm := timm_config(file):
         found = timm.get("label_names") or ()
     else:
