@@ -10,24 +10,23 @@ counts by format, and a line for each kind of failure. Ends with status 1 if the
 
 import argparse
 import collections
-import copy
 import dataclasses
 import json
 import os
 import resource
 import select
 import signal
-import struct
 import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from tests import hostile_formats
-from tests.hostile_formats import Format
+from tests import hostile_images, hostile_records, hostile_runs, hostile_weights
+from tests.hostile_format import DEEP, Format, mutate, mutate_json
 
 SECONDS = 10.0
 """A case that takes more seconds of processors, or ten times as many by the clock, counts as a hang."""
@@ -38,110 +37,34 @@ MEMORY = 2 * 2**30
 CHUNK = 500
 """Cases of one child process."""
 
-_LENGTHS = (0, 1, 2, 127, 128, 255, 256, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**40)
-_LENGTHS += (2**63 - 1, 2**64 - 1)
-
-_VALUES = (
-    None,
-    True,
-    False,
-    -1,
-    0,
-    1,
-    2**31,
-    2**63,
-    10**30,
-    0.5,
-    1e308,
-    float("nan"),
-    float("inf"),
-)
-_VALUES += (
-    "",
-    "x",
-    "x" * 5000,
-    "\x1b[31m\n",
-    "../../escape",
-    "/dev/zero",
-    [],
-    {},
-    [[]],
-    [1, "a"],
-    {"a": {}},
-)
-
-
-def flip(data: bytearray, rng: np.random.Generator) -> None:
-    """Flips up to eight bits."""
-    for _ in range(int(rng.integers(1, 9))):
-        data[int(rng.integers(len(data)))] ^= 1 << int(rng.integers(8))
-
-
-def overwrite(data: bytearray, rng: np.random.Generator) -> None:
-    """Writes a number over some bytes, as a length or an offset might be."""
-    form = ["<I", ">I", "<Q", ">Q", "<H", ">H", "B"][int(rng.integers(7))]
-    number = _LENGTHS[int(rng.integers(len(_LENGTHS)))] % 256 ** struct.calcsize(form)
-    at = int(rng.integers(min(len(data), 10 ** int(rng.integers(1, 7)))))
-    data[at : at + struct.calcsize(form)] = struct.pack(form, number)
-
-
-def cut(data: bytearray, rng: np.random.Generator) -> None:
-    """Cuts the end off."""
-    del data[int(rng.integers(len(data))) :]
-
-
-def insert(data: bytearray, rng: np.random.Generator) -> None:
-    """Puts random bytes in between."""
-    at = int(rng.integers(len(data) + 1))
-    data[at:at] = rng.bytes(int(rng.integers(1, 40)))
-
-
-def take_out(data: bytearray, rng: np.random.Generator) -> None:
-    """Takes a piece out."""
-    at = int(rng.integers(len(data)))
-    del data[at : at + int(rng.integers(1, 200))]
-
-
-def splice(data: bytearray, rng: np.random.Generator) -> None:
-    """Copies a piece to another place."""
-    start, to = (int(rng.integers(len(data))) for _ in range(2))
-    data[to:to] = data[start : start + int(rng.integers(1, 400))]
-
-
-MUTATIONS = (flip, flip, overwrite, overwrite, cut, insert, take_out, splice)
-
-
-def mutate(data: bytes, rng: np.random.Generator) -> bytes:
-    """Bytes after one to three mutations."""
-    changed = bytearray(data)
-    for _ in range(int(rng.integers(1, 4))):
-        if changed:
-            MUTATIONS[int(rng.integers(len(MUTATIONS)))](changed, rng)
-    return bytes(changed)
-
-
-def mutate_json(data: bytes, rng: np.random.Generator) -> bytes:
-    """A JSON text with up to three of its values replaced, removed or added."""
-    tree = json.loads(data)
-    for _ in range(int(rng.integers(1, 4))):
-        places = [(None, None), *_places(tree)]
-        holder, key = places[int(rng.integers(len(places)))]
-        value = copy.deepcopy(_VALUES[int(rng.integers(len(_VALUES)))])
-        if holder is None:
-            if isinstance(tree, dict):
-                tree[["a", "", "format", "image_size"][int(rng.integers(4))]] = value
-        elif rng.random() < 0.2:
-            del holder[key]
-        else:
-            holder[key] = value
-    return json.dumps(tree).encode()
-
-
-def _places(tree):
-    if isinstance(tree, dict | list):
-        for key in list(tree) if isinstance(tree, dict) else range(len(tree)):
-            yield tree, key
-            yield from _places(tree[key])
+MAKERS: dict[str, Callable[[], Format]] = {
+    "jpeg": hostile_images.images,
+    "png": hostile_images.pngs,
+    "png16": hostile_images.deep_pngs,
+    "other images": hostile_images.other_images,
+    "idx": hostile_records.idx,
+    "tfrecord": hostile_records.tfrecord,
+    "arrayrecord": hostile_records.of_set("digits-train", 2),
+    "dataset_info": hostile_records.of_set("dataset_info", 1, is_json=True, bombs=DEEP),
+    "features": hostile_records.of_set(
+        "features", 1, is_json=True, bombs=DEEP + hostile_records.IMPORTS
+    ),
+    "hdf5": hostile_records.hdf5,
+    "pth": hostile_weights.pth,
+    "pth legacy": hostile_weights.legacy_pth,
+    "safetensors": hostile_weights.safetensor,
+    "npz": hostile_weights.npz,
+    "selectors": hostile_runs.saved_model(selectors=True),
+    "predictor": hostile_runs.saved_model(selectors=False),
+    "checkpoint": hostile_runs.checkpoint,
+    "config.json": hostile_runs.config_json,
+    "weights config": hostile_weights.weights_config,
+    "report": hostile_runs.report_json,
+    "metrics": hostile_runs.metrics_jsonl,
+    "flags": hostile_runs.config_flags,
+    "classes": hostile_records.class_names,
+}
+"""What makes each format. A case depends on the place of its format in a run: new ones come last."""
 
 
 def case(form: Format, index: int, number: int, seed: int) -> bytes:
@@ -303,7 +226,7 @@ def try_formats(
     cases: int, seed: int, names: list[str], folder: Path, small: bool
 ) -> dict[str, dict[str, int]]:
     """Counts of outcomes by format. Each format gets its share of the cases, and at least its bombs."""
-    formats = hostile_formats.make(folder / "samples", names)
+    formats = {name: MAKERS[name]() for name in names}
     if small:
         bombs = {name: tuple(b for b in x.bombs if len(b) < 10_000) for name, x in formats.items()}
         formats = {name: dataclasses.replace(x, bombs=bombs[name]) for name, x in formats.items()}
@@ -338,7 +261,7 @@ def main() -> int:
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MPLCONFIGDIR"] = folder
-        names = args.formats.split(",") if args.formats else list(hostile_formats.MAKERS)
+        names = args.formats.split(",") if args.formats else list(MAKERS)
         counts = try_formats(args.cases, args.seed, names, Path(folder).resolve(), args.small)
     told = {"right", "refused", "cases", "seconds"}
     failures = sum(n for own in counts.values() for text, n in own.items() if text not in told)

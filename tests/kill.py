@@ -210,9 +210,8 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=60.0, help="no stop after so many")
     args, began = parser.parse_args(), time.monotonic()
     load_everything()
-    if (
-        args.signal != "KILL"
-    ):  # who ignores it, as a shell does for what runs in the background, passes that on
+    if args.signal != "KILL":
+        # A shell ignores some signals for what runs in the background, and starts would inherit that.
         signal.signal(signal.Signals[f"SIG{args.signal}"], signal.SIG_DFL)
     # Not a TemporaryDirectory: each fork would remove it at its end.
     folder = Path(tempfile.mkdtemp(prefix="tests.kill."))

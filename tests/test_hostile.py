@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests import hostile, hostile_formats
+from tests import hostile
+from tests.hostile_format import Format
 from tosa_jax.data.streams import BatchStream
 from tosa_jax.errors import ConfigError, ProcessError, one_line
 from tosa_jax.models.vit_config import ViTConfig, check_types
@@ -48,11 +49,11 @@ def test_hostile_files_are_a_line_or_a_right_result():
             lambda content: np.empty(2**33, np.uint8).fill(1),
             "traceback: MemoryError|_ArrayMemoryError",
         ),
-        (lambda content: hostile_formats.json.loads("["), "traceback: JSONDecodeError"),
+        (lambda content: json.loads("["), "traceback: JSONDecodeError"),
     ],
 )
 def test_each_kind_of_harm_is_seen(bad, says, tmp_path):
-    form = hostile_formats.Format([b"abc"], lambda content, folder: bad(content), 1)
+    form = Format([b"abc"], lambda content, folder: bad(content), 1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # JAX warns of forks
         outcomes = hostile.run_cases(form, 0, 2, 0, tmp_path)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-import os
+import shutil
 import time
 
 import pytest
@@ -40,8 +40,7 @@ def finished(digits_dir, tmp_path_factory):
 @pytest.fixture
 def folder(finished, tmp_path):
     """A copy of it."""
-    os.system(f"cp -r {finished} {tmp_path}/run")
-    return tmp_path / "run"
+    return shutil.copytree(finished, tmp_path / "run")
 
 
 def test_without_its_configuration_another_run_does_not_go_on(digits_dir, folder):
@@ -63,7 +62,7 @@ def test_a_cut_configuration_says_what_goes_on_exactly(digits_dir, folder):
 def test_other_data_are_refused_and_both_named(digits_dir, folder, monkeypatch):
     (folder / "report.json").unlink()
     fingerprint = Dataset.fingerprint
-    before = fingerprint(workdirs_dataset(digits_dir))
+    before = fingerprint(dataset_of(digits_dir))
     monkeypatch.setattr(Dataset, "fingerprint", lambda self: "0123456789ab")
     with pytest.raises(WorkdirError) as caught:
         start(run_of(digits_dir), folder)
@@ -72,14 +71,14 @@ def test_other_data_are_refused_and_both_named(digits_dir, folder, monkeypatch):
     assert "fingerprint 0123456789ab" in text
 
 
-def workdirs_dataset(digits_dir):
+def dataset_of(digits_dir):
     return Dataset(run_of(digits_dir).data)
 
 
 def test_the_fingerprint_sees_the_examples_and_not_where_they_lie(digits_dir, tmp_path):
-    os.system(f"cp -r {digits_dir}/digits {tmp_path}/")
-    first = workdirs_dataset(digits_dir)
-    moved = workdirs_dataset(str(tmp_path))
+    shutil.copytree(f"{digits_dir}/digits", tmp_path / "digits")
+    first = dataset_of(digits_dir)
+    moved = dataset_of(str(tmp_path))
     assert moved.fingerprint() == first.fingerprint() and len(first.fingerprint()) == 12
     fewer = Dataset(dataclasses.replace(first.config, train_split="train[:1436]"))
     assert fewer.fingerprint() != first.fingerprint()
@@ -159,7 +158,7 @@ def test_a_checkpoint_of_an_earlier_version_goes_on(digits_dir):
     from tosa_jax.train.identity import Identity
 
     run = run_of(digits_dir)
-    own = Identity(run, workdirs_dataset(digits_dir).facts)
+    own = Identity(run, dataset_of(digits_dir).facts)
     assert own.to_json()["data"]["num_eval"] == 360
     own.check({}, "checkpoint")
     own.check(json.loads(json.dumps(own.to_json())), "checkpoint")

@@ -171,13 +171,9 @@ class RunConfig:
     batch_size: int = 256
     accumulate: int = 1  # parts of a batch, one after the other: less memory, the same result
     log_steps: int = 50
-    on_nonfinite: str = (
-        "stop"  # or "skip": what an update whose loss or gradient is NaN or infinite does
-    )
+    on_nonfinite: str = "stop"  # or "skip": at an update whose loss or gradient is not finite
     skip_at_most: int = 10  # such updates in a row; one more stops the run
-    checkpoint_minutes: float = (
-        10.0  # a checkpoint is due when the last is so long ago; 0: time does not count
-    )
+    checkpoint_minutes: float = 10.0  # one is due when the last is so old; 0: time does not count
     grace_seconds: float = 120.0  # from a signal until the run has saved and ended; 0: without end
     keep_checkpoints: int = 2  # the newest ones of each stage that are kept, beside the best
     profile_steps: str = ""  # "100:105": steps of each stage whose trace goes to WORKDIR/profile

@@ -84,17 +84,16 @@ def catch_signals(grace_seconds: float = 0.0) -> Iterator[StopRequest]:
             os.kill(os.getpid(), signal.SIGTERM)
 
     caught = SIGNALS[1:] if jax.distributed.is_initialized() else SIGNALS
-    caught = [n for n in caught if signal.getsignal(n) not in (signal.SIG_IGN, None)]
     try:
-        with _told_at_once(caught, lambda n: late.append(_end_later(grace_seconds, n))):
-            previous = {number: signal.signal(number, handler) for number in caught}
+        with (
+            _told_at_once(caught, lambda n: late.append(_end_later(grace_seconds, n))),
+            _handled(caught, handler),
+        ):
             _active.append(request)
             try:
                 yield request
             finally:
                 _active.pop()
-                for number, old in previous.items():
-                    signal.signal(number, old)
     finally:
         for timer in late:
             timer.cancel()
@@ -113,7 +112,14 @@ def signals_stop_at_once() -> Iterator[None]:
             _end(signum, "outside of training")
         raise Stopped(signum)
 
-    caught = [n for n in SIGNALS if signal.getsignal(n) not in (signal.SIG_IGN, None)]
+    with _handled(SIGNALS, handler):
+        yield
+
+
+@contextlib.contextmanager
+def _handled(signals: Collection[int], handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Where these signals call a handler, except those that were ignored before."""
+    caught = [n for n in signals if signal.getsignal(n) not in (signal.SIG_IGN, None)]
     previous = {number: signal.signal(number, handler) for number in caught}
     try:
         yield

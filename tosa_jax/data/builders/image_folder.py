@@ -29,6 +29,7 @@ from tosa_jax.errors import DataError
 
 NAME = "image_folder"  # in `DataConfig.name`
 _ONE_CLASS = "image"
+_DANGLING = "that are links to nothing"
 _MAX_DEPTH = 8  # folders within a class folder; a link to a folder above would never end
 
 
@@ -82,25 +83,20 @@ def scan(source_dir: Path) -> Tree:
       DataError: the folder does not exist, has no images, or has a class without images; its splits
         have different classes, or two folders are the same split; folders are nested too deeply.
     """
-    folders, _ = _entries(source_dir)
+    folders, _, links = _entries(source_dir)
     named = [f for f in folders if f.lower() in SPLITS]
     has_splits = len(named) > 1 or any(_entries(source_dir / f)[0] for f in named)
     tree = Tree()
     if not has_splits:
-        found = _classes(source_dir, source_dir, tree.skipped)
-        tree.class_names = sorted(found)
-        for label, name in enumerate(tree.class_names):
-            parts = hold_out([item._replace(label=label) for item in found[name]])
-            for split, part in parts.items():
-                tree.items.setdefault(split, []).extend(part)
+        _add_split(tree, "train", _classes(source_dir, source_dir, tree.skipped))
     else:
-        _count_dangling(source_dir, tree.skipped)
+        tree.skipped[_DANGLING] += links
         for folder in sorted(set(folders) - set(named)):
             count = sum(1 for _ in _walk(source_dir / folder, tree.skipped))
             tree.skipped[f"in {folder}/, which is no split"] += count
         _named_splits(tree, source_dir, named)
-        if tree.items.keys() == {"train"}:
-            _hold_out_of_train(tree)
+    if tree.items.keys() == {"train"}:
+        _hold_out_of_train(tree)
     if not tree.items:
         raise DataError(f"{source_dir}: no {', '.join(EXTENSIONS)} files; check source_dir")
     for name in tree.class_names:
@@ -123,10 +119,17 @@ def _named_splits(tree: Tree, source_dir: Path, named: list[str]) -> None:
                 f"{source_dir}: the splits have different classes: {len(differing)} are not in "
                 f"all of {', '.join(sorted(named))}, for example {differing[0]!r}"
             )
-        tree.class_names = names
-        tree.items[split] = [
-            item._replace(label=label) for label, name in enumerate(names) for item in found[name]
-        ]
+        _add_split(tree, split, found)
+
+
+def _add_split(tree: Tree, split: str, found: dict[str, list[Item]]) -> None:
+    """Takes the images of a split, by class; their labels are the classes' places in the order of the names."""
+    tree.class_names = sorted(found)
+    tree.items[split] = [
+        item._replace(label=label)
+        for label, name in enumerate(tree.class_names)
+        for item in found[name]
+    ]
 
 
 def _hold_out_of_train(tree: Tree) -> None:
@@ -140,13 +143,13 @@ def _hold_out_of_train(tree: Tree) -> None:
 
 def _classes(folder: Path, root: Path, skipped: Counter) -> dict[str, list[Item]]:
     """Class -> its images, for a folder of class folders; a folder of images alone is one class."""
-    classes, files = _entries(folder)
+    classes, files, links = _entries(folder)
     if not classes:
         images = _images(folder, root, skipped)
         if not images:
             raise DataError(f"{folder}: no {', '.join(EXTENSIONS)} files; check source_dir")
         return {_ONE_CLASS: images}
-    _count_dangling(folder, skipped)
+    skipped[_DANGLING] += links
     loose = sum(Path(file.name).suffix.lower() in EXTENSIONS for file in files)
     skipped["beside the class folders"] += loose
     found = {name: _images(folder / name, root, skipped) for name in classes}
@@ -176,27 +179,23 @@ def _walk(folder: Path, skipped: Counter, depth: int = 0) -> Iterator[os.DirEntr
     """All files in a folder and its folders. Links are followed, those to nothing counted, hidden names left out."""
     if depth > _MAX_DEPTH:
         raise DataError(f"{folder}: more than {_MAX_DEPTH} folders deep; is a link going round?")
-    folders, files = _entries(folder)
-    _count_dangling(folder, skipped)
+    folders, files, links = _entries(folder)
+    skipped[_DANGLING] += links
     yield from files
     for name in folders:
         yield from _walk(folder / name, skipped, depth + 1)
 
 
-def _entries(folder: Path) -> tuple[list[str], list[os.DirEntry]]:
-    """Names of the folders directly in a folder, sorted, and its files. Hidden names are left out."""
+def _entries(folder: Path) -> tuple[list[str], list[os.DirEntry], int]:
+    """What is directly in a folder: names of folders, sorted; files; the number of links to nothing.
+
+    Hidden names are left out.
+    """
     try:
         with os.scandir(folder) as scanned:
             entries = [entry for entry in scanned if not entry.name.startswith(".")]
     except OSError as error:
         raise DataError(f"{folder}: cannot be read ({error.strerror}); check source_dir") from None
     folders = sorted(entry.name for entry in entries if entry.is_dir())
-    return folders, [entry for entry in entries if entry.is_file()]
-
-
-def _count_dangling(folder: Path, skipped: Counter) -> None:
-    """Counts the links directly in a folder that lead to nothing; hidden names are left out."""
-    with os.scandir(folder) as scanned:
-        for entry in scanned:
-            if entry.is_symlink() and not entry.name.startswith(".") and not os.path.exists(entry):
-                skipped["that are links to nothing"] += 1
+    links = sum(entry.is_symlink() and not os.path.exists(entry) for entry in entries)
+    return folders, [entry for entry in entries if entry.is_file()], links
