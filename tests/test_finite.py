@@ -23,15 +23,21 @@ from tosa_jax.train.runner import Runner
 from tosa_jax.train.stages import plan_stages
 
 BAD_STEP = 2
-"""The update from this step has a loss of NaN."""
+"""The update from this step has a loss that goes wrong."""
 
 
 @pytest.fixture(scope="module")
 def broken(digits_dir, tmp_path_factory):
     """A runner, and a stage of four steps whose loss is NaN on one batch."""
+    return broken_stage(digits_dir, tmp_path_factory.mktemp("runner"), np.nan)
+
+
+def broken_stage(digits_dir, folder, factor, **model):
+    """A runner, and a stage of four steps whose loss is multiplied on one batch."""
     run = small_run(digits_dir, pretrain={"steps": 4}, log_steps=2, eval={"figure_images": 0})
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, **model))
     with runs_on_one_device():
-        runner = Runner(run, tmp_path_factory.mktemp("runner"), StopRequest())
+        runner = Runner(run, folder, StopRequest())
     stage = runner.stage_run(plan_stages(run)[0][0])
     task = stage.setup.task
     batch = to_global(
@@ -43,7 +49,7 @@ def broken(digits_dir, tmp_path_factory):
         def training_loss(self, forward, rows, *rest):
             loss = super().training_loss(forward, rows, *rest)
             is_bad = jnp.abs(rows["image"].mean() - bad) < 1e-6
-            return loss._replace(values=loss.values * jnp.where(is_bad, jnp.nan, 1.0))
+            return loss._replace(values=loss.values * jnp.where(is_bad, factor, 1.0))
 
     task = Breaks(**{f.name: getattr(task, f.name) for f in dataclasses.fields(task)})
     return runner, dataclasses.replace(stage, setup=dataclasses.replace(stage.setup, task=task))
@@ -53,7 +59,8 @@ def train(broken, folder, **fields):
     runner, stage = broken
     run = dataclasses.replace(runner.run, **fields)
     skip = run.on_nonfinite == "skip"
-    stage = dataclasses.replace(stage, setup=dataclasses.replace(stage.setup, skip=skip))
+    setup = dataclasses.replace(stage.setup, skip=skip, max_grad_norm=run.max_grad_norm)
+    stage = dataclasses.replace(stage, setup=setup)
     with Checkpoints(folder / "stage", "acc1") as checkpoints, MetricWriter(folder) as writer:
         return loop.train_stage(stage, run, runner.mesh, checkpoints, writer, StopRequest())
 
@@ -83,6 +90,36 @@ def test_a_step_that_goes_wrong_can_be_skipped(broken, tmp_path, capsys):
         train(broken, tmp_path / "again", on_nonfinite="skip", skip_at_most=0)
     with pytest.raises(ConfigError, match="on_nonfinite='go on' is unknown"):
         dataclasses.replace(broken[0].run, on_nonfinite="go on")
+
+
+def test_a_spike_stops_the_run_or_is_skipped_where_the_norm_is_limited(
+    digits_dir, tmp_path, capsys
+):
+    spike = broken_stage(digits_dir, tmp_path / "runner", 1e6)
+    with pytest.raises(NonFiniteLossError) as caught:
+        train(spike, tmp_path, max_grad_norm=1e3)
+    text = str(caught.value)
+    assert (
+        "the gradient's norm is" in text and "above max_grad_norm=1000, and head/kernel has" in text
+    )
+    assert "the loss of step 3 is" in text and "its batch holds image " in text
+    state, _ = train(spike, tmp_path / "skip", max_grad_norm=1e3, on_nonfinite="skip")
+    counts = optax.tree_utils.tree_get_all_with_path(state.opt, "count")
+    assert {int(count) for _, count in counts} == {3}
+    assert capsys.readouterr().err.count("The update is skipped") == 1
+    assert int(train(spike, tmp_path / "no limit")[0].step) == 4
+    with pytest.raises(ConfigError, match=r"max_grad_norm=-1.0 must be 0 or more"):
+        dataclasses.replace(spike[0].run, max_grad_norm=-1.0)
+
+
+def test_an_overflow_in_bfloat16_is_told_at_its_step(digits_dir, tmp_path):
+    overflow = broken_stage(
+        digits_dir, tmp_path / "runner", 3e38, dtype="bfloat16", param_dtype="bfloat16"
+    )
+    with pytest.raises(
+        NonFiniteLossError, match=r"loss of step 3 is inf; the gradient of \S+ holds"
+    ):
+        train(overflow, tmp_path)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e39])

@@ -172,6 +172,7 @@ class RunConfig:
     accumulate: int = 1  # parts of a batch, one after the other: less memory, the same result
     log_steps: int = 50
     on_nonfinite: str = "stop"  # or "skip": at an update whose loss or gradient is not finite
+    max_grad_norm: float = 0.0  # a longer gradient, before clipping, counts as not finite; 0: none
     skip_at_most: int = 10  # such updates in a row; one more stops the run
     checkpoint_minutes: float = 10.0  # one is due when the last is so old; 0: time does not count
     grace_seconds: float = 120.0  # from a signal until the run has saved and ended; 0: without end
@@ -205,7 +206,7 @@ class RunConfig:
                 f"config.inputs.{name} has {len(values)} values, which is neither 1 nor the number of channels, "
                 f"model.in_chans={channels}",
             )
-        for name in ("checkpoint_minutes", "grace_seconds"):
+        for name in ("checkpoint_minutes", "grace_seconds", "max_grad_norm"):
             value = getattr(self, name)
             check(0 <= value < math.inf, f"{name}={value} must be 0 or more")
         for stage in ("pretrain", "selector"):
@@ -354,6 +355,7 @@ MAY_CHANGE = {
     "accumulate",
     "log_steps",
     "on_nonfinite",
+    "max_grad_norm",
     "skip_at_most",
     "profile_steps",
     "mesh",

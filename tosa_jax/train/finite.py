@@ -50,6 +50,7 @@ class StepWatch:
     kept      says which checkpoint is left.
     examples  says which examples the batch of a step holds.
     skip_at_most  steps in a row that may be skipped; None: the first one stops the run.
+    max_grad_norm  the norm that no gradient may exceed, for the message; 0: there is none.
     """
 
     def __init__(
@@ -59,22 +60,24 @@ class StepWatch:
         kept: Callable[[], str],
         examples: Callable[[int], str],
         skip_at_most: int | None,
+        max_grad_norm: float = 0.0,
     ) -> None:
         self.stage, self.names, self.kept, self.examples = stage, names, kept, examples
         self.skip_at_most, self.in_row = skip_at_most, 0
+        self.max_grad_norm = max_grad_norm
 
     def look(self, step: int, metrics: Mapping[str, Any]) -> str:
         """Takes what the update that led to `step` gave. Returns a line if it was skipped, else "".
 
-        Raises NonFiniteLossError: it is not finite, and no more steps may be skipped.
+        Raises NonFiniteLossError: it is not finite or too long, and no more steps may be skipped.
         """
         loss, bad = float(metrics["loss"]), int(metrics.get("bad_gradient", 0))
         if math.isfinite(loss) and not bad:
             self.in_row = 0
             return ""
         self.in_row += 1
-        array = f"; the gradient of {self.names[bad - 1]} holds NaN or infinity" if bad else ""
-        what = f"{self.stage}: the loss of step {step} is {loss}{array}; its batch holds {self.examples(step)}"
+        what = f"{self.stage}: the loss of step {step} is {loss}{self._gradient(bad, metrics)}"
+        what = f"{what}; its batch holds {self.examples(step)}"
         if self.skip_at_most is None:
             raise NonFiniteLossError(f"{what}; {self.kept()}. {ADVICE}; or set on_nonfinite='skip'")
         if self.in_row > self.skip_at_most:
@@ -83,6 +86,18 @@ class StepWatch:
                 f"{self.kept()}. {ADVICE}"
             )
         return f"{what}. The update is skipped"
+
+    def _gradient(self, bad: int, metrics: Mapping[str, Any]) -> str:
+        """What is wrong with the gradient, as a part of a sentence."""
+        if not bad:
+            return ""
+        name, norm = self.names[bad - 1], float(metrics["grad_norm"])
+        if math.isfinite(norm):
+            return (
+                f"; the gradient's norm is {norm:.4g}, above max_grad_norm={self.max_grad_norm:g}, "
+                f"and {name} has most of it"
+            )
+        return f"; the gradient of {name} holds NaN or infinity"
 
 
 def check_state(stage: str, step: int, tree: Any, kept: str) -> None:

@@ -244,6 +244,7 @@ def step_watch(
         checkpoints.kept,
         functools.partial(batch_examples, run, stage.setup),
         run.skip_at_most if run.on_nonfinite == "skip" else None,
+        run.max_grad_norm,
     )
 
 

@@ -157,6 +157,7 @@ class StageBuilder:
             accumulate=self.run.accumulate,
             total_steps=optim.steps,
             skip=self.run.on_nonfinite == "skip",
+            max_grad_norm=self.run.max_grad_norm,
         )
 
     def drawer(self, model: ViTConfig) -> Draw | None:

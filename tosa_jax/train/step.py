@@ -60,7 +60,8 @@ class StepSetup:
     ema_decay    share in [0, 1) that the moving average keeps in an update; 0: no average.
     seed         of the run. All random keys of the stage are made of it, `stage_id` and the step.
     teacher      graph definition of a frozen teacher; None: there is none.
-    skip         whether an update whose loss or gradient is not finite changes nothing but the number of the step.
+    skip         whether an update whose loss or gradient is bad changes nothing but the number of the step.
+    max_grad_norm  a gradient that is longer is bad, as one that is not finite; 0: none is too long.
     accumulate   number of parts of a batch, which are computed one after the other to save memory.
     total_steps  updates in the stage, for schedules of the task.
     """
@@ -76,6 +77,7 @@ class StepSetup:
     accumulate: int = 1
     total_steps: int = 0
     skip: bool = False
+    max_grad_norm: float = 0.0
 
 
 def init_state(
@@ -138,8 +140,7 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update on a global batch. Returns the new state and scalars.
 
-    These are loss, grad_norm and learning_rate, float32, and bad_gradient, int32: the number, counted from 1 in the
-    order of the paths, of the first parameter whose gradient holds NaN or infinity; 0 if there is none.
+    These are loss, grad_norm and learning_rate, float32, and bad_gradient, int32: what `bad_gradient` returns.
     """
     with kernels_over(mesh):
         return _updated(state, batch, setup, mesh)
@@ -171,7 +172,7 @@ def _updated(
         "loss": loss,
         "grad_norm": global_norm(grads),
         "learning_rate": jnp.asarray(setup.schedule(state.step), jnp.float32),
-        "bad_gradient": first_bad(grads),
+        "bad_gradient": bad_gradient(grads, setup.max_grad_norm),
     }
     new = state._replace(
         step=state.step + 1,
@@ -188,13 +189,19 @@ def _updated(
     return new, metrics
 
 
-def first_bad(grads: Params) -> jax.Array:
-    """The number, from 1, of the first array that holds NaN or infinity; 0: none does. int32.
+def bad_gradient(grads: Params, max_norm: float) -> jax.Array:
+    """Which array makes a gradient bad: its number, from 1 in the order of the paths; 0: the gradient is good. int32.
 
-    It asks the sum of squares, which the norm needs anyway.
+    That is the first array that holds NaN or infinity. If none does and the norm of all is above `max_norm`, it is the
+    array whose own norm is the largest. `max_norm` 0 allows any norm.
     """
-    bad = jnp.stack([~jnp.isfinite(square_sum(x)) for x in jax.tree.leaves(grads)])
-    return jnp.where(bad.any(), jnp.argmax(bad) + 1, 0).astype(jnp.int32)
+    squares = jnp.stack([square_sum(x) for x in jax.tree.leaves(grads)])
+    bad = ~jnp.isfinite(squares)
+    found = jnp.where(bad.any(), jnp.argmax(bad) + 1, 0)
+    if max_norm:
+        too_long = jnp.sqrt(squares.sum()) > max_norm
+        found = jnp.where(~bad.any() & too_long, jnp.argmax(squares) + 1, found)
+    return found.astype(jnp.int32)
 
 
 def teacher_model(state: TrainState, setup: StepSetup, mesh: Mesh) -> VisionTransformer | None:
