@@ -1,5 +1,6 @@
 """Stopping by signals: input that stalls, a second signal, a run that hangs; kills at random moments."""
 
+import gc
 import os
 import queue
 import signal
@@ -12,7 +13,14 @@ from pathlib import Path
 import pytest
 
 from tosa_jax.distributed import preemption
-from tosa_jax.distributed.preemption import SIGNALS, Stopped, catch_signals, stop_if_asked
+from tosa_jax.distributed.preemption import (
+    SIGNALS,
+    Stopped,
+    catch_signals,
+    signals_stop_at_once,
+    stop_if_asked,
+)
+from tosa_jax.errors import ConfigError
 from tosa_jax.train import reading
 
 ROOT = Path(__file__).parents[1]
@@ -109,6 +117,23 @@ def test_an_ignored_signal_stays_ignored():
             assert stop.signum is None
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_counts_where_python_drops_errors_and_where_others_translate_them():
+    def collected(phase, info):
+        gc.callbacks.remove(collected)
+        signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Stopped) as stopped, signals_stop_at_once():
+        gc.callbacks.append(collected)
+        gc.collect()
+        time.sleep(10)  # interrupted
+    assert stopped.value.signum == signal.SIGTERM
+    with pytest.raises(Stopped), signals_stop_at_once():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except Exception as error:
+            raise ConfigError(f"command line: {error}") from error
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
@@ -18,8 +19,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 """Signals that make a run save and stop: a scheduler's SIGTERM, Ctrl-C, a terminal that is gone, Slurm's warning."""
 
 
-class Stopped(Exception):
-    """Training was stopped by a signal after a checkpoint was written."""
+class Stopped(BaseException):
+    """A signal stops the run; while it trains, after a checkpoint was written.
+
+    Like KeyboardInterrupt no Exception: it may be raised anywhere, and nobody who translates errors means it.
+    """
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}")
@@ -112,8 +116,30 @@ def signals_stop_at_once() -> Iterator[None]:
             _end(signum, "outside of training")
         raise Stopped(signum)
 
-    with _handled(SIGNALS, handler):
+    with _handled(SIGNALS, handler), _never_ignored():
         yield
+
+
+@contextlib.contextmanager
+def _never_ignored() -> Iterator[None]:
+    """Where a signal comes again whose Stopped was raised where Python drops errors: in a `__del__`, or while it
+    collects garbage."""
+    before = sys.unraisablehook
+
+    def hook(unraisable) -> None:
+        stopped = unraisable.exc_value
+        if not isinstance(stopped, Stopped):
+            before(unraisable)
+            return
+        again = threading.Timer(0.02, os.kill, (os.getpid(), stopped.signum))
+        again.daemon = True
+        again.start()
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 @contextlib.contextmanager
