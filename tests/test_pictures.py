@@ -160,6 +160,8 @@ def test_other_shapes_and_channels_of_a_model(grey, unchecked):
         four.prepare(COLOUR)
     with pytest.raises(ConfigError, match=r"mean=.* is not one value for each of 4 channels"):
         Predictor(small_model(in_chans=4))
+    with pytest.raises(ConfigError, match=r"std=\[0.4\] must be a number"):
+        Predictor(grey.model, mean=0.3, std=[0.4, [0.4]])
     for sizes in (4, ("4",), (), (0,)):
         with pytest.raises(ConfigError, match="batch_sizes"):
             Predictor(grey.model, mean=0.3, std=0.4, batch_sizes=sizes)
@@ -174,6 +176,8 @@ def test_other_shapes_and_channels_of_a_model(grey, unchecked):
     ({"depth": 2.5}, "depth=2.5 must be a whole number"),
     ({"mlp_ratio": "4"}, "mlp_ratio='4' must be a number"),
     ({"keep_rate": "0.5"}, "keep_rate='0.5' must be a number"),
+    ({"keep_rate": (0.5, (0.5, 0.2))}, r"keep_rate=\(0.5, 0.2\) must be a number"),
+    ({"image_size": (8, (8,))}, r"image_size=\(8,\) must be a whole number"),
     ({"dtype": np.int32}, "is no float that models have"),
     ({"dtype": "float64"}, "dtype='float64' is unknown"),
     ({"class_token": 1}, "class_token=1 must be True or False"),

@@ -23,7 +23,7 @@ from tosa_jax.inference.pictures import Picture, open_picture
 from tosa_jax.models.factory import with_image_size
 from tosa_jax.models.params import Params, set_params, split
 from tosa_jax.models.vit import VisionTransformer
-from tosa_jax.models.vit_config import ViTConfig, check, plain_value
+from tosa_jax.models.vit_config import ViTConfig, are_many, check, plain_value
 from tosa_jax.models.weights.load import Weights
 from tosa_jax.models.weights.preprocessing import Preprocessing
 from tosa_jax.tasks import TASKS
@@ -439,7 +439,7 @@ def _batch_sizes(sizes: Any) -> tuple[int, ...]:
 
 def _a_channel(name: str, values: Any, channels: int) -> tuple[float, ...]:
     """One value a channel; a single value is repeated."""
-    given = tuple(values) if np.ndim(values) else (values,)
+    given = values if are_many(values) else (values,)
     found = tuple(plain_value(name, value, float) for value in given)
     found *= channels if len(found) == 1 else 1
     check(

@@ -77,6 +77,11 @@ def plain_value(name: str, value: Any, kind: type) -> Any:
     return kind(value)
 
 
+def are_many(given: Any) -> bool:
+    """Whether it is a list, a tuple or an array of one axis. What these hold is not looked at."""
+    return isinstance(given, list | tuple) or getattr(given, "ndim", 0) == 1
+
+
 @functools.cache
 def _hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
@@ -292,7 +297,7 @@ class ViTConfig(metaclass=_TakesOptions):
     def _check_image_size(self) -> None:
         """One form for each size (a square is an int), and the patch divides it unless the network resizes."""
         size, patch = self.image_size, self.patch_size
-        if isinstance(size, list | tuple | np.ndarray) and np.ndim(size) == 1:
+        if are_many(size):
             check(len(size) == 2, f"image_size={size!r} must be one number, or (height, width)")
             size = tuple(plain_value("image_size", side, int) for side in size)
             size = size[0] if size[0] == size[1] else size
@@ -346,9 +351,7 @@ class ViTConfig(metaclass=_TakesOptions):
     def keep_rates_given(self) -> tuple[float, ...]:
         """`keep_rate` as a tuple, however it was given."""
         given: Any = self.keep_rate
-        rates = (
-            given if isinstance(given, tuple | list | np.ndarray) and np.ndim(given) else (given,)
-        )
+        rates = given if are_many(given) else (given,)
         return tuple(plain_value("keep_rate", rate, float) for rate in rates)
 
     @property
