@@ -50,6 +50,17 @@ def damaged_npz() -> bytes:
     return bytes(data)
 
 
+def encrypted(zipped: bytes) -> bytes:
+    """As if each of its parts were encrypted."""
+    data = bytearray(zipped)
+    for start, flags in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+        at = data.find(start)
+        while at >= 0:
+            data[at + flags] |= 1
+            at = data.find(start, at + 1)
+    return bytes(data)
+
+
 def damaged_pth(path: Path) -> bytes:
     data = bytearray(write_pth(path, tiny_weights()).read_bytes())
     data[len(data) // 2] ^= 1
@@ -66,6 +77,8 @@ def damaged_pth(path: Path) -> bytes:
     (lambda p: npz(np.ones(100))[:-40], "damaged or cut short"),
     (lambda p: npz(np.ones(9)).replace(b"PK\1\2", b"PK\1\0"), "damaged or cut short .*central"),
     (lambda p: damaged_npz(), "is damaged .*CRC"),
+    (lambda p: encrypted(npz(np.ones(9))), "is damaged .*encrypted"),
+    (lambda p: encrypted((GOLDEN / "torch_zip.pth").read_bytes()), "is damaged .*encrypted"),
     (lambda p: npz(np.array([{"a": 1}])), "holds more than numbers .*holds objects"),
     (lambda p: b"", "is empty"),
     (lambda p: b"<!DOCTYPE html><html><body>404", "is a web page"),

@@ -33,8 +33,9 @@ _DIGEST = (
 MOST_INFLATED = 2**30
 """Bytes that an `.npz` may hold, whatever its own size; beyond them it may hold 16 times its size."""
 
-_NPZ_DAMAGE = (ValueError, OSError, EOFError, KeyError, TypeError, NotImplementedError)
-_NPZ_DAMAGE += (tokenize.TokenError, SyntaxError, RecursionError)  # of headers, which are Python's
+_NPZ_DAMAGE = (ValueError, OSError, EOFError, KeyError, TypeError)
+_NPZ_DAMAGE += (RuntimeError,)  # of zipfile: a part is encrypted, or compressed in another way
+_NPZ_DAMAGE += (tokenize.TokenError, SyntaxError)  # of headers, which are Python's
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ def _holds_npy(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return all(name.endswith(".npy") for name in archive.namelist())
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+    except (zipfile.BadZipFile, OSError, ValueError, RuntimeError):
         return False
 
 

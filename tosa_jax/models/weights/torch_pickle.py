@@ -54,7 +54,7 @@ _DAMAGE = (
     TypeError,
     AttributeError,
     OverflowError,
-    NotImplementedError,
+    RuntimeError,  # of zipfile: a part is encrypted, or compressed in a way that it does not know
 )
 
 
