@@ -2,16 +2,27 @@
 
     python -m tests.long_run [--steps=20000] [--out=results/long_run.json]
 
-Resident memory, open files and threads are read at each record. A straight line is fitted to memory over steps, without
-the first quarter, in which caches fill. Prints and writes a JSON object.
+Resident memory, open files and threads are read at each record, after glibc gave back what is free. A straight line is
+fitted to memory over steps, without the first quarter, in which caches fill. Three parts, each in a process of its own:
+
+    run     the run as it is;
+    unsaved the same, but Orbax is not called, so that growth of the run itself shows;
+    orbax   Orbax alone, which saves arrays of the same shapes as often, so that its own growth shows.
+
+Prints and writes a JSON object.
 """
 
 import argparse
+import contextlib
+import ctypes
+import gc
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +30,18 @@ import numpy as np
 from tests.kill_starts import arguments, prepare
 
 LOG_STEPS = 50
+SAVE_STEPS = 100
+STATE_ARRAYS = 130
+"""Arrays in the state of the run: parameters, two moments and the average of each, and counters."""
+
+PARTS = ("run", "unsaved", "orbax")
 
 
 def read_process() -> dict[str, int]:
     """Resident bytes, open files and threads of this process."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return {
         "resident": pages * os.sysconf("SC_PAGE_SIZE"),
@@ -31,11 +50,14 @@ def read_process() -> dict[str, int]:
     }
 
 
-def run(steps: int, folder: Path) -> list[dict[str, int]]:
+def run(steps: int, folder: Path, *, saved: bool = True) -> list[dict[str, int]]:
     """What `read_process` gave at each record of training."""
     from tosa_jax import main
+    from tosa_jax.train.checkpoints import Manager
     from tosa_jax.train.metric_writer import MetricWriter
 
+    if not saved:
+        Manager.save = lambda self, *args, **how: True
     samples, write = [], MetricWriter.write
 
     def sampled(self, stage, step, metrics, **extra):
@@ -48,12 +70,30 @@ def run(steps: int, folder: Path) -> list[dict[str, int]]:
         folder, folder / "run", "one",
         f"--config.pretrain.steps={steps}", f"--config.log_steps={LOG_STEPS}",
         f"--config.pretrain.eval_steps={LOG_STEPS * 4}",
-        f"--config.pretrain.checkpoint_steps={LOG_STEPS * 2}",
+        f"--config.pretrain.checkpoint_steps={SAVE_STEPS}", "--config.checkpoint_minutes=0",
     )  # fmt: skip
     try:
         assert main.main(argv) == 0
     finally:
         MetricWriter.write = write
+    return samples
+
+
+def orbax_alone(steps: int, folder: Path) -> list[dict[str, int]]:
+    """What `read_process` gave after each save of a tree of as many arrays as the run's state has."""
+    import jax.numpy as jnp
+    import orbax.checkpoint as ocp
+
+    state = {f"array {i}": jnp.ones((16, 16)) for i in range(STATE_ARRAYS)}
+    args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), facts=ocp.args.JsonSave({"a": 1}))
+    samples = []
+    with ocp.CheckpointManager(
+        folder / "alone", options=ocp.CheckpointManagerOptions(max_to_keep=2)
+    ) as manager:
+        for step in range(SAVE_STEPS, steps + 1, SAVE_STEPS):
+            manager.save(step, args=args)
+            manager.wait_until_finished()
+            samples.append({"step": step} | read_process())
     return samples
 
 
@@ -86,27 +126,48 @@ def summary(samples: list[dict[str, int]]) -> dict[str, object]:
     }
 
 
+def part(name: str, steps: int) -> dict[str, object]:
+    """One part of the trial, in this process."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        if name == "orbax":
+            samples = orbax_alone(steps, folder)
+        else:
+            prepare(folder)
+            samples = run(steps, folder, saved=name == "run")
+    thin = samples[:: max(1, len(samples) // 40)]
+    kept = [[x["step"], round(x["resident"] / 2**20, 1), x["files"], x["threads"]] for x in thin]
+    return summary(samples) | {"samples": kept}
+
+
 def main() -> int:
     """Runs the command."""
-    import jax
-
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=20000)
     parser.add_argument("--out", default="")
+    parser.add_argument("--part", choices=PARTS, help="in this process; without it, all of them")
     args, began = parser.parse_args(), time.monotonic()
-    with tempfile.TemporaryDirectory() as temporary:
-        prepare(Path(temporary))
-        samples = run(args.steps, Path(temporary))
-    found = {
+    if args.part:
+        print(json.dumps(part(args.part, args.steps)))
+        return 0
+    found: dict[str, object] = {
         "command": f"python -m tests.long_run --steps={args.steps}",
-        "jax": jax.__version__,
         "device": "cpu",
-        "seconds": round(time.monotonic() - began),
-    } | summary(samples)
-    found["samples"] = [
-        [x["step"], round(x["resident"] / 2**20, 1), x["files"], x["threads"]]
-        for x in samples[:: max(1, len(samples) // 40)]
-    ]
+        "versions": {name: version(name) for name in ("jax", "orbax-checkpoint", "tensorstore")},
+        "state_arrays": STATE_ARRAYS,
+        "save_steps": SAVE_STEPS,
+    }
+    for name in PARTS:
+        command = [
+            sys.executable,
+            "-m",
+            "tests.long_run",
+            f"--steps={args.steps}",
+            f"--part={name}",
+        ]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        found[name] = json.loads(done.stdout.splitlines()[-1])
+    found["seconds"] = round(time.monotonic() - began)
     text = json.dumps(found)
     print(text)
     if args.out:
