@@ -1,6 +1,7 @@
 """Output that a run can do without: a closed pipe, a lost terminal or a full disk stop no run and tear no line."""
 
 import errno
+import gc
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import pytest
 
 from tosa_jax.cli.command import run_command
 from tosa_jax.distributed.messages import Hushed, let_go_of_broken_streams, say
+from tosa_jax.train.checkpoints import Checkpoints
 from tosa_jax.train.metric_writer import MetricWriter
 from tosa_jax.train.progress import Chrono, Progress
 
@@ -140,3 +142,27 @@ def test_records_are_dropped_in_place_where_there_is_no_room_for_a_copy(tmp_path
         monkeypatch.setattr("tosa_jax.train.metric_writer.write_atomically", full)
         writer.truncate("a", 2)
         assert records(tmp_path / "metrics.jsonl") == [1, 2]
+
+
+def test_a_checkpoint_without_room_is_a_few_lines_and_the_reason(tmp_path, capsys, caplog):
+    """The system refuses larger files, as it does on a full disk; a few hundred lines of libraries would come."""
+    state = {f"array {i}": np.random.default_rng(i).random((200, 200)) for i in range(30)}
+    checkpoints = Checkpoints(tmp_path, "acc1")
+
+    def command():
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+        try:
+            checkpoints.save(1, state, {})
+            checkpoints.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        return 0
+
+    assert run_command(command) == 2
+    gc.collect()
+    lines = caplog.text.splitlines()
+    assert 0 < len(lines) <= 6 and all(x.startswith("ERROR") and len(x) < 400 for x in lines)
+    *_, error = capsys.readouterr().err.splitlines()
+    says = f"error: {tmp_path}: step 1 cannot be saved (File too large); the checkpoint before it"
+    assert error.startswith(says)

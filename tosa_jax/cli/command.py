@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import jax
 from absl import flags, logging
 
+from tosa_jax.cli.library_messages import shorten_library_messages
 from tosa_jax.distributed import coordination
 from tosa_jax.distributed.devices import has_only_cpus
 from tosa_jax.distributed.messages import let_go_of_broken_streams, say
@@ -55,6 +56,7 @@ def run_command(command: Callable[[], int]) -> int:
     # Grain reads absl's flags, and fails if nobody has parsed them.
     flags.FLAGS.mark_as_parsed()
     logging.set_verbosity(logging.ERROR)
+    shorten_library_messages()
     try:
         status = command()
     except BaseException as error:

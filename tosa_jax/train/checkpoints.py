@@ -7,6 +7,7 @@ Precedence when a run starts: the newest whole checkpoint of the stage, else wha
 import contextlib
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -211,7 +212,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             self.manager.wait_until_finished()
         except (OSError, ValueError) as error:
             raise WorkdirError(
-                f"{self.folder}: step {self._saving} cannot be saved ({str(error).splitlines()[0][:160]}); the "
+                f"{self.folder}: step {self._saving} cannot be saved ({_reason(error)}); the "
                 "checkpoint before it is kept. Mend that, and start the same command again"
             ) from error
 
@@ -293,6 +294,13 @@ def set_aside(checkpoint: AnyPath, why: str) -> None:
     say(
         f"{folder.name}: the checkpoint of step {step} is passed over ({why}); it is {target.name} now"
     )
+
+
+def _reason(error: OSError | ValueError) -> str:
+    """Why something cannot be written. TensorStore names all files first, and the system's reason at the end."""
+    first = (str(error) or type(error).__name__).splitlines()[0]
+    system = re.search(r": ([^:]+) \[os_error_code", first)
+    return system[1] if system else getattr(error, "strerror", None) or first[:160]
 
 
 def read_scores(folder: AnyPath) -> dict[str, dict[str, float]]:
