@@ -86,10 +86,10 @@ def test_pictures_of_tokens_are_written_at_the_budget_asked_for(workdir, folder,
 
 
 def test_a_file_of_weights_alone_is_enough(workdir, folder, capsys, tmp_path):
-    exported = tmp_path / "all.safetensors"
-    status, *_ = run(capsys, f"--workdir={workdir}", f"--export={exported}")
+    saved = tmp_path / "all.safetensors"
+    status, *_ = run(capsys, f"--workdir={workdir}", f"--save={saved}")
     assert status == 0
-    alone = run(capsys, f"--weights={exported}", "--json", folder)
+    alone = run(capsys, f"--weights={saved}", "--json", folder)
     assert alone[:2] == run(capsys, f"--workdir={workdir}", "--json", folder)[:2]
 
 

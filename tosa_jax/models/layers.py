@@ -53,8 +53,11 @@ def fold_key(key: jax.Array, number: int | jax.Array) -> jax.Array:
     return jax.vmap(fold, (0, None))(key, number) if key.ndim else fold(key, number)
 
 
-def draw(key: jax.Array, count: int, sample: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """`sample(key)` for each of `count` examples, from a key an example or from one key for all."""
+def draw(key: jax.Array, count: Any, sample: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """`sample(key)` for each of `count` examples, from a key an example or from one key for all.
+
+    count  an int, or the symbol of a batch of any size (`jax.export`).
+    """
     return jax.vmap(sample)(key if key.ndim else jax.random.split(key, count))
 
 
@@ -68,7 +71,7 @@ class DropPath(NamedTuple):
         """update [b n d] of branch 0 (attention) or 1 (MLP), scaled to keep its expectation."""
         keep = 1.0 - jnp.asarray(self.rate, jnp.float32)
         key = fold_key(self.key, branch)
-        kept = draw(key, len(update), lambda k: jax.random.bernoulli(k, keep, (1, 1)))
+        kept = draw(key, update.shape[0], lambda k: jax.random.bernoulli(k, keep, (1, 1)))
         return jnp.where(kept, update / keep.astype(update.dtype), 0)
 
 

@@ -3,8 +3,10 @@
 No function here returns an attention map: what is wanted of it is summed up on the way.
 """
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -38,7 +40,7 @@ def attention(
     forms = {}
     if tpu_attention.supports(query, key):
         forms["tpu"] = tpu_attention.attention
-    if key_bias is None and gpu_attention.is_narrow(query) and _has_cuda():
+    if key_bias is None and gpu_attention.is_narrow(query) and _takes_cuda():
         short = gpu_attention.is_short(query, key)
         forms["cuda"] = gpu_attention.attention if short else gpu_attention.cudnn_attention
     if not forms:
@@ -50,6 +52,27 @@ def _xla_attention(query, key, value, key_bias=None):
     if key_bias is not None:
         key_bias = key_bias.astype(query.dtype)[:, None, None, :]
     return jax.nn.dot_product_attention(query, key, value, bias=key_bias)
+
+
+_portable: contextvars.ContextVar[bool] = contextvars.ContextVar("portable", default=False)
+
+
+@contextlib.contextmanager
+def portable() -> Iterator[None]:
+    """Attention that is traced in this context has no kernel for NVIDIA GPUs, whatever this process has.
+
+    Those kernels are in Triton's form and in cuDNN's, which another version of JAX need not read.
+    """
+    token = _portable.set(True)
+    try:
+        yield
+    finally:
+        _portable.reset(token)
+
+
+def _takes_cuda() -> bool:
+    """Whether programs that are traced here may have kernels for NVIDIA GPUs."""
+    return not _portable.get() and _has_cuda()
 
 
 @functools.cache
@@ -113,7 +136,7 @@ def walk_map(
     full = num_rows // chunk * chunk
 
     def split(x):
-        chunks = x[:, :full].reshape(len(x), full // chunk, chunk, *x.shape[2:])
+        chunks = x[:, :full].reshape(x.shape[0], full // chunk, chunk, *x.shape[2:])
         return jnp.moveaxis(chunks, 1, 0)
 
     def body(total, chunk_rows):
@@ -126,7 +149,7 @@ def walk_map(
         jax.eval_shape(lambda: step(*jax.tree.map(lambda x: x[0], head))[1]),
     )
     total, out = jax.lax.scan(body, zeros, head)
-    out = jnp.moveaxis(out, 0, 1).reshape(len(query), full, *query.shape[2:])
+    out = jnp.moveaxis(out, 0, 1).reshape(query.shape[0], full, *query.shape[2:])
     if full < num_rows:
         tail, part = step(*jax.tree.map(lambda x: x[:, full:], (query, rows)))
         out = jnp.concatenate([out, tail], axis=1)
@@ -157,7 +180,7 @@ def attention_and_column_sums(
     forms = {}
     if tpu_attention.supports(query, key):
         forms["tpu"] = tpu_attention.attention_and_column_sums
-    if gpu_attention.is_short(query, key) and _has_cuda():
+    if gpu_attention.is_short(query, key) and _takes_cuda():
         forms["cuda"] = gpu_attention.attention_and_column_sums
     if not forms or key_bias is not None:
         return walked(query, key, value)
@@ -187,7 +210,7 @@ def attention_and_selector_sums(
     forms = {}
     if tpu_attention.supports_selector(query, key, layers[0].shape[1], stride):
         forms["tpu"] = form(tpu_attention)
-    if gpu_attention.supports_selector(query, key) and _has_cuda():
+    if gpu_attention.supports_selector(query, key) and _takes_cuda():
         forms["cuda"] = form(gpu_attention)
     arrays = query, key, value, *layers
     return (

@@ -159,7 +159,7 @@ def two_way_matching(
     def together(of_even, of_odd):
         return jnp.concatenate([of_even, of_odd], axis=1)[:, sorted_places]
 
-    own = np.broadcast_to(np.arange(n, dtype=np.int32), (len(similarity), n))
+    own = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (similarity.shape[0], n))
     stays = together(even_stays, odd_stays)
     owner = jnp.where(stays, own, together(jnp.asarray(odd)[to_odd], jnp.asarray(even)[to_even]))
     owner = owner.astype(jnp.int32)
