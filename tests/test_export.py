@@ -17,6 +17,7 @@ from trained import CLASSES, DEPTH_SIZES, make_workdir
 import tosa_jax
 from tosa_jax import predict
 from tosa_jax.data.decoding import Preprocess
+from tosa_jax.inference.export import plain_function
 from tosa_jax.inference.predictor import Predictor
 from tosa_jax.models.factory import structure
 from tosa_jax.models.method import METHODS
@@ -177,20 +178,34 @@ def test_programs_have_no_float_scatter_static_shapes_and_no_paths(folders):
 
 
 def test_kernels_for_a_tpu_go_out_and_those_for_a_gpu_do_not(tmp_path, monkeypatch):
+    sizes = {"embed_dim": 64, "num_heads": 2, "depth": 1, "dtype": "bfloat16", "plan": "standard"}
+    predictor = Predictor(small_model(**sizes), mean=0.3, std=0.4)
+    tosa_jax.export(predictor, tmp_path / "tpu", batch=1, platforms="tpu")
+    assert "tpu_custom_call" in programs(tmp_path / "tpu")["tpu"].mlir_module()
+
     def kernel(*_):
         raise NotImplementedError("a kernel for a GPU")
 
     monkeypatch.setattr(attention, "_has_cuda", lambda: True)  # as on a machine with one
     monkeypatch.setattr(attention.gpu_attention, "attention", kernel)
-    sizes = {"embed_dim": 64, "num_heads": 2, "depth": 1, "dtype": "bfloat16", "plan": "standard"}
-    model = small_model(**sizes)
-    predictor = Predictor(model, mean=0.3, std=0.4)
     images = jax.ShapeDtypeStruct((1, 8, 8, 1), np.uint8)
     with pytest.raises(NotImplementedError, match="a kernel for a GPU"):
         jax.eval_shape(predictor.output, predictor._params, images)
-    tosa_jax.export(predictor, tmp_path / "x", batch=1, platforms=["cuda", "tpu"])
-    found = {name: program.mlir_module() for name, program in programs(tmp_path / "x").items()}
-    assert "tpu_custom_call" in found["tpu"] and "custom_call" not in found["cuda"]
+    tosa_jax.export(predictor, tmp_path / "cuda", batch=1, platforms="cuda")
+    assert "custom_call" not in programs(tmp_path / "cuda")["cuda"].mlir_module()
+
+
+def test_a_plain_function_chooses_no_platform(classifier):
+    images = jnp.asarray(pixels(3, 8, 8, 1))
+
+    def chooses(function):
+        return "platform_index" in str(jax.make_jaxpr(function)(images))
+
+    plain = plain_function(classifier)
+    assert chooses(lambda x: classifier.output(classifier._params, x).logits) and not chooses(plain)
+    np.testing.assert_allclose(
+        jax.jit(plain)(images)["logits"], classifier(np.asarray(images)).logits, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", METHODS)

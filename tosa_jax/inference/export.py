@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from tosa_jax.models.plan import layer_specs
 from tosa_jax.models.vit import VisionTransformer
 from tosa_jax.models.vit_config import ViTConfig, check, check_choice, plain_value
 from tosa_jax.models.weights.digests import write_digests
-from tosa_jax.ops import attention
+from tosa_jax.ops.platforms import plain
 from tosa_jax.paths import is_remote, write_atomically
 from tosa_jax.tasks import TASKS
 
@@ -39,6 +39,10 @@ _FORMAT, _VERSION = "tosa_jax export", 1
 
 _OF_XLA = ("LayoutConstraint",)
 """Custom calls that XLA itself defines, and whose form `jax.export` does not know to be stable."""
+
+
+Outputs = dict[str, Any]
+"""`predictions` of the network by name, `selected` where tokens are selected, and `tokens` where they are wanted."""
 
 
 def export(
@@ -85,6 +89,20 @@ def export(
         write_digests(temporary)
 
 
+def plain_function(predictor: Predictor, *, tokens: bool = False) -> Callable[[jax.Array], Outputs]:
+    """The network with its weights inside, of JAX's own operations alone: what converters to other formats read.
+
+    Returns a function of images, uint8 [b, height, width, c], which gives what an exported program does.
+    """
+    forward, (_, params) = _forward(predictor, tokens), split(predictor.model)
+
+    def function(images: jax.Array) -> Outputs:
+        with plain():
+            return forward(params, images)
+
+    return function
+
+
 def _file(platform: str) -> str:
     return f"{platform}.jax_export"
 
@@ -110,20 +128,22 @@ def _check_platforms(names: tuple[str, ...], config: ViTConfig) -> None:
     )
 
 
-def _programs(
-    predictor: Predictor, batch: int | None, platforms: tuple[str, ...], tokens: bool
-) -> dict[str, jax_export.Exported]:
-    """A program for each platform.
+def _forward(predictor: Predictor, tokens: bool) -> Callable[[Params, jax.Array], Outputs]:
+    """The network as a function of its weights and of images."""
 
-    Each has its own: in one for several platforms JAX would lower the kernels of each for all.
-    """
-
-    def forward(weights: Params, images: jax.Array) -> dict[str, Any]:
+    def forward(weights: Params, images: jax.Array) -> Outputs:
         out = predictor.output(weights, images, tokens=tokens)
-        found: dict[str, Any] = dict(out.predictions)
+        found: Outputs = dict(out.predictions)
         found |= {"selected": out.selected} if out.selected else {}
         return found | ({"tokens": out.tokens} if tokens else {})
 
+    return forward
+
+
+def _programs(
+    predictor: Predictor, batch: int | None, names: tuple[str, ...], tokens: bool
+) -> dict[str, jax_export.Exported]:
+    """A program for each platform: in one for several JAX would lower the kernels of each for all."""
     config = predictor.config
     height, width = config.image_shape
     size = jax_export.symbolic_shape("b")[0] if batch is None else batch
@@ -131,14 +151,17 @@ def _programs(
     _, params = split(predictor.model)
     weights = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in params.items()}
     allowed = [jax_export.DisabledSafetyCheck.custom_call(name) for name in _OF_XLA]
-    program = jax.jit(forward)  # one for all platforms, so that it is traced once
-    with attention.portable(), _without_paths():
-        return {
-            platform: jax_export.export(program, platforms=[platform], disabled_checks=allowed)(
-                weights, images
-            )
-            for platform in platforms
-        }
+    with_kernels, without = (jax.jit(_forward(predictor, tokens)) for _ in range(2))
+
+    def exported(platform: str) -> jax_export.Exported:
+        fields: dict[str, Any] = {"platforms": [platform], "disabled_checks": allowed}
+        if platform != "cuda":
+            return jax_export.export(with_kernels, **fields)(weights, images)
+        with plain():
+            return jax_export.export(without, **fields)(weights, images)
+
+    with _without_paths():
+        return {platform: exported(platform) for platform in names}
 
 
 @contextlib.contextmanager

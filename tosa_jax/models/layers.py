@@ -19,6 +19,7 @@ from tosa_jax.errors import ConfigError
 from tosa_jax.models.vit_config import ViTConfig
 from tosa_jax.ops.array_types import AttnMap, Heads, Images, Keys, Queries, Scores, Tokens
 from tosa_jax.ops.attention import attention, attention_logits
+from tosa_jax.ops.platforms import by_platform
 from tosa_jax.ops.rotary import Rotary, turn
 from tosa_jax.ops.tpu_kernels import SUBLANES
 
@@ -247,7 +248,7 @@ def _project_backward(parts, arrays, grads):
         sums = [dot("bnk,bne->ke", ones, g)[0] for g in grads] if bias is not None else []
         return of_x, of_kernel, jnp.concatenate(sums) if sums else None
 
-    found = jax.lax.platform_dependent(*arrays, grads, tpu=apart, default=together)
+    found = by_platform(*arrays, grads, tpu=apart, default=together)
     return tuple(
         None if grad is None else grad.astype(array.dtype)
         for grad, array in zip(found, arrays, strict=True)
@@ -317,9 +318,7 @@ def row_major(x: Tokens) -> Tokens:
     if x.dtype != jnp.bfloat16:
         return x
     layout = Layout(major_to_minor=(0, 1, 2))
-    return jax.lax.platform_dependent(
-        x, tpu=lambda x: with_layout_constraint(x, layout), default=lambda x: x
-    )
+    return by_platform(x, tpu=lambda x: with_layout_constraint(x, layout), default=lambda x: x)
 
 
 row_major.defvjp(lambda x: (row_major(x), None), lambda _, grad: (row_major(grad),))

@@ -3,10 +3,8 @@
 No function here returns an attention map: what is wanted of it is summed up on the way.
 """
 
-import contextlib
-import contextvars
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,6 +13,7 @@ from jaxtyping import Array, Float, PyTree
 
 from tosa_jax.ops import gpu_attention, tpu_attention
 from tosa_jax.ops.array_types import AttnLogits, AttnMap, Keys, PerExample, Queries, Scores
+from tosa_jax.ops.platforms import by_platform
 
 
 def pool_heads(values: Float[Array, "b h n"], how: str) -> Scores:
@@ -40,39 +39,18 @@ def attention(
     forms = {}
     if tpu_attention.supports(query, key):
         forms["tpu"] = tpu_attention.attention
-    if key_bias is None and gpu_attention.is_narrow(query) and _takes_cuda():
+    if key_bias is None and gpu_attention.is_narrow(query) and _has_cuda():
         short = gpu_attention.is_short(query, key)
         forms["cuda"] = gpu_attention.attention if short else gpu_attention.cudnn_attention
     if not forms:
         return _xla_attention(query, key, value, *bias)
-    return jax.lax.platform_dependent(query, key, value, *bias, **forms, default=_xla_attention)
+    return by_platform(query, key, value, *bias, **forms, default=_xla_attention)
 
 
 def _xla_attention(query, key, value, key_bias=None):
     if key_bias is not None:
         key_bias = key_bias.astype(query.dtype)[:, None, None, :]
     return jax.nn.dot_product_attention(query, key, value, bias=key_bias)
-
-
-_portable: contextvars.ContextVar[bool] = contextvars.ContextVar("portable", default=False)
-
-
-@contextlib.contextmanager
-def portable() -> Iterator[None]:
-    """Attention that is traced in this context has no kernel for NVIDIA GPUs, whatever this process has.
-
-    Those kernels are in Triton's form and in cuDNN's, which another version of JAX need not read.
-    """
-    token = _portable.set(True)
-    try:
-        yield
-    finally:
-        _portable.reset(token)
-
-
-def _takes_cuda() -> bool:
-    """Whether programs that are traced here may have kernels for NVIDIA GPUs."""
-    return not _portable.get() and _has_cuda()
 
 
 @functools.cache
@@ -180,11 +158,11 @@ def attention_and_column_sums(
     forms = {}
     if tpu_attention.supports(query, key):
         forms["tpu"] = tpu_attention.attention_and_column_sums
-    if gpu_attention.is_short(query, key) and _takes_cuda():
+    if gpu_attention.is_short(query, key) and _has_cuda():
         forms["cuda"] = gpu_attention.attention_and_column_sums
     if not forms or key_bias is not None:
         return walked(query, key, value)
-    return jax.lax.platform_dependent(query, key, value, **forms, default=walked)
+    return by_platform(query, key, value, **forms, default=walked)
 
 
 def attention_and_selector_sums(
@@ -210,12 +188,10 @@ def attention_and_selector_sums(
     forms = {}
     if tpu_attention.supports_selector(query, key, layers[0].shape[1], stride):
         forms["tpu"] = form(tpu_attention)
-    if gpu_attention.supports_selector(query, key) and _takes_cuda():
+    if gpu_attention.supports_selector(query, key) and _has_cuda():
         forms["cuda"] = form(gpu_attention)
     arrays = query, key, value, *layers
-    return (
-        jax.lax.platform_dependent(*arrays, **forms, default=walked) if forms else walked(*arrays)
-    )
+    return by_platform(*arrays, **forms, default=walked) if forms else walked(*arrays)
 
 
 def map_kl(true_logits: AttnLogits, log_predicted: Float[Array, "b h q k"]) -> PerExample:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
 from tosa_jax.ops.array_types import PerExample, Scores, Tokens
+from tosa_jax.ops.platforms import by_platform
 
 
 class Selection(NamedTuple):
@@ -68,7 +69,7 @@ def select_tokens(scores: Scores, count: int, num_prefix_tokens: int) -> Selecti
 
     scores [b n], higher is better; ties go to the lower index. `count` in [prefix, n]. No gradient passes.
     """
-    chosen = jax.lax.platform_dependent(
+    chosen = by_platform(
         jax.lax.stop_gradient(scores),
         tpu=functools.partial(_select_by_rank, count=count, num_prefix_tokens=num_prefix_tokens),
         default=functools.partial(
@@ -123,7 +124,7 @@ def take(values: Int32[Array, "b n"], places: Int32[Array, "b m"]) -> Int32[Arra
     def by_index(values, places):
         return jnp.take_along_axis(values, places, axis=1, mode="promise_in_bounds")
 
-    return jax.lax.platform_dependent(values, places, tpu=by_product, default=by_index)
+    return by_platform(values, places, tpu=by_product, default=by_index)
 
 
 def complement(selection: Selection) -> Selection:
@@ -177,7 +178,7 @@ def _gather(tokens, selection):
             tokens, selection.indices[:, :, None], axis=1, mode="promise_in_bounds"
         )
 
-    return jax.lax.platform_dependent(tokens, selection, tpu=by_product, default=by_index)
+    return by_platform(tokens, selection, tpu=by_product, default=by_index)
 
 
 def _gather_forward(tokens, selection):
@@ -208,7 +209,7 @@ def take_slots(values: Float[Array, "b s d"], selection: Selection) -> Tokens:
             values, selection.slot[:, :, None], axis=1, mode="promise_in_bounds"
         )
 
-    return jax.lax.platform_dependent(values, selection, tpu=by_product, default=by_index)
+    return by_platform(values, selection, tpu=by_product, default=by_index)
 
 
 @jax.custom_vjp
