@@ -168,6 +168,8 @@ def test_programs_have_no_float_scatter_static_shapes_and_no_paths(folders):
     for folder in folders:
         for program in programs(folder).values():
             text = program.mlir_module()
+            # The module's arguments are what the page on export says: every weight, then the images.
+            assert program.module_kept_var_idx == tuple(range(len(program.in_avals)))
             assert "stablehlo.dot_general" in text and not re.search(r"stablehlo.\w*scatter", text)
     static = programs(rooms)["cpu"].mlir_module()
     assert not re.findall(
