@@ -95,6 +95,20 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         type=sides,
         help="pixels, where not the model's own: one side, or height and width with a comma",
     )
+    _add_writing(parser)
+    add("--exif", action="store_true", help="turn images upright as their EXIF orientation says")
+    add("--batch_size", type=int, default=16)
+    add("--threads", type=int, default=2, help="threads that decode images")
+    args, unknown = parser.parse_known_intermixed_args(argv)
+    if unknown:
+        raise ConfigError(f"command line: unexpected argument {unknown[0]!r}; see --help")
+    _check(args)
+    return args
+
+
+def _add_writing(parser: argparse.ArgumentParser) -> None:
+    """The arguments by which the model is written for later or for elsewhere."""
+    add = parser.add_argument
     add(
         "--save",
         type=Path,
@@ -110,14 +124,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batch", type=int, help="images that a program of --export takes (default: any number)")
     add("--platforms", type=words, help="of --export (default cpu,cuda,tpu)")
     add("--tokens", action="store_true", help="programs of --export return all tokens too")
-    add("--exif", action="store_true", help="turn images upright as their EXIF orientation says")
-    add("--batch_size", type=int, default=16)
-    add("--threads", type=int, default=2, help="threads that decode images")
-    args, unknown = parser.parse_known_intermixed_args(argv)
-    if unknown:
-        raise ConfigError(f"command line: unexpected argument {unknown[0]!r}; see --help")
-    _check(args)
-    return args
 
 
 def shares(text: str) -> float | tuple[float, ...]:

@@ -75,11 +75,9 @@ def export(
     predictor = model if isinstance(model, Predictor) else Predictor(model)
     names = (platforms,) if isinstance(platforms, str) else tuple(platforms)
     target = _new_folder(folder)
-    if batch is not None:
-        batch = plain_value("batch", batch, int)
-        check(batch >= 1, f"batch={batch} must be at least 1, or None for any number of images")
     _check_platforms(names, predictor.config)
-    programs = _programs(predictor, batch, names, tokens)
+    size = None if batch is None else _at_least_one(batch)
+    programs = _programs(predictor, size, names, tokens)
     stated = _statement(predictor, programs, name or target.name)
     with _written_whole(target) as temporary:
         predictor.save(temporary / WEIGHTS)
@@ -115,6 +113,12 @@ def _new_folder(folder: str | Path) -> Path:
     above = next(path for path in target.parents if path.exists())
     check(above.is_dir(), f"{folder} cannot be made: {above} is a file")
     return target
+
+
+def _at_least_one(batch: Any) -> int:
+    number = plain_value("batch", batch, int)
+    check(number >= 1, f"batch={batch} must be at least 1, or None for any number of images")
+    return number
 
 
 def _check_platforms(names: tuple[str, ...], config: ViTConfig) -> None:

@@ -323,7 +323,7 @@ class Predictor:
         return jax.ShapeDtypeStruct((batch_size, *size, self.config.in_chans), np.uint8)
 
     def _run(self, params: Params, images: jax.Array) -> Prediction:
-        out = self.output(params, images)
+        out: Any = self.output(params, images)
         return Prediction(out.predictions, out.selected, out.scores)
 
     def output(self, params: Params, images: jax.Array, *, tokens: bool = False) -> Output:
