@@ -1,5 +1,6 @@
 """Exported programs give what the model gives, without this package; what a folder states is true; or one line."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -17,7 +18,7 @@ from trained import CLASSES, DEPTH_SIZES, make_workdir
 import tosa_jax
 from tosa_jax import predict
 from tosa_jax.data.decoding import Preprocess
-from tosa_jax.inference.export import plain_function
+from tosa_jax.inference.export import _check_platforms, plain_function
 from tosa_jax.inference.predictor import Predictor
 from tosa_jax.models.factory import structure
 from tosa_jax.models.method import METHODS
@@ -95,8 +96,12 @@ def depth_predictor():
 def folders(tmp_path_factory, classifier, depth_predictor):
     """An export of a classifier for any number of images, and one of relative depth for two."""
     root = tmp_path_factory.mktemp("exports")
-    tosa_jax.export(classifier, root / "digits", tokens=True)
-    tosa_jax.export(depth_predictor, root / "rooms", batch=2, platforms=["cpu"])
+    jax.config.update("jax_traceback_in_locations_limit", 10)  # JAX's default; tests have 0
+    try:
+        tosa_jax.export(classifier, root / "digits", tokens=True)
+        tosa_jax.export(depth_predictor, root / "rooms", batch=2, platforms=["cpu"])
+    finally:
+        jax.config.update("jax_traceback_in_locations_limit", 0)
     return root / "digits", root / "rooms"
 
 
@@ -227,7 +232,10 @@ def test_every_method_takes_any_number_of_images(name):
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"platforms": ["cpu", "tpus"]}, "platforms='tpus' is unknown; did you mean 'tpu'?"),
+        (
+            {"platforms": ["cpu", "gpu"]},
+            "platforms='gpu' is unknown; known: cpu, cuda (NVIDIA GPUs), tpu",
+        ),
         ({"platforms": []}, "platforms is empty: name some of cpu, cuda, tpu"),
         ({"batch": 0}, "batch=0 must be at least 1, or None for any number of images"),
         ({"folder": "there"}, "there exists: name a folder that does not"),
@@ -242,6 +250,15 @@ def test_bad_input_is_one_line(fields, says, classifier, tmp_path, monkeypatch):
     with pytest.raises(tosa_jax.UserError, match=re.escape(says)):
         tosa_jax.export(classifier, **{"folder": "new", **fields})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "there"]
+
+
+def test_float16_is_not_for_a_cpu(classifier):
+    config = dataclasses.replace(classifier.config, dtype="float16")
+    _check_platforms(("cuda", "tpu"), config)
+    with pytest.raises(
+        tosa_jax.UserError, match="'cpu', which does not multiply matrices of float16"
+    ):
+        _check_platforms(("cuda", "cpu"), config)
 
 
 def test_a_failure_leaves_nothing(folders, depth_predictor, tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ from tosa_jax.inference.predictor import Predictor
 from tosa_jax.models.params import Params, split
 from tosa_jax.models.plan import layer_specs
 from tosa_jax.models.vit import VisionTransformer
-from tosa_jax.models.vit_config import ViTConfig, check, check_choice, plain_value
+from tosa_jax.models.vit_config import ViTConfig, check, plain_value
 from tosa_jax.models.weights.digests import write_digests
 from tosa_jax.ops.platforms import plain
 from tosa_jax.paths import is_remote, write_atomically
@@ -124,7 +124,10 @@ def _at_least_one(batch: Any) -> int:
 def _check_platforms(names: tuple[str, ...], config: ViTConfig) -> None:
     check(len(names) > 0, "platforms is empty: name some of " + ", ".join(PLATFORMS))
     for platform in names:
-        check_choice("platforms", platform, PLATFORMS)
+        check(
+            platform in PLATFORMS,
+            f"platforms={platform!r} is unknown; known: cpu, cuda (NVIDIA GPUs), tpu",
+        )
     check(
         config.dtype != "float16" or "cpu" not in names,
         "platforms has 'cpu', which does not multiply matrices of float16: leave it out, or load the model with "
