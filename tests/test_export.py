@@ -66,6 +66,11 @@ def pixels(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
 
 
+def arrays(path):
+    with np.load(path) as file:
+        return dict(file)
+
+
 def programs(folder):
     """The exported programs of a folder, by platform."""
     said = json.loads((folder / "config.json").read_text())
@@ -116,13 +121,13 @@ def test_a_program_gives_elsewhere_what_the_model_gives_here(
     command = [sys.executable, "-c", READER, *map(str, argv)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found, expected = np.load(tmp_path / "0.npz"), classifier(pixels(*shapes[0]))
+    found, expected = arrays(tmp_path / "0.npz"), classifier(pixels(*shapes[0]))
     assert set(found) == {"logits", "selected0", "tokens"}
     np.testing.assert_allclose(found["logits"], expected.logits, atol=1e-5)
     np.testing.assert_array_equal(found["selected0"], expected.selected[0])
     normal = (jnp.asarray(pixels(*shapes[0])) / 255 - 0.3) / 0.4
     np.testing.assert_allclose(found["tokens"], forward(classifier.model, normal).tokens, atol=1e-5)
-    found, expected = np.load(tmp_path / "1.npz"), depth_predictor(pixels(*shapes[1]))
+    found, expected = arrays(tmp_path / "1.npz"), depth_predictor(pixels(*shapes[1]))
     np.testing.assert_allclose(found["depth"], expected.depth, atol=1e-4)
 
 
