@@ -86,10 +86,13 @@ def test_pictures_of_tokens_are_written_at_the_budget_asked_for(workdir, folder,
 
 
 def test_a_file_of_weights_alone_is_enough(workdir, folder, capsys, tmp_path):
-    exported = tmp_path / "all.safetensors"
-    status, *_ = run(capsys, f"--workdir={workdir}", f"--export={exported}")
+    saved = tmp_path / "all.safetensors"
+    status, *_ = run(capsys, f"--workdir={workdir}", f"--save={saved}")
     assert status == 0
-    alone = run(capsys, f"--weights={exported}", "--json", folder)
+    old = tmp_path / "old.safetensors"
+    assert run(capsys, f"--workdir={workdir}", f"--export={old}")[0] == 0  # before there was --save
+    assert old.read_bytes() == saved.read_bytes()
+    alone = run(capsys, f"--weights={saved}", "--json", folder)
     assert alone[:2] == run(capsys, f"--workdir={workdir}", "--json", folder)[:2]
 
 

@@ -32,6 +32,8 @@ Predictions of a trained model
     `Predictor.from_pretrained` loads released weights by name, `Predictor.from_weights` a file of `Predictor.save`.
     `Predictor.depth` is for depth models. `create_model(NAME, pretrained=True)` is the model alone.
 
+    tosa_jax.export(predictor, "FOLDER")            # programs (StableHLO) and weights that run without this package
+
 From the command line (each says more with --help)
     python -m tosa_jax.main --config=configs/digits.py         train: pretrain, selectors, fine-tune, evaluate
     python -m tosa_jax.prepare --config=configs/deit_s.py      prepare a data set, once
@@ -54,6 +56,7 @@ from etils import epy
 # Importing the package costs next to nothing: each name brings its modules when it is first used.
 with epy.lazy_api_imports(globals()):
     from tosa_jax.errors import UserError
+    from tosa_jax.inference.export import export
     from tosa_jax.inference.predictor import Predictor, load
     from tosa_jax.models.factory import with_image_size
     from tosa_jax.models.variants import VARIANTS
@@ -76,6 +79,7 @@ __all__ = [
     "VisionTransformer",
     "alternate",
     "create_model",
+    "export",
     "load",
     "load_pretrained",
     "save_selectors",

@@ -1,15 +1,17 @@
 """Classify images or predict their depth with a trained model, and show which tokens it selected.
 
     python -m tosa_jax.predict --workdir=runs/digits IMAGE ...              the model of a run
-    python -m tosa_jax.predict --weights=FOLDER IMAGE ...                   of transformers or timm; a file of --export
+    python -m tosa_jax.predict --weights=FOLDER IMAGE ...                   of transformers or timm; a file of --save
     python -m tosa_jax.predict --model=NAME --weights=FILE [--selectors=FILE] IMAGE ...     weights without a statement
     python -m tosa_jax.predict --workdir=runs/rooms --depth_dir=DIR [--truth=DIR] IMAGE ...     a depth model
+    python -m tosa_jax.predict --weights=FOLDER --export=DIR [--batch=N] [--platforms=cpu,tpu]  programs for elsewhere
 
 IMAGE is a file, a folder or a glob. `--keep_rate=.3` runs the same weights at another keep rate; with commas, one a
 selection (`--keep_rate=.7,.5,.3`). `--show_tokens=DIR` writes one PNG an image. For a classifier it shows the image,
 each selection with its bypassed patches faded, and its score map; for a depth model the image, the depth, with
-`--truth` also the true depth and the error, and each selection. Exit status: 0 done, 1 some files could not be read as
-images, 2 bad input.
+`--truth` also the true depth and the error, and each selection. `--save=FILE` writes the model for `--weights`,
+`--export=DIR` programs that run without this package (docs/export.md). Exit status: 0 done, 1 some files could not be
+read as images, 2 bad input.
 """
 
 import argparse
@@ -34,6 +36,7 @@ from tosa_jax.data.decoding import BadImageError
 from tosa_jax.data.image_files import find_images, read_ahead
 from tosa_jax.distributed.messages import say
 from tosa_jax.errors import ConfigError, NonFiniteOutputError
+from tosa_jax.inference.export import PLATFORMS, export
 from tosa_jax.inference.predictor import Predictor, check_finite, load
 from tosa_jax.tasks import TASKS
 from tosa_jax.tasks.prediction_writer import PredictionWriter, Record
@@ -61,7 +64,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("images", nargs="*", metavar="IMAGE", help="files, folders or globs")
     add("--workdir", type=Path, help="work directory of a run")
     add("--model", help="name of a variant, as in timm, where --weights state no network")
-    add("--weights", help="a file or folder of weights, hf:owner/name, or a file of --export")
+    add("--weights", help="a file or folder of weights, hf:owner/name, or a file of --save")
     add("--task", choices=list(TASKS), help="task of --model (default classification)")
     add("--selectors", help="file of selectors, for --weights")
     add("--classes", type=Path, help="text file with one class name a line, for --weights")
@@ -88,11 +91,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--depth_scale", type=float, help="units of --truth in one metre (default 1000)")
     add(
-        "--export",
-        type=Path,
-        metavar="FILE",
-        help="write the model and its preprocessing to one file",
+        "--image_size",
+        type=sides,
+        help="pixels, where not the model's own: one side, or height and width with a comma",
     )
+    _add_writing(parser)
     add("--exif", action="store_true", help="turn images upright as their EXIF orientation says")
     add("--batch_size", type=int, default=16)
     add("--threads", type=int, default=2, help="threads that decode images")
@@ -103,13 +106,46 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def _add_writing(parser: argparse.ArgumentParser) -> None:
+    """The arguments by which the model is written for later or for elsewhere."""
+    add = parser.add_argument
+    add(
+        "--save",
+        type=Path,
+        metavar="FILE",
+        help="write the model and its preprocessing to one file, for --weights",
+    )
+    add(
+        "--export",
+        type=Path,
+        metavar="DIR",
+        help="write programs (StableHLO) that run without this package to a new folder; "
+        "DIR.safetensors means --save",
+    )
+    add("--batch", type=int, help="images that a program of --export takes (default: any number)")
+    add("--platforms", type=words, help="of --export (default cpu,cuda,tpu)")
+    add("--tokens", action="store_true", help="programs of --export return all tokens too")
+
+
 def shares(text: str) -> float | tuple[float, ...]:
     """Parses "0.5", or "0.7,0.5" with one keep rate a selection."""
     values = tuple(map(float, text.split(",")))
     return values[0] if len(values) == 1 else values
 
 
+def sides(text: str) -> int | tuple[int, int]:
+    """Parses "224", or "480,640" of height and width."""
+    return flags.image_size([int(side) for side in text.split(",")])
+
+
+def words(text: str) -> tuple[str, ...]:
+    """Parses "cpu,tpu"."""
+    return tuple(text.split(","))
+
+
 def _check(args: argparse.Namespace) -> None:
+    if args.export and args.export.suffix == ".safetensors":  # as it was before there was --save
+        args.save, args.export = args.export, None
     if (args.workdir is None) == (args.weights is None):
         raise ConfigError(
             "command line: give --workdir=DIR of a run, or --weights=FILE with --model=NAME"
@@ -119,7 +155,10 @@ def _check(args: argparse.Namespace) -> None:
             raise ConfigError(f"command line: --{flag} goes with --weights=FILE")
     if args.task and not args.model:
         raise ConfigError("command line: --task goes with --model=NAME")
-    for flag in ("top", "batch_size", "threads"):
+    for flag in ("batch", "platforms", "tokens"):
+        if getattr(args, flag) and not args.export:
+            raise ConfigError(f"command line: --{flag} goes with --export=DIR")
+    for flag in ("top", "batch", "batch_size", "threads"):
         if (value := getattr(args, flag)) is not None and value < 1:
             raise ConfigError(f"command line: --{flag}={value} must be at least 1")
     if args.depth_scale is not None and not args.truth:
@@ -128,7 +167,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"command line: --depth_scale={args.depth_scale} must be above 0")
     if args.plan and args.keep_rate is not None:
         raise ConfigError("command line: --plan has the keep rates: leave out --keep_rate")
-    if not args.images and not args.export:
+    if not args.images and not args.export and not args.save:
         raise ConfigError("command line: name at least one image, folder or glob")
 
 
@@ -141,6 +180,8 @@ def make_predictor(args: argparse.Namespace, num_images: int) -> Predictor:
     }
     if args.plan:
         common["plan"] = args.plan
+    if args.image_size:
+        common["image_size"] = args.image_size
     if args.workdir:
         return Predictor.from_workdir(args.workdir, **common)
     names = class_names.read_names(args.classes) if args.classes else None
@@ -163,9 +204,7 @@ def _predict(args: argparse.Namespace) -> int:
     if args.exif:
         predictor.form = dataclasses.replace(predictor.form, exif_rotate=True)
     writer = predictor.task.prediction_writer(predictor, args, paths)
-    if args.export:
-        predictor.save(args.export)
-        _say(f"written: {args.export}")
+    _write(predictor, args)
     failed = 0
     with _bar(len(paths)) as advance:
         ahead = 2 * predictor.batch_sizes[-1]
@@ -177,6 +216,18 @@ def _predict(args: argparse.Namespace) -> int:
                     return READER_GONE
                 advance()
     return 1 if failed else 0
+
+
+def _write(predictor: Predictor, args: argparse.Namespace) -> None:
+    """What `--save` and `--export` ask for."""
+    if args.save:
+        predictor.save(args.save)
+        _say(f"written: {args.save}")
+    if args.export:
+        platforms = args.platforms or PLATFORMS
+        fields: dict[str, Any] = {"batch": args.batch, "tokens": args.tokens}
+        export(predictor, args.export, platforms=platforms, **fields)
+        _say(f"written: {args.export}, for {', '.join(platforms)}")
 
 
 def _say(line: str) -> None:

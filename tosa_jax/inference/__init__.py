@@ -1,3 +1,3 @@
-"""Predictions of trained models: loading a model with its preprocessing, and `Predictor`.
+"""Predictions of trained models: loading a model with its preprocessing, `Predictor`, and programs that run elsewhere.
 Training and evaluation on data sets are in `train`.
 """

@@ -22,7 +22,7 @@ from tosa_jax.inference.loading import KeepRate, OnMessage
 from tosa_jax.inference.pictures import Picture, open_picture
 from tosa_jax.models.factory import with_image_size
 from tosa_jax.models.params import Params, set_params, split
-from tosa_jax.models.vit import VisionTransformer
+from tosa_jax.models.vit import Output, VisionTransformer
 from tosa_jax.models.vit_config import ViTConfig, are_many, check, plain_value
 from tosa_jax.models.weights.load import Weights
 from tosa_jax.models.weights.preprocessing import Preprocessing
@@ -323,12 +323,29 @@ class Predictor:
         return jax.ShapeDtypeStruct((batch_size, *size, self.config.in_chans), np.uint8)
 
     def _run(self, params: Params, images: jax.Array) -> Prediction:
-        size = (images.shape[1], images.shape[2])
-        model = with_image_size(set_params(self._graphdef, params), size)
+        out: Any = self.output(params, images)
+        return Prediction(out.predictions, out.selected, out.scores)
+
+    def output(self, params: Params, images: jax.Array, *, tokens: bool = False) -> Output:
+        """What the network gives for images, uint8 [b, height, width, c]: a pure function, to be compiled or exported.
+
+        params  of `model`, by path.
+        tokens  whether `Output.tokens` is wanted of a classifier too.
+
+        Predictions are float32, whatever the network computes in.
+        """
+        model = with_image_size(
+            set_params(self._graphdef, params), (images.shape[1], images.shape[2])
+        )
+
+        def all_of_it(images: jax.Array, key: jax.Array, **_: Any) -> Output:
+            return model(images, key=key)
+
         # A fixed key: the method "random" then selects the same tokens in every call.
-        out: Any = self.task.predict(model, {"image": images}, jax.random.key(0))
+        run = all_of_it if tokens else model
+        out: Any = self.task.predict(run, {"image": images}, jax.random.key(0))
         predictions = {name: x.astype(np.float32) for name, x in out.predictions.items()}
-        return Prediction(predictions, out.selected, out.scores)
+        return out._replace(predictions=predictions)
 
     def _check(self, images: np.ndarray) -> None:
         config = self.config

@@ -19,6 +19,7 @@ from tosa_jax.errors import ConfigError
 from tosa_jax.models.vit_config import ViTConfig
 from tosa_jax.ops.array_types import AttnMap, Heads, Images, Keys, Queries, Scores, Tokens
 from tosa_jax.ops.attention import attention, attention_logits
+from tosa_jax.ops.platforms import by_platform
 from tosa_jax.ops.rotary import Rotary, turn
 from tosa_jax.ops.tpu_kernels import SUBLANES
 
@@ -53,8 +54,11 @@ def fold_key(key: jax.Array, number: int | jax.Array) -> jax.Array:
     return jax.vmap(fold, (0, None))(key, number) if key.ndim else fold(key, number)
 
 
-def draw(key: jax.Array, count: int, sample: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """`sample(key)` for each of `count` examples, from a key an example or from one key for all."""
+def draw(key: jax.Array, count: Any, sample: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """`sample(key)` for each of `count` examples, from a key an example or from one key for all.
+
+    count  an int, or the symbol of a batch of any size (`jax.export`).
+    """
     return jax.vmap(sample)(key if key.ndim else jax.random.split(key, count))
 
 
@@ -68,7 +72,7 @@ class DropPath(NamedTuple):
         """update [b n d] of branch 0 (attention) or 1 (MLP), scaled to keep its expectation."""
         keep = 1.0 - jnp.asarray(self.rate, jnp.float32)
         key = fold_key(self.key, branch)
-        kept = draw(key, len(update), lambda k: jax.random.bernoulli(k, keep, (1, 1)))
+        kept = draw(key, update.shape[0], lambda k: jax.random.bernoulli(k, keep, (1, 1)))
         return jnp.where(kept, update / keep.astype(update.dtype), 0)
 
 
@@ -244,7 +248,7 @@ def _project_backward(parts, arrays, grads):
         sums = [dot("bnk,bne->ke", ones, g)[0] for g in grads] if bias is not None else []
         return of_x, of_kernel, jnp.concatenate(sums) if sums else None
 
-    found = jax.lax.platform_dependent(*arrays, grads, tpu=apart, default=together)
+    found = by_platform(*arrays, grads, tpu=apart, default=together)
     return tuple(
         None if grad is None else grad.astype(array.dtype)
         for grad, array in zip(found, arrays, strict=True)
@@ -314,9 +318,7 @@ def row_major(x: Tokens) -> Tokens:
     if x.dtype != jnp.bfloat16:
         return x
     layout = Layout(major_to_minor=(0, 1, 2))
-    return jax.lax.platform_dependent(
-        x, tpu=lambda x: with_layout_constraint(x, layout), default=lambda x: x
-    )
+    return by_platform(x, tpu=lambda x: with_layout_constraint(x, layout), default=lambda x: x)
 
 
 row_major.defvjp(lambda x: (row_major(x), None), lambda _, grad: (row_major(grad),))

@@ -21,6 +21,7 @@ from tosa_jax.ops.attention import (
     column_sums,
     walk_map,
 )
+from tosa_jax.ops.platforms import by_platform
 
 _FEW_MACS = 200
 """Multiply-adds for an entry of the map. Up to this many, a CPU is faster entry by entry than by matrix products."""
@@ -115,7 +116,7 @@ class TokenSelector(nnx.Module):
         logits = jax.lax.stop_gradient(logits)
         if self.macs_per_entry > _FEW_MACS or self.size > 1:
             return jax.nn.log_softmax(self._convolve(logits), axis=-1)
-        found = jax.lax.platform_dependent(logits, cpu=self._mix_heads, default=self._convolve)
+        found = by_platform(logits, cpu=self._mix_heads, default=self._convolve)
         return jax.nn.log_softmax(found, axis=-1)
 
     def attention_and_sums(

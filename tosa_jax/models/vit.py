@@ -215,7 +215,7 @@ class VisionTransformer(nnx.Module):
         tokens = []
         if prefix:
             prefix = jnp.concatenate([token[...].astype(dtype) for token in prefix], axis=1)
-            tokens = [jnp.broadcast_to(prefix, (len(patches), *prefix.shape[1:]))]
+            tokens = [jnp.broadcast_to(prefix, (patches.shape[0], *prefix.shape[1:]))]
         if positions is not None and not config.pos_embed_prefix:
             patches = patches + positions
         tokens = jnp.concatenate([*tokens, patches], axis=1) if tokens else patches
@@ -384,7 +384,7 @@ class VisionTransformer(nnx.Module):
             found = [self.norm(tokens) for tokens in found]
         if reshape:
             prefix = self.config.num_prefix_tokens
-            found = [tokens[:, prefix:].reshape(len(tokens), *grid, -1) for tokens in found]
+            found = [tokens[:, prefix:].reshape(tokens.shape[0], *grid, -1) for tokens in found]
         return tuple(found)
 
     def attention_maps(

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, PyTree
 
 from tosa_jax.ops import gpu_attention, tpu_attention
 from tosa_jax.ops.array_types import AttnLogits, AttnMap, Keys, PerExample, Queries, Scores
+from tosa_jax.ops.platforms import by_platform
 
 
 def pool_heads(values: Float[Array, "b h n"], how: str) -> Scores:
@@ -43,7 +44,7 @@ def attention(
         forms["cuda"] = gpu_attention.attention if short else gpu_attention.cudnn_attention
     if not forms:
         return _xla_attention(query, key, value, *bias)
-    return jax.lax.platform_dependent(query, key, value, *bias, **forms, default=_xla_attention)
+    return by_platform(query, key, value, *bias, **forms, default=_xla_attention)
 
 
 def _xla_attention(query, key, value, key_bias=None):
@@ -113,7 +114,7 @@ def walk_map(
     full = num_rows // chunk * chunk
 
     def split(x):
-        chunks = x[:, :full].reshape(len(x), full // chunk, chunk, *x.shape[2:])
+        chunks = x[:, :full].reshape(x.shape[0], full // chunk, chunk, *x.shape[2:])
         return jnp.moveaxis(chunks, 1, 0)
 
     def body(total, chunk_rows):
@@ -126,7 +127,7 @@ def walk_map(
         jax.eval_shape(lambda: step(*jax.tree.map(lambda x: x[0], head))[1]),
     )
     total, out = jax.lax.scan(body, zeros, head)
-    out = jnp.moveaxis(out, 0, 1).reshape(len(query), full, *query.shape[2:])
+    out = jnp.moveaxis(out, 0, 1).reshape(query.shape[0], full, *query.shape[2:])
     if full < num_rows:
         tail, part = step(*jax.tree.map(lambda x: x[:, full:], (query, rows)))
         out = jnp.concatenate([out, tail], axis=1)
@@ -161,7 +162,7 @@ def attention_and_column_sums(
         forms["cuda"] = gpu_attention.attention_and_column_sums
     if not forms or key_bias is not None:
         return walked(query, key, value)
-    return jax.lax.platform_dependent(query, key, value, **forms, default=walked)
+    return by_platform(query, key, value, **forms, default=walked)
 
 
 def attention_and_selector_sums(
@@ -190,9 +191,7 @@ def attention_and_selector_sums(
     if gpu_attention.supports_selector(query, key) and _has_cuda():
         forms["cuda"] = form(gpu_attention)
     arrays = query, key, value, *layers
-    return (
-        jax.lax.platform_dependent(*arrays, **forms, default=walked) if forms else walked(*arrays)
-    )
+    return by_platform(*arrays, **forms, default=walked) if forms else walked(*arrays)
 
 
 def map_kl(true_logits: AttnLogits, log_predicted: Float[Array, "b h q k"]) -> PerExample:

@@ -69,7 +69,9 @@ def soft_clusters(
     """
     patches = jax.lax.stop_gradient(patches).astype(jnp.float32)
     far = jnp.where(jnp.asarray(is_near(grid, pooled, window)), 0.0, 1e16)[None]
-    weights = jnp.broadcast_to(jnp.asarray(pooling(grid, pooled)), (len(patches), *far.shape[1:]))
+    weights = jnp.broadcast_to(
+        jnp.asarray(pooling(grid, pooled)), (patches.shape[0], *far.shape[1:])
+    )
     for _ in range(rounds):
         centres = jnp.einsum("bsn,bnd->bsd", weights, patches, precision="highest")
         distances = squared_distances(centres, patches) + far

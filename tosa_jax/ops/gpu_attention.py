@@ -115,7 +115,7 @@ def _cudnn_of_even(query, key, value):
     counts = query.shape[1], key.shape[1]
     if not any(count % 2 for count in counts):
         return _cudnn(query, key, value)
-    of_queries, of_keys = (jnp.full(len(query), count, jnp.int32) for count in counts)
+    of_queries, of_keys = (jnp.full(query.shape[0], count, jnp.int32) for count in counts)
     query, key, value = (
         jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (query, key, value)
     )

@@ -29,7 +29,7 @@ class Rotary(NamedTuple):
 
     def selected(self, selection: Selection) -> "Rotary":
         """Those of the selected tokens, [b s c]."""
-        examples = len(selection.indices)
+        examples = selection.indices.shape[0]
         both = jnp.concatenate([self.cos, self.sin], axis=2)
         both = jnp.broadcast_to(both, (examples, *both.shape[1:]))
         return Rotary(*jnp.split(gather_tokens(both, selection), 2, axis=2))
@@ -38,7 +38,7 @@ class Rotary(NamedTuple):
         """Those of the tokens at `places`, in any order and as often as they are named."""
 
         def take(values):
-            values = jnp.broadcast_to(values, (len(places), *values.shape[1:]))
+            values = jnp.broadcast_to(values, (places.shape[0], *values.shape[1:]))
             return jnp.take_along_axis(values, places[:, :, None], axis=1)
 
         return Rotary(take(self.cos), take(self.sin))

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from tosa_jax.ops.array_types import Heads, Scores, Tokens
+from tosa_jax.ops.platforms import by_platform
 from tosa_jax.ops.token_selection import (
     Selection,
     complement,
@@ -43,7 +44,7 @@ def sum_groups(values: Tokens, selection: Selection) -> Float[Array, "b s d"]:
         moved = gather_tokens(values, others)
         return sums + jnp.einsum("bms,bmd->bsd", hot, moved, precision="highest")
 
-    return jax.lax.platform_dependent(values, selection, tpu=in_one_product, default=apart)
+    return by_platform(values, selection, tpu=in_one_product, default=apart)
 
 
 @jax.custom_vjp
@@ -76,7 +77,7 @@ def mean_of_heads(keys: Heads) -> Float[Array, "b n dh"]:
         return jnp.einsum("bnd,dc->bnc", keys.reshape(b, n, -1), mean, precision="highest")
 
     keys = jax.lax.stop_gradient(keys)
-    return jax.lax.platform_dependent(keys, tpu=by_product, default=lambda keys: keys.mean(axis=2))
+    return by_platform(keys, tpu=by_product, default=lambda keys: keys.mean(axis=2))
 
 
 def cosines(a: Float[Array, "b n f"], b: Float[Array, "b m f"]) -> Float[Array, "b n m"]:
@@ -106,7 +107,7 @@ def with_representatives(
         similarity = cosines(features, gather_tokens(features, selection))
         return _argmax_patch(similarity, num_prefix_tokens)
 
-    slot = jax.lax.platform_dependent(
+    slot = by_platform(
         jax.lax.stop_gradient(features), selection, tpu=among_all, default=among_others
     )
     return selection._replace(slot=jnp.where(selection.mask, selection.slot, slot))
@@ -159,7 +160,7 @@ def two_way_matching(
     def together(of_even, of_odd):
         return jnp.concatenate([of_even, of_odd], axis=1)[:, sorted_places]
 
-    own = np.broadcast_to(np.arange(n, dtype=np.int32), (len(similarity), n))
+    own = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (similarity.shape[0], n))
     stays = together(even_stays, odd_stays)
     owner = jnp.where(stays, own, together(jnp.asarray(odd)[to_odd], jnp.asarray(even)[to_even]))
     owner = owner.astype(jnp.int32)

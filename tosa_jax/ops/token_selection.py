@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
 from tosa_jax.ops.array_types import PerExample, Scores, Tokens
+from tosa_jax.ops.platforms import by_platform
 
 
 class Selection(NamedTuple):
@@ -68,7 +69,7 @@ def select_tokens(scores: Scores, count: int, num_prefix_tokens: int) -> Selecti
 
     scores [b n], higher is better; ties go to the lower index. `count` in [prefix, n]. No gradient passes.
     """
-    chosen = jax.lax.platform_dependent(
+    chosen = by_platform(
         jax.lax.stop_gradient(scores),
         tpu=functools.partial(_select_by_rank, count=count, num_prefix_tokens=num_prefix_tokens),
         default=functools.partial(
@@ -82,7 +83,7 @@ def _select_by_sorting(scores: Scores, count: int, num_prefix_tokens: int) -> tu
     # Not lax.top_k: on CPU and GPU its program first gathers the scores of all devices' examples.
     best = jnp.argsort(-scores[:, num_prefix_tokens:], axis=1)[:, : count - num_prefix_tokens]
     patches = jnp.sort(best, axis=1) + num_prefix_tokens
-    prefix = jnp.broadcast_to(jnp.arange(num_prefix_tokens), (len(scores), num_prefix_tokens))
+    prefix = jnp.broadcast_to(jnp.arange(num_prefix_tokens), (scores.shape[0], num_prefix_tokens))
     indices = jnp.concatenate([prefix, patches], axis=1).astype(jnp.int32)
     return selection_from_indices(indices, scores.shape[1])[:3]
 
@@ -116,14 +117,14 @@ def take(values: Int32[Array, "b n"], places: Int32[Array, "b m"]) -> Int32[Arra
     def by_product(values, places):
         hot = jax.nn.one_hot(places, values.shape[1], dtype=jnp.float32)
         rows = jnp.broadcast_to(
-            values[:, None].astype(jnp.float32), (len(values), 8, values.shape[1])
+            values[:, None].astype(jnp.float32), (values.shape[0], 8, values.shape[1])
         )
         return jnp.einsum("bkn,bmn->bkm", rows, hot, precision="highest")[:, 0].astype(values.dtype)
 
     def by_index(values, places):
         return jnp.take_along_axis(values, places, axis=1, mode="promise_in_bounds")
 
-    return jax.lax.platform_dependent(values, places, tpu=by_product, default=by_index)
+    return by_platform(values, places, tpu=by_product, default=by_index)
 
 
 def complement(selection: Selection) -> Selection:
@@ -177,7 +178,7 @@ def _gather(tokens, selection):
             tokens, selection.indices[:, :, None], axis=1, mode="promise_in_bounds"
         )
 
-    return jax.lax.platform_dependent(tokens, selection, tpu=by_product, default=by_index)
+    return by_platform(tokens, selection, tpu=by_product, default=by_index)
 
 
 def _gather_forward(tokens, selection):
@@ -208,7 +209,7 @@ def take_slots(values: Float[Array, "b s d"], selection: Selection) -> Tokens:
             values, selection.slot[:, :, None], axis=1, mode="promise_in_bounds"
         )
 
-    return jax.lax.platform_dependent(values, selection, tpu=by_product, default=by_index)
+    return by_platform(values, selection, tpu=by_product, default=by_index)
 
 
 @jax.custom_vjp
@@ -233,7 +234,7 @@ _scatter.defvjp(_scatter_forward, _scatter_backward)
 def overlap(found: Scores, truth: Scores, count: int, num_prefix_tokens: int) -> PerExample:
     """Share in [0, 1] of the patches that `truth` would select which `found` selects too."""
     if count == num_prefix_tokens:
-        return jnp.ones(len(found))
+        return jnp.ones(found.shape[0])
     chosen = select_tokens(found, count, num_prefix_tokens).mask
     wanted = select_tokens(truth, count, num_prefix_tokens).mask
     both = (chosen & wanted)[:, num_prefix_tokens:].sum(axis=1)

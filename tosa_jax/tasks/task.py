@@ -192,6 +192,11 @@ class Task:
         image = (*config.image_shape, config.in_chans)
         return {"image": jax.ShapeDtypeStruct(image, jnp.uint8)}
 
+    @classmethod
+    def units(cls, config: ViTConfig) -> Mapping[str, str]:
+        """The units of the predictions that have some, by name: for people who read them elsewhere."""
+        return {}
+
     @property
     def teacher(self) -> Teacher | None:
         """Which teacher `training_loss` gets; None: none."""

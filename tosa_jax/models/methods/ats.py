@@ -77,7 +77,7 @@ def sample(scores: Scores, count: int, num_prefix_tokens: int) -> Selection:
     hit = jax.nn.one_hot(nearest, number).max(axis=1)
     # Sampled patches come first, then those of high rank.
     order = number * jnp.take_along_axis(hit, rank, axis=1) + rank
-    prefix = jnp.zeros((len(scores), num_prefix_tokens))
+    prefix = jnp.zeros((scores.shape[0], num_prefix_tokens))
     return select_tokens(jnp.concatenate([prefix, order], axis=1), count, num_prefix_tokens)
 
 

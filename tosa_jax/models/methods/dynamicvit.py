@@ -84,7 +84,7 @@ class LearnedPruning(PersistentReduction):
         if state.policy is not None:
             policy = policy * state.policy
         share = policy[:, self.num_prefix_tokens :].mean()
-        loss = jnp.broadcast_to(self.loss_weight * self.miss(share), len(policy))
+        loss = jnp.broadcast_to(self.loss_weight * self.miss(share), policy.shape[0])
         aux = state.aux | {f"loss/pruning/{self.spec.layer}": loss}
         return state._replace(policy=policy, aux=aux)
 
@@ -146,7 +146,7 @@ class DynamicViT(LearnedPruning):
         assert context.key is not None, "training passes a key"
         n = scores.shape[1]
         noise = draw(
-            fold_key(context.key, 3), len(scores), lambda key: jax.random.logistic(key, (n,))
+            fold_key(context.key, 3), scores.shape[0], lambda key: jax.random.logistic(key, (n,))
         )
         # The difference of two Gumbel draws is logistic, and that of the logarithms is the logit.
         logit = scores - jnp.log1p(-jnp.minimum(jnp.exp(scores), 1 - 1e-6))

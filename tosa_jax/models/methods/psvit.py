@@ -50,7 +50,7 @@ class PSViT(PersistentReduction):
     def apply(self, block: Block, state: TokenState, context: LayerContext) -> TokenState:
         if self.spec.opens:
             weights = jnp.asarray(pooling(self.before, self.after))[None]
-            weights = jnp.broadcast_to(weights, (len(state.tokens), *weights.shape[1:]))
+            weights = jnp.broadcast_to(weights, (state.tokens.shape[0], *weights.shape[1:]))
             reduction = Reduction(TokenWeights(beside_prefix(weights, self.num_prefix_tokens)))
             state = state.reduced(reduction.merge(state.tokens), reduction)
         attn_map = own_map(block, state)

@@ -79,7 +79,7 @@ class Reassemble(nnx.Module):
         x = tokens[:, self.num_prefix_tokens :]
         if self.readout is not None and self.readout_token is not None:
             x = jax.nn.gelu(self.readout(x) + self.readout_token(tokens[:, :1]), approximate=False)
-        x = self.proj(x).reshape(len(x), *grid, -1)
+        x = self.proj(x).reshape(x.shape[0], *grid, -1)
         x = x if self.grow is None else self.grow(x)
         return x if self.shrink is None else self.shrink(x)
 

@@ -43,7 +43,7 @@ def map_shape(grid: tuple[int, int], scale: float) -> tuple[int, int]:
 
 def resize(x: AnyMap, size: tuple[int, int]) -> AnyMap:
     """Bilinear, pixel centres at halves; untouched where the size is the same."""
-    return jax.image.resize(x, (len(x), *size, x.shape[3]), "bilinear")
+    return jax.image.resize(x, (x.shape[0], *size, x.shape[3]), "bilinear")
 
 
 def resize_corners(x: AnyMap, size: tuple[int, int]) -> AnyMap:

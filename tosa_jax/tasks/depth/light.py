@@ -69,7 +69,7 @@ class Reassemble(nnx.Module):
         x = self.proj(tokens[:, self.num_prefix_tokens :])
         if self.readout is not None:
             x = jax.nn.gelu(x + self.readout(tokens[:, :1]))
-        b, (rows, columns), up = len(x), grid, self.up
+        b, (rows, columns), up = x.shape[0], grid, self.up
         if self.grow is not None:
             x = self.grow(x).reshape(b, rows, columns, up, up, -1).transpose(0, 1, 3, 2, 4, 5)
         x = x.reshape(b, rows * up, columns * up, self.channels)

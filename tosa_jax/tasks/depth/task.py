@@ -146,6 +146,12 @@ class Depth(Task):
         depth = jax.ShapeDtypeStruct(config.image_shape, jnp.float32)
         return {**super().example(config), "depth": depth}
 
+    @classmethod
+    def units(cls, config: Any) -> dict[str, str]:
+        """Metres, or what relative depth is."""
+        metric = config.depth_estimation_type == "metric"
+        return {"depth": "metres" if metric else "none: relative inverse depth, larger is nearer"}
+
     def training_batch(self, batch: Batch, key: jax.Array) -> Batch:
         """Normalised `image`, `depth`, and `weight` [b]: the mean of the loss counts images with a valid pixel."""
         seen = self.valid(batch["depth"], self.scoring.min_train_depth).any(axis=(1, 2))
