@@ -38,6 +38,7 @@ from tosa_jax.tasks.task import (
     StageSettings,
     State,
     Task,
+    check_unused,
     input_fields,
 )
 
@@ -138,16 +139,14 @@ class Dino(Task):
         patch, side = run.model.patch_size, run.options.local_size
         check(not run.options.local_crops or side % patch == 0 and side > 0,
               f"config.task.local_size={side} is not a multiple of the patch, {patch} pixels")  # fmt: skip
-        for stage in ("pretrain", "selector", "finetune"):
-            for name in ("label_smoothing", "mixup", "cutmix", "erase_prob", "distill_weight"):
-                check(getattr(getattr(run, stage), name) == 0,
-                      f"config.{stage}.{name} is for classification: 'dino' needs it to be 0")  # fmt: skip
+        check_unused(run, ("label_smoothing", "mixup", "cutmix", "erase_prob", "distill_weight"))
 
     @classmethod
     def check_dataset(cls, run: RunSettings, facts: Any) -> None:
         if facts.kind != cls.data_kind:
             raise ConfigError(
-                f"config.data.name={run.data.name!r} has no classes: the scores of 'dino' need them, not its training"
+                f"config.data.name={run.data.name!r} has no single class an image: the scores of 'dino' need "
+                "one, not its training"
             )
 
     @classmethod
