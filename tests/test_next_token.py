@@ -253,6 +253,9 @@ def test_scores_are_counted_by_hand():
     assert [(g.label, g.name) for g in guesses] == [(1, "dog"), (2, "bag"), (None, "ba")]
 
 
+SHALLOW = {"depth": 1, "plan": "standard", "decoder_depth": 1}
+
+
 def run_of(data_dir, **fields):
     config = default_config(task="next_token")
     config.update(batch_size=16, log_steps=2)
@@ -267,7 +270,7 @@ def run_of(data_dir, **fields):
 
 
 def test_a_run_resumes_exactly_and_is_scored(tmp_path, monkeypatch, one_device):
-    runner = Runner(run_of(str(tmp_path)), tmp_path, StopRequest())
+    runner = Runner(run_of(str(tmp_path), model=SHALLOW), tmp_path, StopRequest())
     stage_run = runner.stage_run(plan_stages(runner.run)[0][0])
 
     def train(folder, die=False):
@@ -289,7 +292,7 @@ def test_a_run_resumes_exactly_and_is_scored(tmp_path, monkeypatch, one_device):
 
 
 def test_a_mesh_and_parts_of_a_batch_change_nothing():
-    config = run_of("unused", model={"dtype": "float32"}).model
+    config = run_of("unused", model=SHALLOW | {"dtype": "float32"}).model
     graphdef, params = structure(config)
     params = get_params(build(config, rngs=nnx.Rngs(0)))
     optim = run_of("unused").pretrain.optim(4, 16)

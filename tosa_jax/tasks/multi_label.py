@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tosa_jax.models.vit import Output
+from tosa_jax.models.vit import Output, VisionTransformer
 from tosa_jax.models.vit_config import ViTConfig
 from tosa_jax.ops.array_types import PerExample
 from tosa_jax.tasks.classification import Classification, ClassWriter, draw_labelled
@@ -31,6 +31,19 @@ THRESHOLD = 0.5
 """A label is predicted from this probability on; the likeliest one always is."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class MultiLabelConfig(ViTConfig):
+    """A ViT whose head has a logit for each label: those of an image may be any number of them."""
+
+    task: ClassVar[str] = "multi_label"
+
+
+class MultiLabelTransformer(VisionTransformer):
+    """The network of such a configuration, which computes what any classifier does."""
+
+    config_class: ClassVar[type[ViTConfig]] = MultiLabelConfig
+
+
 class MultiLabelWriter(ClassWriter):
     """Writes the predicted labels, or with `--top` the likeliest ones."""
 
@@ -49,6 +62,7 @@ class MultiLabelWriter(ClassWriter):
 class MultiLabel(Task):
     """Binary cross-entropy in nats, the mean over classes."""
 
+    model_class: ClassVar[type[VisionTransformer]] = MultiLabelTransformer
     data_kind: ClassVar[str] = "label_sets"
     prediction_writer: ClassVar[type[PredictionWriter]] = MultiLabelWriter
     best_metric: ClassVar[str] = "f1"
