@@ -123,7 +123,7 @@ def test_first_tokens_differ_and_tokens_spell_the_labels():
 
 @pytest.mark.parametrize(
     ("labels", "message"),
-    [((), "labels is empty: set it"), (("a", ""), "without a name"), (("a", "b", "a"), "'a' twice")],
+    [((), "labels is empty: set config.model.labels"), (("a", ""), "without a name"), (("a", "b", "a"), "'a' twice")],
 )  # fmt: skip
 def test_labels_without_names_are_refused(labels, message):
     with pytest.raises(ConfigError, match=message):
@@ -358,7 +358,7 @@ def test_weights_state_their_labels_and_a_backbone_moves_between_tasks(tmp_path)
 
 @pytest.mark.parametrize(
     ("section", "fields", "message"),
-    [("model", {"labels": ()}, "config.model.labels is empty"),
+    [("model", {"labels": ()}, "labels is empty: set"),
      ("model", {"branches": 60}, "branches=60 is more than the 18 tokens"),
      ("model", {"decoder_heads": 3}, "decoder_heads=3 does not divide decoder_dim=16"),
      ("task", {"min_share": 0.0}, "min_share=0.0 is not in"),

@@ -34,8 +34,8 @@ class Vocabulary:
     def __post_init__(self) -> None:
         check(
             len(self.labels) > 0,
-            "config.model.labels is empty: set it to the names of the data set's labels, in their order, for example "
-            "('cat', 'dog')",
+            "labels is empty: set config.model.labels, or labels= of create_model, to the names of the data set's "
+            "labels, in their order, for example ('cat', 'dog')",
         )
         for label in self.labels:
             check(label != "", f"labels={self.labels} has one without a name: name every label")
