@@ -69,7 +69,7 @@ class MultiLabel(Task):
 
     @classmethod
     def from_run(cls, run: RunSettings, stage: StageSettings) -> "MultiLabel":
-        return cls(**input_fields(run))
+        return cls.of_model(run.model, run.options, **input_fields(run))
 
     @classmethod
     def of_model(
@@ -110,5 +110,6 @@ class MultiLabel(Task):
     def pictures(
         self, batch: HostBatch, out: Output, config: ViTConfig, class_names: Sequence[str] = ()
     ) -> dict[str, np.ndarray]:
-        named = [[class_names[i] for i in np.flatnonzero(row)] for row in batch["labels"]]
-        return draw_labelled(batch, out, config, [", ".join(names) for names in named])
+        names = np.asarray(class_names)
+        labels = [", ".join(names[row > 0]) for row in batch["labels"]] if class_names else None
+        return draw_labelled(batch, out, config, labels)

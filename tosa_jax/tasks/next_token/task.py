@@ -190,5 +190,5 @@ class NextToken(Task):
         self, batch: HostBatch, out: Output, config: ViTConfig, class_names: Sequence[str] = ()
     ) -> dict[str, np.ndarray]:
         parts = zip(out.predictions["text"], out.predictions["probability"], strict=True)
-        best = [self.guesses(texts, shares)[:1] for texts, shares in parts]
-        return draw_labelled(batch, out, config, [guess.name for row in best for guess in row])
+        best = [self.guesses(texts, shares) for texts, shares in parts]
+        return draw_labelled(batch, out, config, [row[0].name if row else "" for row in best])
