@@ -173,7 +173,7 @@ def test_an_error_half_way_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_what_is_not_ours(tmp_path):
-    with pytest.raises(ConfigError, match="it prepares digits, rooms, and IDX files"):
+    with pytest.raises(ConfigError, match="it prepares digits, rooms, several_digits, and IDX"):
         prepare_own("mnist", tmp_path)
     with pytest.raises(ConfigError, match="digits has no files"):
         prepare_own("digits", tmp_path, tmp_path)
