@@ -48,11 +48,9 @@ def draw_several(
     for label, place in zip(labels, rng.permutation(count**2), strict=False):
         item = int(rng.integers(len(groups[label])))
         size = int(rng.integers(round(SMALLEST * cell), cell + 1))
-        top, left = np.array(divmod(int(place), count)) * cell + rng.integers(
-            0, cell - size + 1, size=2
-        )
-        image[top : top + size, left : left + size] = resized(groups[label][item : item + 1], size)[
-            0
-        ]
+        corner = np.array(divmod(int(place), count)) * cell
+        top, left = corner + rng.integers(0, cell - size + 1, size=2)
+        (drawn,) = resized(groups[label][item : item + 1], size)
+        image[top : top + size, left : left + size] = drawn
         boxes.append((top, left, top + size, left + size))
     return SeveralItems(image, labels, np.array(boxes))
