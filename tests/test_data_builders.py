@@ -173,7 +173,7 @@ def test_an_error_half_way_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_what_is_not_ours(tmp_path):
-    with pytest.raises(ConfigError, match="it prepares digits, rooms, and IDX files"):
+    with pytest.raises(ConfigError, match="it prepares digits, rooms, several_digits, and IDX"):
         prepare_own("mnist", tmp_path)
     with pytest.raises(ConfigError, match="digits has no files"):
         prepare_own("digits", tmp_path, tmp_path)
@@ -215,6 +215,6 @@ def test_a_set_without_labels_is_refused(tmp_path, digits_dir):
     text = (folder / "features.json").read_text().replace('"label"', '"species"')
     (folder / "features.json").write_text(text)
     with pytest.raises(
-        DataError, match="no feature 'image' with a 'label' of kind ClassLabel or a 'depth'"
+        DataError, match="no feature 'image' with a 'label' of kind ClassLabel, 'labels'"
     ):
         open_dataset(DataConfig(name="birds", data_dir=str(tmp_path), image_size=8, channels=1))

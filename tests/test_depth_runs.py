@@ -190,7 +190,7 @@ def test_data_of_the_other_task_are_refused(rooms_run, digits_dir, capsys):
             f"--config.data.data_dir={folder}/tfds", "--config.data.name=rooms/32x48-64-16",
             "--config.data.eval_split=validation"]  # fmt: skip
     assert entry.main(argv) == 2
-    assert "has no classes" in capsys.readouterr().err
+    assert "has no single class an image" in capsys.readouterr().err
 
 
 def test_distilling_from_a_network_without_a_decoder_is_refused(nyu, tmp_path, capsys):

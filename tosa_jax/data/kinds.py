@@ -2,7 +2,7 @@
 
 from tosa_jax.data.depth.maps import DepthMaps
 from tosa_jax.data.examples import ExampleKind
-from tosa_jax.data.labelled import LabelledImages
+from tosa_jax.data.labelled import LabelledImages, LabelSets
 
-EXAMPLE_KINDS: tuple[type[ExampleKind], ...] = (LabelledImages, DepthMaps)
+EXAMPLE_KINDS: tuple[type[ExampleKind], ...] = (LabelledImages, LabelSets, DepthMaps)
 """A set is of the first kind whose `matches` says so."""

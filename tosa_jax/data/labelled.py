@@ -1,4 +1,7 @@
-"""Labelled images: records of a classification set -> {"image": uint8 [s s c], "label": int32}."""
+"""Labelled images: records of a classification set -> {"image": uint8 [s s c], "label": int32}.
+
+Of a set with several labels an image -> {"image": the same, "labels": uint8 [classes], 1 for those it has}.
+"""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -25,6 +28,8 @@ class LabelledImages(ExampleKind):
     preprocess: Preprocess
     whole: bool = False
     name: ClassVar[str] = "classification"
+    field: ClassVar[str] = "label"
+    blank_label: ClassVar[Any] = 0  # of an example of zeros
     augmentations: ClassVar[Iterable[str]] = AUGMENTATIONS
 
     @classmethod
@@ -65,7 +70,11 @@ class LabelledImages(ExampleKind):
         return ("image",)
 
     def fields(self, features: Record) -> Record:
-        return {"image": features["image"], "label": np.int32(features["label"])}
+        return {"image": features["image"], self.field: self.target(features[self.field])}
+
+    def target(self, label: Any) -> Any:
+        """What batches hold of a stored label."""
+        return np.int32(label)
 
     def cached(self, record: Record) -> Record:
         encoded = record["image"]
@@ -83,7 +92,7 @@ class LabelledImages(ExampleKind):
             image = self.preprocess.open(image)
         elif not isinstance(image, np.ndarray):
             image = self.preprocess.decode(image)
-        return {"image": image, "label": record["label"]}
+        return {"image": image, self.field: record[self.field]}
 
     def evaluation_example(self, record: Record) -> Example:
         return self.training_example(record)
@@ -92,4 +101,45 @@ class LabelledImages(ExampleKind):
         size = self.preprocess.image_size
         assert isinstance(size, int), "`DataConfig.preprocess` always makes squares"
         image = np.zeros((size, size, self.preprocess.channels), np.uint8)
-        return {"image": image, "label": np.int32(0)}
+        return {"image": image, self.field: self.target(self.blank_label)}
+
+
+@dataclass(frozen=True)
+class LabelSets(LabelledImages):
+    """Images with any number of classes each.
+
+    num_classes  of the set.
+    """
+
+    num_classes: int = 0
+    name: ClassVar[str] = "label_sets"
+    field: ClassVar[str] = "labels"
+    blank_label: ClassVar[Any] = ()
+
+    @classmethod
+    def matches(cls, features: Mapping[str, Any]) -> bool:
+        labels = features.get("labels")
+        return isinstance(labels, tfds.features.Sequence) and isinstance(
+            labels.feature, tfds.features.ClassLabel
+        )
+
+    @classmethod
+    def of_split(
+        cls,
+        config: DataConfig,
+        features: Mapping[str, Any],
+        image_size: tuple[int, int],
+        *,
+        train: bool,
+    ) -> ExampleKind:
+        whole = train and config.augment in CROPS
+        return cls(config.preprocess, whole, len(cls.class_names(features)))
+
+    @classmethod
+    def class_names(cls, features: Mapping[str, Any]) -> tuple[str, ...]:
+        return tuple(features["labels"].feature.names)
+
+    def target(self, label: Any) -> Any:
+        found = np.zeros(self.num_classes, np.uint8)
+        found[np.asarray(label, int)] = 1
+        return found

@@ -38,7 +38,7 @@ class DatasetFacts:
     num_eval     examples of the evaluation split.
     num_classes  0 for a set without classes.
     class_names  in the order of the labels.
-    kind         `ExampleKind.name`: "classification" or "depth".
+    kind         `ExampleKind.name`: "classification", "label_sets" or "depth".
     fingerprint  of what the two splits hold (`Dataset.fingerprint`), which takes a moment; "": not looked at.
     """
 
@@ -96,7 +96,7 @@ class Dataset:
             digest.update(f"{count},".encode())
             for i in sorted({k * count // SAMPLES for k in range(SAMPLES)}):
                 record = records[i]
-                for name in ("image", "label", "depth"):
+                for name in ("image", "label", "labels", "depth"):
                     if name in record:
                         digest.update(_content(record[name]))
         return digest.hexdigest()[:12]
@@ -173,8 +173,8 @@ class Dataset:
 
         Returns:
           An iterator of {"image": uint8 [b, height, width, c]} and, by the kind of the set,
-          "label": int32 [b], or "depth": float32 [b, height, width] in metres, 0 where nothing was
-          measured (in some crops everywhere).
+          "label": int32 [b], or "labels": uint8 [b, classes], 1 for those that an image has, or "depth":
+          float32 [b, height, width] in metres, 0 where nothing was measured (in some crops everywhere).
         Raises:
           ConfigError: `batch_size` is no multiple of the processes, a number is negative, the split
             does not exist, or a setting does not suit a set of this kind.
@@ -250,9 +250,9 @@ class Dataset:
                 if kind.matches(self._features):
                     return kind
         raise DataError(
-            f"{self.builder.data_path}: no feature 'image' with a 'label' of kind ClassLabel or a "
-            f"'depth' map beside it (it has {', '.join(sorted(self._features))}); name a "
-            "classification or a depth set"
+            f"{self.builder.data_path}: no feature 'image' with a 'label' of kind ClassLabel, "
+            f"'labels' (a Sequence of them) or a 'depth' map beside it (it has {', '.join(sorted(self._features))}); "
+            "name a set of classes, of labels or of depth"
         )
 
     def _source(self, split: str, field: str, *, train: bool) -> sources.Encoded | sources.Cached:

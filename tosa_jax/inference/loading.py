@@ -80,7 +80,9 @@ def from_workdir(
         params = _load(config, run.init_from, run.init_selectors, on_message)
     else:
         raise WeightsError(f"{workdir} holds no checkpoint yet: wait until its run has written one")
-    names = workdir / names_of.FILE
+    names = None
+    if "num_classes" not in config.unused and (listed := workdir / names_of.FILE).exists():
+        names = names_of.readable(names_of.read_names(listed))
     return LoadedModel(
         model=_model(config, params),
         form=form,
@@ -88,7 +90,7 @@ def from_workdir(
         std=run.inputs.std,
         options=run.options,
         task=run.task,
-        class_names=names_of.readable(names_of.read_names(names)) if names.exists() else None,
+        class_names=names,
     )
 
 

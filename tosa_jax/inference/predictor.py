@@ -273,7 +273,7 @@ class Predictor:
 
         Raises ConfigError if the model does not predict depth, and the errors of `prepare` and of a call.
         """
-        self._check_task("depth", "depth", "classify")
+        self._check_task("depth", "depth")
         predictions = self.each([self.prepare(image) for image in _several(images)])
         for out in predictions:
             check_finite(out)
@@ -358,7 +358,7 @@ class Predictor:
         )
 
     def _check_classes(self) -> None:
-        self._check_task("classification", "classes", "depth")
+        self._check_task("classification", "classes")
         features = "out = predictor(images); out.features, with images from Predictor.prepare"
         check(
             not self.config.projection,
@@ -369,10 +369,12 @@ class Predictor:
             f"this model has no classes (num_classes=0): use {features}",
         )
 
-    def _check_task(self, task: str, what: str, instead: str) -> None:
+    def _check_task(self, task: str, what: str) -> None:
+        own = {"classification": "Predictor.classify", "depth": "Predictor.depth"}
         check(
             self.task_name == task,
-            f"this model is for {self.task_name} and has no {what}: call Predictor.{instead}",
+            f"this model is for {self.task_name} and has no {what}: call "
+            f"{own.get(self.task_name, 'the predictor with images from Predictor.prepare')}",
         )
 
 

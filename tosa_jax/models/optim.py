@@ -15,7 +15,11 @@ NO_DECAY = r"(bias|gamma|scale|cls_token|dist_token|reg_token|pos_embed)$"
 """Paths without weight decay: biases, norms, layer scales, tokens and positions, as in DeiT (timm)."""
 
 
-HEAD = r"^(head|head_dist|decoder|projection)/"
+TASK_PARTS = ("decoder", "projection", "text_decoder")
+"""Modules of tasks' own networks that turn tokens into the prediction."""
+
+
+HEAD = rf"^(head|head_dist|{'|'.join(TASK_PARTS)})/"
 """Paths of what turns tokens into the prediction, which may learn faster than the backbone."""
 
 

@@ -7,6 +7,8 @@ what is read from disk are not in here.
 from tosa_jax.tasks.classification import Classification
 from tosa_jax.tasks.depth.task import Depth
 from tosa_jax.tasks.dino.task import Dino
+from tosa_jax.tasks.multi_label import MultiLabel
+from tosa_jax.tasks.next_token.task import NextToken
 from tosa_jax.tasks.registry import TASKS, create_model, model_config, register
 from tosa_jax.tasks.task import Task
 
@@ -15,6 +17,8 @@ __all__ = [
     "Classification",
     "Depth",
     "Dino",
+    "MultiLabel",
+    "NextToken",
     "Task",
     "create_model",
     "model_config",

@@ -29,7 +29,7 @@ from tosa_jax.tasks.mixing import (
     patch_shares,
 )
 from tosa_jax.tasks.prediction_writer import PredictionWriter, Record
-from tosa_jax.tasks.predictions import Prediction
+from tosa_jax.tasks.predictions import Guess, Prediction
 from tosa_jax.tasks.registry import register
 from tosa_jax.tasks.task import (
     Batch,
@@ -48,8 +48,12 @@ class ClassWriter(PredictionWriter):
 
     foreign = ("depth_dir", "truth", "depth_scale")
 
+    def guesses(self, prediction: Prediction) -> list[Guess]:
+        """What is written of a prediction of one row, the likeliest first."""
+        return self.predictor.top(prediction, self.args.top or 5)[0]
+
     def record(self, path: Path, image: np.ndarray, prediction: Prediction) -> Record:
-        guesses = self.predictor.top(prediction, self.args.top or 5)[0]
+        guesses = self.guesses(prediction)
         top = [{"class": g.label, "name": g.name, "probability": g.probability} for g in guesses]
         record = {"image": str(path), "top": top}
         if self.args.show_tokens:
@@ -59,14 +63,14 @@ class ClassWriter(PredictionWriter):
                 image[None],
                 prediction.selected,
                 scores=prediction.scores,
-                labels=[f"{guesses[0].name}, {guesses[0].probability:.1%}"],
+                labels=[", ".join(f"{g.name}, {g.probability:.1%}" for g in guesses[:1])],
             )
             write_png(target, figure)
             record["tokens"] = str(target)
         return record
 
     def lines(self, record: Record) -> list[str]:
-        width = max(len(guess["name"]) for guess in record["top"])
+        width = max((len(guess["name"]) for guess in record["top"]), default=0)
         return [f"  {g['name']:{width}}  {g['probability']:6.1%}" for g in record["top"]]
 
 
@@ -106,10 +110,12 @@ class Classification(Task):
 
     @classmethod
     def check_dataset(cls, run: RunSettings, facts: Any) -> None:
-        if facts.kind != cls.data_kind:
-            raise ConfigError(
-                f"config.data.name={run.data.name!r} has no classes: name another set, or a recipe for {facts.kind}"
-            )
+        cls.check_kind(run, facts, "single class an image")
+        cls.check_classes(run, facts)
+
+    @staticmethod
+    def check_classes(run: RunSettings, facts: Any) -> None:
+        """Raise a ConfigError if the head has another number of classes than the data."""
         if run.model.num_classes != facts.num_classes:
             raise ConfigError(
                 f"config.model.num_classes={run.model.num_classes}, but {run.data.name!r} has "
@@ -186,10 +192,16 @@ class Classification(Task):
     def pictures(
         self, batch: HostBatch, out: Output, config: ViTConfig, class_names: Sequence[str] = ()
     ) -> dict[str, np.ndarray]:
-        if not out.selected:
-            return {}
         names = readable(class_names)
         labels = [names[i] for i in batch["label"]] if names else None
-        selected = [np.asarray(x) for x in out.selected]
-        figure = draw_tokens(config, batch["image"], selected, labels=labels)
-        return {"selected_tokens": figure}
+        return draw_labelled(batch, out, config, labels)
+
+
+def draw_labelled(
+    batch: HostBatch, out: Output, config: ViTConfig, labels: Sequence[str] | None
+) -> dict[str, np.ndarray]:
+    """`Task.pictures` of tasks that name what is in an image: the selected tokens, beside a text an image."""
+    if not out.selected:
+        return {}
+    selected = [np.asarray(x) for x in out.selected]
+    return {"selected_tokens": draw_tokens(config, batch["image"], selected, labels=labels)}

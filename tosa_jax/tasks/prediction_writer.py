@@ -26,6 +26,7 @@ class RunningModel(Protocol):
     config: ViTConfig
     task: Any
     task_name: str
+    class_names: tuple[str, ...]
 
     @property
     def num_selections(self) -> int:

@@ -6,9 +6,9 @@ import numpy as np
 
 
 class Guess(NamedTuple):
-    """A class, its name, and its probability in [0, 1]."""
+    """A class, its name, and its probability in [0, 1]; None for a text that was written and is no class."""
 
-    label: int
+    label: int | None
     name: str
     probability: float
 

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from tosa_jax.models.vit import Output, VisionTransformer
-from tosa_jax.models.vit_config import ViTConfig
+from tosa_jax.models.vit_config import ViTConfig, check
 from tosa_jax.ops.array_types import Images, PerExample, RawImages
 from tosa_jax.tasks.mixing import MixingConfig
 from tosa_jax.tasks.prediction_writer import PredictionWriter
@@ -179,6 +179,14 @@ class Task:
         """
 
     @classmethod
+    def check_kind(cls, run: RunSettings, facts: Any, what: str) -> None:
+        """Raise a ConfigError if the data are of another kind than `data_kind`: they have no `what`."""
+        check(
+            facts.kind == cls.data_kind,
+            f"config.data.name={run.data.name!r} has no {what}: name another set, or a recipe for {facts.kind}",
+        )
+
+    @classmethod
     def plan(cls, run: Any, stages: list[Any], rows: list[Any]) -> tuple[list[Any], list[Any]]:
         """The stages of a run (`train.stages.Stage`, in order) and the rows of its report (`Row`).
 
@@ -295,6 +303,16 @@ class Task:
     ) -> dict[str, np.ndarray]:
         """Figures, uint8 RGB by file name, of a few examples. Without class names they have no labels."""
         return {}
+
+
+def check_unused(run: Any, fields: Sequence[str]) -> None:
+    """Raise a ConfigError for a field of a stage that the run's task does not follow."""
+    for stage in ("pretrain", "selector", "finetune"):
+        for name in fields:
+            check(
+                getattr(getattr(run, stage), name) == 0,
+                f"config.{stage}.{name} is for classification: {run.task!r} needs it to be 0",
+            )
 
 
 def input_fields(run: RunSettings) -> dict[str, tuple[float, ...]]:

@@ -18,6 +18,7 @@ from tosa_jax.data.builders import (
     image_folder,
     imagenet,
     nyu,
+    several_items,
     tfrecord,
 )
 from tosa_jax.data.builders.digits import Digits
@@ -37,7 +38,21 @@ from tosa_jax.distributed import messages
 from tosa_jax.errors import ConfigError, DataError
 from tosa_jax.paths import as_path, is_remote
 
-_GENERATED = {"digits": Digits, "rooms": Rooms}  # sets that need no files
+# Sets that need no files.
+_GENERATED = {"digits": Digits, "rooms": Rooms, several_items.DIGITS: several_items.SeveralDigits}
+# Sets drawn from the items of Fashion-MNIST's files: (builder, name of a set's folder, its config).
+_OF_FASHION = {
+    cluttered_fashion.NAME: (
+        cluttered_fashion.ClutteredFashionMnist,
+        cluttered_fashion.config_name,
+        cluttered_fashion.cluttered_config,
+    ),
+    several_items.FASHION: (
+        several_items.SeveralFashionMnist,
+        several_items.fashion_name,
+        several_items.fashion_config,
+    ),
+}
 # Sets of a folder of a person's own.
 _FOLDERS = {
     image_folder.NAME: image_folder.prepare_image_folder,
@@ -187,16 +202,18 @@ def _generated_set(name: str, source_dir: str | Path) -> tuple[str, type, Callab
     if base == "rooms":
         rooms = rooms_config(config)
         return name, Rooms, lambda: rooms
+    if base == several_items.DIGITS:
+        digits = several_items.digits_config(name)
+        return name, _GENERATED[base], lambda: digits
     if base in _GENERATED:
         if config:
             raise ConfigError(
                 f"config.data.name={name!r}: {base} has no configs; set it to {base!r}"
             )
         return name, _GENERATED[base], lambda: None
-    if base == cluttered_fashion.NAME:
-        folder = f"{base}/{cluttered_fashion.config_name(name, source_dir)}"
-        make = cluttered_fashion.cluttered_config
-        return folder, cluttered_fashion.ClutteredFashionMnist, lambda: make(name, source_dir)
+    if base in _OF_FASHION:
+        builder, folder_of, make = _OF_FASHION[base]
+        return f"{base}/{folder_of(name, source_dir)}", builder, lambda: make(name, source_dir)
     folder = f"idx/{config_name(name, source_dir)}"
     return folder, Idx, lambda: idx_config(name, source_dir)
 
@@ -219,7 +236,7 @@ def _prepare_with_tfds(name: str, root: Path) -> Path:
         raise DataError(
             f"{name} is not in {root}: set source_dir to the folder of {_STOCK[name][1]}"
         )
-    if _base(name) == cluttered_fashion.NAME:
+    if _base(name) in _OF_FASHION:
         raise DataError(f"{name} is not in {root}: set source_dir to the folder with the IDX files")
     known = tfds.list_builders(with_community_datasets=False)
     if _base(name).partition(":")[0] not in known:

@@ -50,7 +50,7 @@ def draw_canvas(
     size = int(rng.integers(round(SMALLEST * full), full + 1))
     top, left = rng.integers(0, side - size + 1, size=2).tolist()
     image = _pieces(rng, items, index, size, side)
-    item = _resized(items[index : index + 1], size)[0]
+    item = resized(items[index : index + 1], size)[0]
     place = image[top : top + size, left : left + size]
     # The clutter shows where the item is black, so that the item has no square outline.
     np.copyto(place, item, where=item > 0)
@@ -70,7 +70,7 @@ def _pieces(
     turns = rng.integers(0, 8, size=count)
     image = np.zeros((side, side), np.uint8)
     for item, n, (top, left, down, right), turn in zip(
-        _resized(items[others], size),
+        resized(items[others], size),
         sides.tolist(),
         places.T.tolist(),
         turns.tolist(),
@@ -86,7 +86,7 @@ _STEPS = [(slice(None, None, i), slice(None, None, j)) for i in (1, -1) for j in
 """With and without a transposition these are the eight rotations and reflections of a square."""
 
 
-def _resized(items: UInt8[np.ndarray, "n s s"], size: int) -> UInt8[np.ndarray, "n t t"]:
+def resized(items: UInt8[np.ndarray, "n s s"], size: int) -> UInt8[np.ndarray, "n t t"]:
     """Resizes the items to `size` pixels, antialiased, in one strip: one call of PIL for each would be slow."""
     n, full, _ = items.shape
     strip = Image.fromarray(items.reshape(n * full, full))

@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 
 from tosa_jax.errors import WeightsError
+from tosa_jax.models.optim import TASK_PARTS
 from tosa_jax.models.params import Params, get_params, nest
 from tosa_jax.models.vit import VisionTransformer
 from tosa_jax.models.vit_config import check_choice
@@ -212,12 +213,12 @@ def _other_heads(arrays: Mapping[str, np.ndarray], own: Params, say: Say) -> set
         return {name for name in names if name.startswith(f"{part}/")}
 
     # A head_dist that a classifier lacks is another variant, which is refused.
-    heads = ("decoder", "projection")
+    heads = TASK_PARTS
     heads += () if of(own, "head") else ("head", "head_dist", "attn_pool")
     unused = {p: of(arrays, p) for p in heads if not of(own, p)}
     if any(unused.values()):
         say(f"its {' and '.join(p for p in unused if unused[p])} is not used: the model has none")
-    fresh = {p: of(own, p) for p in ("decoder", "projection") if not of(arrays, p)}
+    fresh = {p: of(own, p) for p in TASK_PARTS if not of(arrays, p)}
     for part in filter(fresh.get, fresh):
         say(f"the {part} stays as the model has it, untrained: the file has none")
     return set().union(*fresh.values(), *unused.values())

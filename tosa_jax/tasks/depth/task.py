@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from tosa_jax.errors import ConfigError, DataError
+from tosa_jax.errors import DataError
 from tosa_jax.models.vit import Output, VisionTransformer
 from tosa_jax.models.vit_config import ViTConfig, check, check_choice
 from tosa_jax.ops.array_types import PerExample
@@ -32,6 +32,7 @@ from tosa_jax.tasks.task import (
     RunSettings,
     StageSettings,
     Task,
+    check_unused,
     input_fields,
 )
 
@@ -113,19 +114,11 @@ class Depth(Task):
         check(run.model.depth_estimation_type == "metric",
               "config.model.depth_estimation_type='relative' has no metres to train or score: give 'metric', or use "
               "the network through Predictor.from_pretrained")  # fmt: skip
-        for stage in ("pretrain", "selector", "finetune"):
-            for name in ("label_smoothing", "mixup", "cutmix", "erase_prob"):
-                check(
-                    getattr(getattr(run, stage), name) == 0,
-                    f"config.{stage}.{name} is for classification: depth needs it to be 0",
-                )
+        check_unused(run, ("label_smoothing", "mixup", "cutmix", "erase_prob"))
 
     @classmethod
     def check_dataset(cls, run: RunSettings, facts: Any) -> None:
-        if facts.kind != cls.data_kind:
-            raise ConfigError(
-                f"config.data.name={run.data.name!r} has no depth: name a depth set, or a recipe for {facts.kind}"
-            )
+        cls.check_kind(run, facts, "depth")
 
     def valid(self, truth: AnyMaps, nearest: float) -> AnyMask:
         """Pixels with a measured depth in (nearest, max_depth).

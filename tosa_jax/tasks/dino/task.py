@@ -38,6 +38,7 @@ from tosa_jax.tasks.task import (
     StageSettings,
     State,
     Task,
+    check_unused,
     input_fields,
 )
 
@@ -138,16 +139,14 @@ class Dino(Task):
         patch, side = run.model.patch_size, run.options.local_size
         check(not run.options.local_crops or side % patch == 0 and side > 0,
               f"config.task.local_size={side} is not a multiple of the patch, {patch} pixels")  # fmt: skip
-        for stage in ("pretrain", "selector", "finetune"):
-            for name in ("label_smoothing", "mixup", "cutmix", "erase_prob", "distill_weight"):
-                check(getattr(getattr(run, stage), name) == 0,
-                      f"config.{stage}.{name} is for classification: 'dino' needs it to be 0")  # fmt: skip
+        check_unused(run, ("label_smoothing", "mixup", "cutmix", "erase_prob", "distill_weight"))
 
     @classmethod
     def check_dataset(cls, run: RunSettings, facts: Any) -> None:
         if facts.kind != cls.data_kind:
             raise ConfigError(
-                f"config.data.name={run.data.name!r} has no classes: the scores of 'dino' need them, not its training"
+                f"config.data.name={run.data.name!r} has no single class an image: the scores of 'dino' need "
+                "one, not its training"
             )
 
     @classmethod
@@ -282,21 +281,23 @@ class Dino(Task):
         return jnp.where(done < 1, start + (end - start) * done, end)
 
     def predict(self, model: Callable[..., Any], batch: Batch, key: jax.Array) -> Any:
-        """`features` [b d] and `confidence` [b], the largest share of a prototype at the student's temperature."""
+        """The output with `features` [b d], and `confidence` [b] the largest share of a prototype at the student's
+        temperature."""
         out = model(self.inputs(batch["image"]), key=key)
         shares = jax.nn.softmax(out.predictions["prototypes"] / self.choices.student_temperature)
-        return {"features": out.features, "confidence": shares.max(axis=1)}
+        found = {"features": out.features, "confidence": shares.max(axis=1)}
+        return out._replace(predictions=found)
 
     def metrics(self, out: Any, batch: Batch) -> dict[str, PerExample]:
         """`confidence`, which is 1 or 1 / k where training has collapsed."""
-        return {"confidence": out["confidence"]}
+        return {"confidence": out.predictions["confidence"]}
 
     def split_metrics(self, outputs: SplitOutputs) -> dict[str, float]:
         """Accuracies on frozen features with the labels of the training split: `knn`, 20 neighbours as in DINO, and
         `linear`, the best of ridge classifiers."""
         splits = []
         for split in ("train", "eval"):
-            parts = [(out["features"], batch["label"]) for batch, out in outputs(split)]
+            parts = [(out.features, batch["label"]) for batch, out in outputs(split)]
             splits.append(tuple(np.concatenate(x) for x in zip(*parts, strict=True)))
         (train, known), (test, wanted) = splits
         return {
