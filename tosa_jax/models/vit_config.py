@@ -10,7 +10,7 @@ import functools
 import numbers
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -77,7 +77,7 @@ def plain_value(name: str, value: Any, kind: type) -> Any:
     return kind(value)
 
 
-def are_many(given: Any) -> bool:
+def are_many(given: Any) -> typing.TypeGuard[Sequence[Any]]:
     """Whether it is a list, a tuple or an array of one axis. What these hold is not looked at."""
     return isinstance(given, list | tuple) or getattr(given, "ndim", 0) == 1
 
