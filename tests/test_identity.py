@@ -111,6 +111,16 @@ def test_a_deleted_lock_lets_no_second_run_in(tmp_path):
         pass
 
 
+def test_files_that_a_kill_left_half_written_are_removed(digits_dir, folder):
+    stage = folder / "checkpoints/pretrain"
+    left = [folder / ".metrics.jsonl.123.tmp", stage / ".scores.json.7.tmp"]
+    others = [folder / ".notes.tmp", folder / "metrics.jsonl", stage / "scores.json"]
+    for path in (*left, others[0]):
+        path.write_text("{")
+    with open_workdir(folder, run_of(digits_dir)):
+        assert not any(path.exists() for path in left) and all(path.exists() for path in others)
+
+
 def test_a_finished_run_of_another_user_prints_its_report(digits_dir, folder, monkeypatch):
     def refuse(path, *rest, **options):
         raise PermissionError(13, "Permission denied", str(path))

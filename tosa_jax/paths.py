@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import tempfile
 import time
 from pathlib import Path
@@ -65,6 +66,13 @@ def write_atomically(path: str | os.PathLike, data: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what processes that were killed in `write_atomically` left in a folder. Nobody else may write there."""
+    for path in folder.glob(".*.tmp"):
+        if re.fullmatch(r"\..+\.\d+\.tmp", path.name):
+            path.unlink(missing_ok=True)
 
 
 def parse_json(text: str | bytes) -> Any:

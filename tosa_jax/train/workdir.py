@@ -10,6 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -19,7 +20,14 @@ from tosa_jax.distributed import coordination
 from tosa_jax.distributed.messages import say
 from tosa_jax.errors import WorkdirError, one_line
 from tosa_jax.models.weights.run_checkpoints import has_checkpoint, recorded_run
-from tosa_jax.paths import AnyPath, as_path, is_remote, parse_json, write_atomically
+from tosa_jax.paths import (
+    AnyPath,
+    as_path,
+    is_remote,
+    parse_json,
+    remove_unfinished,
+    write_atomically,
+)
 from tosa_jax.train.branching import branch
 
 BEAT_SECONDS = 20.0
@@ -57,6 +65,9 @@ def open_workdir(
             try:
                 workdir.mkdir(parents=True, exist_ok=True)
                 held.enter_context(lease(workdir) if is_remote(workdir) else lock(workdir))
+                if not is_remote(workdir):
+                    for folder in (Path(workdir), *Path(workdir).glob("checkpoints/*")):
+                        remove_unfinished(folder)
                 if branch_from:
                     branch(branch_from, workdir)
                 if longer and finished:
