@@ -212,6 +212,43 @@ def test_who_cannot_join_stops_with_one_line(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+JOINED = """
+import os, sys, time
+from tosa_jax.distributed.initialisation import Cluster, join
+own = int(sys.argv[2])
+join(Cluster(multihost=True, coordinator=sys.argv[1], num_processes=2, process_id=own))
+print("joined", flush=True)
+if own == 0:
+    sys.stdin.readline()
+    os.abort()
+time.sleep(600)
+"""
+
+
+@pytest.mark.subprocess
+def test_the_end_of_process_0_is_a_line_of_the_others_and_its_own_abort_stays_one():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    pipe = subprocess.PIPE
+    first, second = (
+        subprocess.Popen(
+            [sys.executable, "-c", JOINED, address, str(i)],
+            env=environment(ROOT), stdin=pipe, stdout=pipe, stderr=pipe, text=True,
+        )
+        for i in range(2)
+    )  # fmt: skip
+    Run.started.append([first, second])
+    for child in (first, second):
+        while "joined" not in (line := child.stdout.readline()):
+            assert line, child.communicate()[1]
+    first.communicate("\n", timeout=PATIENCE)
+    said = second.communicate(timeout=PATIENCE)[1]
+    assert (first.returncode, second.returncode) == (-signal.SIGABRT, 1), said
+    last = said.rstrip().splitlines()[-1]
+    assert last.startswith("error: another process of this run has stopped (process 0: does not")
+
+
 def losses_of(workdir: Path) -> dict[tuple[str, int], float]:
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     losses = [(r["stage"], r["step"], r["train/loss"]) for r in records if "train/loss" in r]

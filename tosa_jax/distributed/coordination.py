@@ -4,11 +4,14 @@ Processes use the key-value store of `jax.distributed`'s coordination service, n
 """
 
 import contextlib
+import ctypes
 import hashlib
 import itertools
 import json
 import os
 import re
+import signal
+import socket
 import sys
 import threading
 import time
@@ -34,6 +37,11 @@ SILENT_SECONDS = 20.0
 WAIT_SECONDS = 24 * 3600.0
 """Seconds that a process waits for a text of another one: preparing a data set takes hours."""
 
+STOPPED = (
+    "error: another process of this run has stopped ({}); start the same command again in all "
+    "processes to go on"
+)
+
 _ENDED = "tosa_jax/ended"  # key of the error of the first process that failed
 _NOTHING = "."  # stands before each text, because the service stores no empty values
 _ROUNDS = itertools.count()
@@ -56,6 +64,16 @@ def is_main() -> bool:
 def watch() -> None:
     """Starts a thread that ends this process when another process of the run has failed or died."""
     threading.Thread(target=_watch, name="watch", daemon=True).start()
+
+
+def explain_aborts() -> None:
+    """From now on this process ends with a line and status 1, should JAX abort it because process 0 has died.
+
+    JAX's client aborts the process as soon as the connection breaks, before `_watch` or a collective can notice, and
+    says so amid a stack trace. Its own callback for this case fails in jaxlib 0.10 (`std::bad_cast`). While process 0
+    answers, an abort has another cause and goes on.
+    """
+    ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)
 
 
 def finish() -> None:
@@ -158,6 +176,17 @@ def end_all(status: int, why: str) -> int:
     os._exit(status)
 
 
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _on_abort(signum: int) -> None:
+    """A handler of C, as Python's own handlers run too late. Returning from it lets the abort go on."""
+    host, _, port = (distributed.global_state.coordinator_address or "").rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except (OSError, ValueError):
+        os.write(2, f"{STOPPED.format('process 0: does not answer')}\n".encode())
+        os._exit(1)
+
+
 def _watch() -> None:
     """Ends this process when another one has reported its end, or when the next one has sent no heartbeat for too long.
 
@@ -185,12 +214,7 @@ def _watch() -> None:
         if _leaving.is_set():
             return
         if ended:
-            print(
-                f"error: another process of this run has stopped ({ended}); start the same command again in all "
-                "processes to go on",
-                file=sys.stderr,
-                flush=True,
-            )
+            print(STOPPED.format(ended), file=sys.stderr, flush=True)
             if own == 0:
                 time.sleep(BEAT_SECONDS + 1)
             os._exit(1)

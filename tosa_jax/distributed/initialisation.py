@@ -85,6 +85,7 @@ def join(cluster: Cluster) -> None:
     failure = (
         f"the processes did not join at {where} in {cluster.join_timeout} s; start all of them"
     )
+    coordination.explain_aborts()
     with _deadline(cluster.join_timeout, failure):
         try:
             jax.distributed.initialize(
