@@ -43,7 +43,10 @@ END_SECONDS = 60.0
 """Seconds within which the other processes end when one is killed."""
 
 LIFE = {True: 3.5, False: 7.0}
-"""Seconds of CPU time within which a fork, and a Python of its own, is killed."""
+"""Seconds of CPU time within which a fork, and a Python of its own, is killed. Several processes take longer to join."""
+
+JOINING = 4
+"""How many times as long several processes live."""
 
 ACCESSES = 250
 """Accesses to files within which a fork is killed; an undisturbed run has about ten times as many."""
@@ -123,7 +126,7 @@ class Trial:
         forked = last or self.starts % 20 != 0
         alone = self.processes == 1 and self.signum == signal.SIGKILL
         by_access = not last and forked and alone and self.rng.random() < 0.5
-        after = self.rng.uniform(0, LIFE[forked])
+        after = self.rng.uniform(0, LIFE[forked] * (1 if self.processes == 1 else JOINING))
         access = int(self.rng.integers(1, ACCESSES)) if by_access else 0
         group = self.rng.random() < 0.7  # else the signal goes to the leader, not to its workers
         more = ["--config.data.workers=processes:1"] if self.rng.random() < 0.15 else []
