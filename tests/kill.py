@@ -43,10 +43,10 @@ END_SECONDS = 60.0
 """Seconds within which the other processes end when one is killed."""
 
 LIFE = {True: 3.5, False: 7.0}
-"""Seconds of CPU time within which a fork, and a Python of its own, is killed. Several processes take longer to join."""
+"""Seconds of CPU time within which a fork, and a Python of its own, is killed."""
 
 JOINING = 4
-"""How many times as long several processes live."""
+"""How many times as long several processes live: they take longer to join and to compile."""
 
 ACCESSES = 250
 """Accesses to files within which a fork is killed; an undisturbed run has about ten times as many."""
