@@ -1,4 +1,5 @@
-"""CLIP, SigLIP, DINOv3 and DINOv2's classifiers compute what transformers computes, dense and token-selective."""
+"""CLIP, SigLIP, DINOv3, EVA-02 and DINOv2's classifiers compute what transformers or timm computes, dense and selective.
+"""
 
 import json
 from pathlib import Path
@@ -22,6 +23,7 @@ STORED = np.load(GOLDEN / "families.npz")
 SMALL = {"embed_dim": 32, "depth": 3, "num_heads": 2, "image_size": 32, "patch_size": 8}
 TOWER = SMALL | {"mlp_ratio": 2.5, "pos_resample": "bicubic"}
 DINOV2 = SMALL | {"num_classes": 5, "global_pool": "token_avg"}
+EVA02 = SMALL | {"mlp_ratio": 2 * 85 / 32}
 MODELS = {
     "CLIPModel": ("vit_base_patch16_clip_quickgelu_224", TOWER | {"num_classes": 12}),
     "CLIPVisionModelWithProjection": ("vit_base_patch16_clip_224", TOWER | {"num_classes": 12}),
@@ -32,11 +34,15 @@ MODELS = {
                              SMALL | {"mlp_ratio": 5.0, "rope_base": 30.0}),
     "Dinov2ForImageClassification": ("vit_small_patch14_dinov2", DINOV2 | {"pos_resample": "bicubic"}),
     "Dinov2WithRegistersForImageClassification": ("vit_small_patch14_reg4_dinov2", DINOV2),
+    "eva02_tiny_patch14_224": ("eva02_tiny_patch14_224", EVA02),
+    "eva02_base_patch14_224": ("eva02_base_patch14_224", EVA02 | {"num_classes": 5}),
+    "eva02_base_patch14_448/token": ("eva02_base_patch14_448",
+                                     EVA02 | {"num_classes": 5, "global_pool": "token"}),
 }  # fmt: skip
 
 
 def released(folder: Path, case: str, **changes) -> Path:
-    """The folder that transformers wrote, its config.json with changes."""
+    """The folder that transformers or timm wrote, its config.json with changes."""
     shapes = json.loads(str(STORED[f"{case}:shapes"]))
     write(folder / "model.safetensors", cases.weights_of(shapes), format="pt")
     config = json.loads(str(STORED[f"{case}:config"])) | changes
@@ -58,14 +64,14 @@ def run(model, images) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("case", MODELS)
-def test_the_network_is_that_of_transformers(case: str, tmp_path: Path) -> None:
+def test_the_network_is_that_of_transformers_or_timm(case: str, tmp_path: Path) -> None:
     """At the native size and at one that is no square; a selection of every token changes nothing."""
     folder, said = released(tmp_path, case), []
     for size in cases.IMAGES:
         model = load_pretrained(model_of(case, image_size=size), folder, on_message=said.append)
         found = run(model, cases.image_of(size))
         key = "x".join(map(str, size))
-        for what in ("head", "tokens") if "DINOv3" in case else ("head",):
+        for what in ("head", "tokens") if f"{case}:{key}:tokens" in STORED else ("head",):
             assert np.abs(found[what] - STORED[f"{case}:{key}:{what}"]).max() <= 2e-5, (size, what)
     assert not any("stays" in line or "pass" in line for line in said), said
     selective = model_of(case, image_size=size, plan="selective", keep_rate=1.0)
@@ -76,7 +82,7 @@ def test_the_network_is_that_of_transformers(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", ["CLIPModel", "SiglipModel", "DINOv3ViTModel/gated",
-                                  "Dinov2ForImageClassification"])  # fmt: skip
+                                  "Dinov2ForImageClassification", "eva02_base_patch14_224"])  # fmt: skip
 def test_gradients_of_a_selective_network_are_finite_and_reach_every_part(case: str) -> None:
     model = model_of(case, plan="previous", keep_rate=0.5)
     graphdef, params = split(model)

@@ -1,4 +1,4 @@
-"""What the exactness of CLIP, SigLIP, DINOv3 and DINOv2's classifiers is shown on: tiny networks, random weights.
+"""What the exactness of CLIP, SigLIP, DINOv3, EVA-02 and DINOv2's classifiers is shown on: tiny networks, random weights.
 
 Nothing here needs torch: weights come from NumPy by name and seed, so that the tests make the same ones as
 `make_families.py` did and only names, shapes, configurations and results are stored.
@@ -30,6 +30,14 @@ CASES = {
 }  # fmt: skip
 """transformers' class, and fields of its configuration."""
 
+TIMM_SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
+TIMM_CASES = {
+    "eva02_tiny_patch14_224": TIMM_SIZES | {"num_classes": 0},
+    "eva02_base_patch14_224": TIMM_SIZES | {"num_classes": 5},
+    "eva02_base_patch14_448/token": TIMM_SIZES | {"num_classes": 5, "global_pool": "token"},
+}
+"""timm's name, and what its `create_model` gets."""
+
 WHOLE = {
     "vit_base_patch32_clip_quickgelu_224": (
         "CLIPVisionModelWithProjection",
@@ -54,10 +62,12 @@ WHOLE = {
         },
         {"global_pool": "token_avg", "pos_resample": "bicubic"},
     ),
+    "eva02_small_patch14_224": ("timm", {}, {}),
+    "eva02_base_patch14_224": ("timm", {}, {}),
 }
 """Released sizes, measured whole: the variant -> transformers' class, its fields, and fields of `create_model`.
 
-transformers' defaults are the base CLIP and SigLIP and the small DINOv3.
+transformers' defaults are the base CLIP and SigLIP and the small DINOv3. "timm": its network of that name.
 """
 
 WHOLE_IMAGES = ((224, 224), (448, 224))

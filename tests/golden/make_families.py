@@ -1,10 +1,11 @@
-"""Makes families.npz here (--goldens), or measures results/families_exactness.json, against transformers.
+"""Makes families.npz here (--goldens), or measures results/families_exactness.json, against transformers and timm.
 
-pip install "torch>=2.6" "transformers>=5" && PYTHONPATH=.:tests python tests/golden/make_families.py
+pip install "torch>=2.6" "transformers>=5" "timm>=1.0" && PYTHONPATH=.:tests python tests/golden/make_families.py
 
 Float32, on the CPU, with random weights: a few minutes for all. A case of the golden file has its config.json and the
-names and shapes of its weights as `save_pretrained` wrote them. For each size it has what a head gives: the projection
-(CLIP), the pooled token (SigLIP, DINOv3), logits (DINOv2); of DINOv3 all tokens too.
+names and shapes of its weights as `save_pretrained` or timm wrote them. For each size it has what a head gives: the
+projection (CLIP), the pooled token (SigLIP, DINOv3), logits (DINOv2), logits or pooled patches (EVA-02); of DINOv3 and
+EVA-02 all tokens too.
 """
 
 import argparse
@@ -16,10 +17,19 @@ from typing import Any
 import jax
 import numpy as np
 import safetensors.numpy
+import timm
 import torch
 import transformers
 from flax import nnx
-from golden.family_cases import CASES, IMAGES, WHOLE, WHOLE_IMAGES, image_of, weights_of
+from golden.family_cases import (
+    CASES,
+    IMAGES,
+    TIMM_CASES,
+    WHOLE,
+    WHOLE_IMAGES,
+    image_of,
+    weights_of,
+)
 
 import tosa_jax
 from tosa_jax.models.params import set_params, split
@@ -53,17 +63,36 @@ def written(name: str, fields: dict, folder: Path) -> tuple[Any, dict[str, tuple
     return model_class.from_pretrained(folder, attn_implementation="eager").eval(), shapes
 
 
+def written_by_timm(name: str, args: dict, folder: Path) -> tuple[Any, dict[str, tuple[int, ...]]]:
+    """The same of timm's network `name`."""
+    model = timm.create_model(name, **args)
+    shapes = {name: tuple(x.shape) for name, x in model.state_dict().items()}
+    weights = weights_of(shapes)
+    model.load_state_dict({name: torch.from_numpy(x) for name, x in weights.items()})
+    timm.models.save_for_hf(model, folder, safe_serialization=True)
+    safetensors.numpy.save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text()) | {"model_args": args}
+    (folder / "config.json").write_text(json.dumps(config))
+    return model.eval(), shapes
+
+
 def computed(model: Any, name: str, size: tuple[int, int]) -> dict[str, np.ndarray]:
     """`results_of` the image of (height, width) pixels."""
     pixels = torch.from_numpy(image_of(size).transpose(0, 3, 1, 2).copy())
     with torch.no_grad():
+        if name in timm.list_models():
+            model.set_input_size(size)
+            return {"head": model(pixels).numpy(), "tokens": model.forward_features(pixels).numpy()}
         return results_of(model, name, pixels)
 
 
 def make(case: str, folder: Path) -> dict[str, np.ndarray]:
     """What is stored of a case, whose network is written to `folder` on the way."""
     name = case.partition("/")[0]
-    model, shapes = written(name, CASES[case], folder)
+    if case in TIMM_CASES:
+        model, shapes = written_by_timm(name, TIMM_CASES[case], folder)
+    else:
+        model, shapes = written(name, CASES[case], folder)
     stored = {
         f"{case}:config": np.array((folder / "config.json").read_text()),
         f"{case}:shapes": np.array(json.dumps(shapes)),
@@ -78,16 +107,20 @@ def make(case: str, folder: Path) -> dict[str, np.ndarray]:
 def make_goldens() -> None:
     """Writes the golden file."""
     stored: dict[str, np.ndarray] = {}
-    for case in CASES:
+    for case in CASES | TIMM_CASES:
         with tempfile.TemporaryDirectory() as folder:
             stored |= make(case, Path(folder))
     np.savez_compressed(HERE / "families.npz", **stored)
 
 
 def measure(variant: str, folder: Path) -> dict[str, float]:
-    """The largest difference of what the head gives between transformers and this project, by size."""
+    """The largest difference of what the head gives between the reference and this project, by size."""
     name, theirs, ours = WHOLE[variant]
-    reference, _ = written(name, theirs, folder)
+    if name == "timm":
+        name = variant
+        reference, _ = written_by_timm(name, theirs, folder)
+    else:
+        reference, _ = written(name, theirs, folder)
     differences = {}
     for size in WHOLE_IMAGES:
         model = tosa_jax.create_model(variant, image_size=size, rngs=nnx.Rngs(0), **ours)
@@ -110,10 +143,10 @@ def measure_all() -> None:
             }
         print(variant, cases[variant], flush=True)
     result = {
-        "what": "max |difference| to transformers of what the head gives, float32, CPU, random weights, one image; "
+        "what": "max |difference| to transformers or timm of what the head gives, float32, CPU, random weights, one image; "
         "keys are heightxwidth (tests/golden/family_cases.py)",
         "command": "PYTHONPATH=.:tests python tests/golden/make_families.py",
-        "versions": {m.__name__: m.__version__ for m in (jax, torch, transformers, np)},
+        "versions": {m.__name__: m.__version__ for m in (jax, torch, transformers, timm, np)},
         "limit": 2e-5,
         "cases": cases,
     }

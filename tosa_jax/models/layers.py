@@ -84,10 +84,10 @@ def linear(config: ViTConfig, in_dim: int, out_dim: int, rngs: nnx.Rngs, **field
     )
 
 
-def layer_norm(config: ViTConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """LayerNorm over the width; its statistics are float32 whatever the compute dtype."""
+def layer_norm(config: ViTConfig, rngs: nnx.Rngs, width: int = 0) -> nnx.LayerNorm:
+    """LayerNorm over `width` channels (0: the network's); its statistics are float32 whatever the compute dtype."""
     return nnx.LayerNorm(
-        config.embed_dim, epsilon=config.norm_eps, dtype=config.dtype,
+        width or config.embed_dim, epsilon=config.norm_eps, dtype=config.dtype,
         param_dtype=config.param_dtype, rngs=rngs,
     )  # fmt: skip
 
@@ -124,7 +124,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs) -> None:
         self.num_heads = config.num_heads
-        self.key_bias, self.turns = config.key_bias, bool(config.rope)
+        self.key_bias, self.rope = config.key_bias, config.rope
         self.qkv = linear(
             config, config.embed_dim, 3 * config.embed_dim, rngs, use_bias=config.qkv_bias
         )
@@ -164,13 +164,13 @@ class Attention(nnx.Module):
 
     def _turned(self, heads: Heads, rotary: Rotary | None) -> Heads:
         """Queries or keys, turned by their tokens' positions in a network that has rotary ones."""
-        if not self.turns:
+        if not self.rope:
             return heads
         if rotary is None:
             raise ConfigError(
                 "this network has rotary positions: pass rotary=state.rotary where one of its blocks is run"
             )
-        return turn(heads, rotary)
+        return turn(heads, rotary, neighbours=self.rope == "eva02")
 
     def _kernel_and_bias(self) -> tuple[Float[Array, "d e"], Float[Array, " e"] | None]:
         d, dtype = self.qkv.in_features, self.qkv.dtype
@@ -259,23 +259,30 @@ _project.defvjp(_project_forward, _project_backward)
 
 
 class Mlp(nnx.Module):
-    """Two linear layers with a form of GELU between, or timm's packed SwiGLU (Shazeer 2020); [b n d] -> [b n d]."""
+    """Two linear layers with a form of GELU between, or timm's packed SwiGLU (Shazeer 2020); [b n d] -> [b n d].
+
+    With `config.mlp_norm` what the second layer reads is normalised (EVA-02).
+    """
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs) -> None:
         self.kind = config.mlp
         hidden = config.mlp_dim
         self.fc1 = linear(config, config.embed_dim, hidden, rngs)
         out_of = hidden // 2 if self.kind == "swiglu" else hidden
+        self.norm = layer_norm(config, rngs, out_of) if config.mlp_norm else None
         self.fc2 = linear(config, out_of, config.embed_dim, rngs)
 
     def __call__(self, x: Tokens) -> Tokens:
-        x = self.fc1(x)
+        x = self._activated(self.fc1(x))
+        return self.fc2(self.norm(x) if self.norm else x)
+
+    def _activated(self, x: Tokens) -> Float[Array, "b n h"]:
         if self.kind == "swiglu":
             gate, x = jnp.split(x, 2, axis=-1)
-            return self.fc2(jax.nn.silu(gate) * x)
+            return jax.nn.silu(gate) * x
         if self.kind == "quick_gelu":
-            return self.fc2(quick_gelu(x))
-        return self.fc2(jax.nn.gelu(x, approximate=True) if self.kind == "gelu_tanh" else gelu(x))
+            return quick_gelu(x)
+        return jax.nn.gelu(x, approximate=True) if self.kind == "gelu_tanh" else gelu(x)
 
 
 def quick_gelu(x: Tokens) -> Tokens:

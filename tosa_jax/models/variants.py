@@ -48,6 +48,15 @@ def _dinov3(size: str, **fields) -> dict[str, Any]:
     return _vit(size, 16, 256, **form, **fields)
 
 
+def _eva02(size: str, image: int) -> dict[str, Any]:
+    fields = _vit(size, 14, image, global_pool="avg", key_bias=False, mlp="swiglu")
+    width = fields["embed_dim"]
+    fields |= {"mlp_ratio": 2 * (width * 8 // 3) / width, "mlp_norm": size in ("base", "large")}
+    # What is of 224 pixels was trained to predict masked patches, and has no classes.
+    fields |= {"num_classes": 0} if image == 224 else {}
+    return fields | {"rope": "eva02", "rope_base": 1e4}
+
+
 _GATED = {"mlp": "swiglu", "mlp_ratio": 8.0}  # both halves of 4 times the width
 _QUICK = {"mlp": "quick_gelu"}
 
@@ -113,6 +122,17 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
         )
         for biases in ("", "_qkvb")
     },
+    # Fang et al. 2023 (EVA-02).
+    **{
+        f"eva02_{s}_patch14_{i}": _eva02(s, i)
+        for s, sides in (
+            ("tiny", (224, 336)),
+            ("small", (224, 336)),
+            ("base", (224, 448)),
+            ("large", (224, 448)),
+        )
+        for i in sides
+    },
     # Any size, through the fields of ViTConfig.
     "vit": {},
 }
@@ -174,6 +194,9 @@ _TAGS = [
     (r"vit_.*clip", "laion2b_ft_in12k_in1k"),
     (r"vit_.*siglip", "v2_webli"),
     (r"vit_.*dinov3", "lvd1689m"),
+    (r"eva02_.*_224", "mim_in22k"),
+    (r"eva02_.*_336", "mim_in22k_ft_in1k"),
+    (r"eva02_.*_448", "mim_in22k_ft_in22k_in1k"),
 ]
 
 

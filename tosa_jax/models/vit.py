@@ -164,7 +164,8 @@ class VisionTransformer(nnx.Module):
         if not config.rope:
             return None
         head_dim = config.embed_dim // config.num_heads
-        return axial_rotary(grid, head_dim, config.rope_base, config.num_prefix_tokens)
+        prefix = config.num_prefix_tokens
+        return axial_rotary(grid, head_dim, config.rope_base, prefix, config.rope)
 
     def positions(self, size: tuple[int, int]) -> Float[Array, "1 m d"] | None:
         """Positions for images of (height, width) pixels, of the prefix tokens too where those have some.

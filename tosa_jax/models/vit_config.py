@@ -20,6 +20,7 @@ import numpy as np
 from tosa_jax.errors import ConfigError
 from tosa_jax.models.options import OPTIONS, Options, with_values
 from tosa_jax.models.positions import RESAMPLINGS
+from tosa_jax.ops.rotary import FORMS
 
 AnyOptions = TypeVar("AnyOptions", bound=Options)
 
@@ -187,8 +188,9 @@ class ViTConfig(metaclass=_TakesOptions):
     num_heads: int = 6
     mlp: str = "gelu"  # "gelu", "gelu_tanh", "quick_gelu" (OpenAI's CLIP) or "swiglu" (packed)
     mlp_ratio: float = 4.0
+    mlp_norm: bool = False  # a norm before the MLP's second layer, as in EVA-02's base and large
     qkv_bias: bool = True
-    key_bias: bool = True  # False: of that bias the part of the keys is held at 0, as in DINOv3
+    key_bias: bool = True  # False: of that bias the part of the keys is held at 0, as in DINOv3, EVA-02
     patch_bias: bool = True  # the patch projection has a bias; CLIP's has none
     norm_eps: float = 1e-6
     layer_scale: float = 0.0  # initial value; 0: none
@@ -199,7 +201,7 @@ class ViTConfig(metaclass=_TakesOptions):
     pos_embed: bool = True  # learned positions are added to the tokens
     pos_embed_prefix: bool = True  # positions for the prefix tokens too
     pos_resample: str = "bicubic_antialias"  # positions of another grid: one of `RESAMPLINGS`
-    rope: str = ""  # rotary positions of the patches: "dinov3", or "" for none (`ops/rotary.py`)
+    rope: str = ""  # rotary positions of the patches: a key of `ops.rotary.FORMS`, or "" for none
     rope_base: float = 100.0  # the highest frequency over the lowest one, nearly
     projection: bool = (
         False  # the head gives an embedding of `num_classes` values and no classes, as CLIP's
@@ -286,7 +288,7 @@ class ViTConfig(metaclass=_TakesOptions):
             not self.distilled or (pool in ("token", "avg") and self.num_classes > 0),
             "distilled=True needs num_classes above 0 and global_pool='token'",
         )
-        check_choice("rope", self.rope, ("", "dinov3"))
+        check_choice("rope", self.rope, ("", *FORMS))
         head_dim = self.embed_dim // self.num_heads
         check(
             not self.rope or head_dim % 4 == 0,

@@ -17,7 +17,7 @@ from tosa_jax.ops.token_selection import Selection, gather_tokens
 class Rotary(NamedTuple):
     """Cosine and sine of the angles of each token, float32 [b n c] for heads of 2c channels.
 
-    b is 1 where all examples have the same places. Angle j turns the channels j and c + j of a head.
+    b is 1 where all examples have the same places. Angle j turns two channels of a head: which, `turn` says.
     """
 
     cos: Float[Array, "b n c"]
@@ -44,19 +44,33 @@ class Rotary(NamedTuple):
         return Rotary(take(self.cos), take(self.sin))
 
 
-def axial_rotary(
-    grid: tuple[int, int], head_dim: int, base: float, num_prefix_tokens: int
-) -> Rotary:
-    """The places of a grid of (rows, columns) patches as in DINOv3; prefix tokens come first and are not turned.
+def _centred(side: int) -> np.ndarray:
+    """Angles of the patches of an axis, radians: one turn is half the axis, and its middle is not turned."""
+    return 2 * np.pi * (2 * (np.arange(side) + 0.5) / side - 1)
 
-    The centre of a patch is between -1 and 1 on both axes, whatever the size of the image. The first half of the angles
-    is of rows, the second half of columns; an axis turns once over half its length at the highest frequency, and
-    frequencies fall geometrically towards 1 / base of it. `head_dim` is a multiple of 4. Source: DINOv3
-    (facebookresearch/dinov3, `rope_position_encoding.py`).
+
+def _counted(side: int) -> np.ndarray:
+    """Angles of the patches of an axis, radians: their numbers, stretched to the 16 patches of EVA-02's pretraining."""
+    return np.arange(side) * 16 / side
+
+
+FORMS = {"dinov3": _centred, "eva02": _counted}
+"""The angles along an axis at the highest frequency, by the value of `ViTConfig.rope`."""
+
+
+def axial_rotary(
+    grid: tuple[int, int], head_dim: int, base: float, num_prefix_tokens: int, form: str = "dinov3"
+) -> Rotary:
+    """The places of a grid of (rows, columns) patches; prefix tokens come first and are not turned.
+
+    form  a key of `FORMS`. In both an axis has the same length, whatever the size of the image.
+
+    The first half of the angles is of rows, the second half of columns; frequencies fall geometrically towards 1 / base
+    of the highest. `head_dim` is a multiple of 4. Sources: DINOv3 (facebookresearch/dinov3,
+    `rope_position_encoding.py`); EVA-02 (baaivision/EVA, `rope.py`).
     """
     frequencies = base ** -np.arange(0, 1, 4 / head_dim)
-    rows, columns = (2 * (np.arange(side) + 0.5) / side - 1 for side in grid)
-    by_row, by_column = (2 * np.pi * axis[:, None] * frequencies for axis in (rows, columns))
+    by_row, by_column = (FORMS[form](side)[:, None] * frequencies for side in grid)
     shape = (*grid, len(frequencies))
     angles = [np.broadcast_to(by_row[:, None], shape), np.broadcast_to(by_column[None], shape)]
     patches = np.concatenate(angles, axis=-1).reshape(-1, head_dim // 2)
@@ -66,9 +80,17 @@ def axial_rotary(
 
 
 @jax.named_scope("rotary")
-def turn(heads: Heads, rotary: Rotary) -> Heads:
-    """Queries or keys [b n h 2c], turned by the angles of their tokens; computed in float32."""
+def turn(heads: Heads, rotary: Rotary, neighbours: bool = False) -> Heads:
+    """Queries or keys [b n h 2c], turned by the angles of their tokens; computed in float32.
+
+    neighbours  angle j turns the channels 2j and 2j + 1, as in EVA-02; else j and c + j, as in DINOv3.
+    """
     cos, sin = rotary.cos[:, :, None], rotary.sin[:, :, None]
-    first, second = jnp.split(heads.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(heads.dtype)
+    wide = heads.astype(jnp.float32)
+    if neighbours:
+        first, second = jnp.moveaxis(wide.reshape(*wide.shape[:-1], -1, 2), -1, 0)
+    else:
+        first, second = jnp.split(wide, 2, axis=-1)
+    turned = first * cos - second * sin, second * cos + first * sin
+    joined = jnp.stack(turned, axis=-1) if neighbours else jnp.concatenate(turned, axis=-1)
+    return joined.reshape(heads.shape).astype(heads.dtype)

@@ -40,7 +40,7 @@ def network_of(file: WeightFile, name: str = "", say: Say = print) -> tuple[str,
     variant = dict(VARIANTS.get(base, {}))
     fields = variant | stated | _shapes(file, arrays, variant)
     fields |= _positions(file, arrays, fields) | _head(file, arrays, variant, say)
-    if fields.get("rope") and not fields.get("qkv_bias", True):
+    if fields.get("rope") == "dinov3" and not fields.get("qkv_bias", True):
         fields["qkv_bias"] = True  # timm's files without biases are read as such with zeros
     resampling = names.resampling_of(file.arrays, fields)
     fields |= {"pos_resample": resampling[0]} if resampling else {}
@@ -79,6 +79,7 @@ def _shapes(file: WeightFile, arrays: names.Arrays, variant: dict[str, Any]) -> 
         "embed_dim": width,
         "depth": max(layers) + 1,
         "mlp_ratio": _ratio(hidden[1], width),
+        "mlp_norm": "blocks/0/mlp/norm/scale" in arrays,
         "qkv_bias": "blocks/0/attn/qkv/bias" in arrays,
         "patch_bias": "patch_embed/proj/bias" in arrays,
         "class_token": "cls_token" in arrays,

@@ -19,7 +19,7 @@ from tosa_jax.paths import write_atomically
 Arrays = dict[str, np.ndarray]
 
 _SIZES = ("embed_dim", "depth", "num_heads", "mlp_ratio", "patch_size", "in_chans")
-_FORM = ("mlp", "qkv_bias", "patch_bias", "norm_eps", "class_token", "reg_tokens", "distilled", "pre_norm",
+_FORM = ("mlp", "mlp_norm", "qkv_bias", "patch_bias", "norm_eps", "class_token", "reg_tokens", "distilled", "pre_norm",
          "pos_embed", "pos_embed_prefix", "rope")  # fmt: skip
 _POOLS = {"token": "token", "avg": "avg", "map": "map"}  # timm's `global_pool`
 _FILTERS = {"bilinear": 2, "bicubic": 3}  # PIL's numbers
@@ -80,7 +80,7 @@ def to_timm(
     }
     stated |= {"label_names": list(names)} if names else {}
     arrays = _plain(params, config)
-    arrays = _as_eva(arrays, config.mlp == "swiglu") if config.rope else arrays
+    arrays = _as_eva(arrays, config) if config.rope else arrays
     return arrays, {"config.json": stated}
 
 
@@ -90,6 +90,7 @@ def _architecture(config: ViTConfig) -> str | None:
     def form(of: ViTConfig) -> tuple[Any, ...]:
         return (
             *(getattr(of, name) for name in _FORM),
+            (of.rope_base, of.key_bias) if of.rope else (),
             bool(of.layer_scale),
             of.global_pool == "map",
         )
@@ -98,7 +99,7 @@ def _architecture(config: ViTConfig) -> str | None:
     variants = {
         name: of
         for name, of in VARIANTS.items()
-        if name != "vit" and (not config.rope or "qkvb" in name)
+        if name != "vit" and ("dinov3" not in name or "qkvb" in name)
     }
     found = [(name, ViTConfig(**fields)) for name, fields in variants.items()]
     alike = [(name, of) for name, of in found if form(of) == form(config)]
@@ -134,16 +135,24 @@ def _plain(params: Arrays, config: ViTConfig) -> Arrays:
     return arrays
 
 
-def _as_eva(arrays: Arrays, gated: bool) -> Arrays:
-    """A DINOv3 under the names of timm's `eva.py`; `gated`: its MLP is a SwiGLU."""
+def _as_eva(arrays: Arrays, config: ViTConfig) -> Arrays:
+    """A DINOv3 or an EVA-02 under the names of timm's `eva.py`.
+
+    There the tiny and small EVA-02 have the halves of a SwiGLU in one layer, the others in two; and those with a norm
+    in the MLP have three kernels of queries, keys and values.
+    """
+    apart = config.mlp == "swiglu" and (config.mlp_norm or config.rope == "dinov3")
     out = {}
     for name, x in arrays.items():
         name = re.sub(r"\.ls([12])\.gamma$", r".gamma_\1", name)
         if name.endswith("attn.qkv.bias"):
             query, _, value = np.split(x, 3)
-            stem = name.removesuffix("qkv.bias")
-            out |= {f"{stem}q_bias": query, f"{stem}v_bias": value}
-        elif gated and ".mlp.fc1." in name:
+            stem, of = name.removesuffix("qkv.bias"), "_proj.bias" if config.mlp_norm else "_bias"
+            out |= {f"{stem}q{of}": query, f"{stem}v{of}": value}
+        elif config.mlp_norm and ".attn.qkv." in name:
+            parts = zip("qkv", np.split(x, 3), strict=True)
+            out |= {name.replace(".qkv.", f".{part}_proj."): piece for part, piece in parts}
+        elif apart and ".mlp.fc1." in name:
             gate, up = np.split(x, 2)
             out |= {name.replace("fc1", "fc1_g"): gate, name.replace("fc1", "fc1_x"): up}
         else:

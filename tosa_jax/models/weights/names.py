@@ -3,7 +3,7 @@
 PyTorch's names first become timm's. Those are this project's attribute names, so only transposes remain. Sources:
 timm `vision_transformer.py` (`checkpoint_filter_fn`, `_convert_dinov2`), facebookresearch/{deit, dinov2, mae},
 transformers `models/{vit,deit,dinov2,dinov2_with_registers,dinov3_vit}` and its `conversion_mapping.py`;
-facebookresearch/dinov3 and timm `eva.py` for DINOv3. CLIP and SigLIP are in `towers`.
+facebookresearch/dinov3, baaivision/EVA and timm `eva.py` for DINOv3 and EVA-02. CLIP and SigLIP are in `towers`.
 
 Google's ViT (`.npz` files of ViT and AugReg; google-research/vision_transformer, `models_vit.py`) has Flax's layouts:
 kernels are [in, out] as here, but heads and the sides of a patch are axes of their own.
@@ -22,16 +22,16 @@ from tosa_jax.models.weights import towers
 
 Arrays = dict[str, np.ndarray]
 
-# Parts of released files that only pretraining uses (DINO, DINOv2, MAE), and the tanh layer that transformers adds to
+# Parts of released files that only pretraining uses (DINO, DINOv2, MAE, EVA-02), and the tanh layer that transformers adds to
 # ViT and DeiT (pooler) and that Google's and timm's earlier files have before their head (pre_logits). Any other
 # parameter that is left over is an error.
 _UNUSED = re.compile(
     r"(?:embeddings\.)?(mask_token)$|(dino_head|ibot_head|decoder)\.|(pooler)\.dense\."
-    r"|(decoder)_(?:embed|pos_embed|blocks|norm|pred)\b|(head)\.(?:mlp|last_layer)\.|(pre_logits)[./]"
+    r"|(lm_head)\.|(decoder)_(?:embed|pos_embed|blocks|norm|pred)\b|(head)\.(?:mlp|last_layer)\.|(pre_logits)[./]"
 )
 
-# The periods of rotary positions, which the model works out.
-_BUFFER = re.compile(r"rope(_embed)?\.periods$")
+# Rotary positions, which the model works out.
+_BUFFER = re.compile(r"(?:.*\.)?rope(?:_embed)?\.(?:periods|freqs_cos|freqs_sin)$")
 
 _WRAPPER_PREFIX = re.compile(r"^(module\.|_orig_mod\.|_fsdp_wrapped_module\.|backbone\.)+")
 _HF_PREFIX = re.compile(
@@ -70,6 +70,8 @@ _ORIGINAL = [
     (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),  # DINOv2: chunk, then the number among all blocks
     (r"\.mlp\.w12\.", ".mlp.fc1."),  # DINOv2's SwiGLU
     (r"\.mlp\.w3\.", ".mlp.fc2."),
+    (r"\.mlp\.ffn_ln\.", ".mlp.norm."),  # EVA-02
+    (r"\.attn\.([qkv])_proj\.", r".attn.\1."),  # EVA-02's base and large, and timm's of these
     (r"\.gamma_([12])$", r".ls\1.gamma"),  # DeiT III
 ]
 
@@ -77,7 +79,7 @@ _ORIGINAL = [
 _FUSED = [
     ("attn.qkv", ("attn.q", "attn.k", "attn.v")),
     ("mlp.fc1", ("mlp.gate_proj", "mlp.up_proj")),
-    ("mlp.fc1", ("mlp.w1", "mlp.w2")),  # DINOv3's own
+    ("mlp.fc1", ("mlp.w1", "mlp.w2")),  # DINOv3's and EVA-02's own
     ("mlp.fc1", ("mlp.fc1_g", "mlp.fc1_x")),  # timm's `eva.py`
 ]
 
@@ -154,8 +156,8 @@ def to_timm(arrays: Arrays) -> tuple[Arrays, list[str]]:
 def with_key_biases(arrays: Arrays) -> Arrays:
     """timm's names, in which a bias that the keys alone do not have is 0 there.
 
-    transformers has biases of queries and values for DINOv3, timm the same beside the whole kernel, and Facebook's
-    code a mask for the bias of all three.
+    transformers has biases of queries and values for DINOv3, timm the same beside the whole kernel (EVA-02 has three
+    kernels too), and Facebook's code a mask for the bias of all three.
     """
     done = dict(arrays)
     for name, array in arrays.items():

@@ -39,13 +39,20 @@ class Family:
     names      regular expression of the variants.
     crop_pct   by the smallest image side from which it holds, pixels.
     mean, std  as in `Preprocessing`; the defaults are ImageNet's.
+    resize     as there.
     """
 
     names: str
     crop_pct: dict[int, float]
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+    resize: str = "crop"
 
+
+CLIP_MEAN, CLIP_STD = (
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+)
 
 FAMILIES = {
     # facebookresearch/deit, `datasets.py`: int(size / .875) at every size, 438 at 384 pixels. Its published accuracies
@@ -58,16 +65,17 @@ FAMILIES = {
     # whole there.
     "dinov2": Family(r"vit_.*dinov2", {0: 0.875, 384: 1.0}),
     # openai/CLIP, `clip.py`: the short side to the image size, then the centre. timm 1.0 has .9 for some.
-    "clip": Family(
-        r"vit_.*clip",
-        {0: 1.0},
-        (0.48145466, 0.4578275, 0.40821073),
-        (0.26862954, 0.26130258, 0.27577711),
-    ),
+    "clip": Family(r"vit_.*clip", {0: 1.0}, CLIP_MEAN, CLIP_STD),
     # timm 1.0: pixels in [-1, 1]. big_vision and transformers squeeze the whole image into the square.
     "siglip": Family(r"vit_.*siglip", {0: 1.0}, (0.5,), (0.5,)),
     # timm 1.0, `eva.py`. facebookresearch/dinov3 and transformers squeeze the whole image into the square.
     "dinov3": Family(r"vit_.*dinov3", {0: 1.0}),
+    # timm 1.0, `eva.py`: classifiers that were trained on ImageNet-22k's classes squeeze the whole image into the
+    # square; the default weights at 448 pixels are such.
+    "eva02 22k": Family(
+        r"eva02_\w*_448(\.mim_\w*_ft_in22k|$)", {0: 1.0}, CLIP_MEAN, CLIP_STD, "squash"
+    ),
+    "eva02": Family(r"eva02_", {0: 0.9, 336: 1.0}, CLIP_MEAN, CLIP_STD),
     # timm 1.0, `vision_transformer.py`: pixels in [-1, 1]. Google's own code squeezes the whole image into the square;
     # timm's accuracies are meant.
     "augreg": Family(r"vit_", {0: 0.9, 384: 1.0}, (0.5,), (0.5,)),
@@ -90,7 +98,7 @@ def preprocessing_of(name: str, image_size: int, file: WeightFile | None = None)
     if file is not None and family is FAMILIES["augreg"] and _is_mae(file):
         family = FAMILIES["mae"]
     crop_pct = family.crop_pct[max(side for side in family.crop_pct if side <= image_size)]
-    found = Preprocessing(family.mean, family.std, crop_pct)
+    found = Preprocessing(family.mean, family.std, crop_pct, resize=family.resize)
     return found._replace(**(stated(file) if file is not None else {}))
 
 

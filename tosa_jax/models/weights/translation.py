@@ -41,7 +41,7 @@ def to_ours(arrays: Arrays) -> tuple[Arrays, str]:
 
 def with_zero_biases(arrays: Arrays, config: ViTConfig) -> Arrays:
     """The arrays with biases of 0 where a file of a DINOv3 has none of queries, keys and values (timm)."""
-    if not (config.rope and config.qkv_bias):
+    if config.rope != "dinov3" or not config.qkv_bias:
         return arrays
     kernels = {name: x for name, x in arrays.items() if name.endswith("/attn/qkv/kernel")}
     zeros = {
