@@ -2,6 +2,7 @@
 """
 
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -180,6 +181,27 @@ def test_the_other_names_of_a_dinov3_are_read(tmp_path) -> None:
     assert differing == {f"blocks/{i}/attn/qkv/bias" for i in range(3)}
 
 
+def test_the_other_names_of_an_eva02_are_read(tmp_path) -> None:
+    """Those of its authors' code, with three kernels or one."""
+    case, said = "eva02_base_patch14_224", []
+    whole = load_pretrained(model_of(case), released(tmp_path, case), on_message=said.append)
+    timm = cases.weights_of(json.loads(str(STORED[f"{case}:shapes"])))
+    theirs = {"rope.freqs_cos": np.ones((16, 16)), "blocks.0.attn.rope.freqs_sin": np.ones((16, 16))}
+    theirs |= {"mask_token": np.ones((1, 1, 32)), "lm_head.bias": np.ones(9)}
+    for name, x in timm.items():
+        name = name.replace(".fc1_g.", ".w1.").replace(".fc1_x.", ".w2.").replace(".fc2.", ".w3.")
+        name = name.replace(".mlp.norm.", ".mlp.ffn_ln.").replace("_proj.bias", "_bias")
+        theirs[name] = x
+    one = {name: x for name, x in theirs.items() if not re.search(r"attn\.[qkv]_proj", name)}
+    for i in range(3):
+        parts = [theirs[f"blocks.{i}.attn.{part}_proj.weight"] for part in "qkv"]
+        one[f"blocks.{i}.attn.qkv.weight"] = np.concatenate(parts)
+    for i, arrays in enumerate((theirs, one)):
+        path = write(tmp_path / f"{i}", arrays)
+        assert same(load_pretrained(model_of(case), path, on_message=said.append), whole)
+    assert len(said) == 2 and all(line.endswith("uses them: lm_head, mask_token") for line in said)
+
+
 def test_the_linear_head_of_dinov2_is_read_with_the_network_and_alone(tmp_path) -> None:
     case = "Dinov2WithRegistersForImageClassification"
     whole = load_pretrained(model_of(case), released(tmp_path, case), on_message=lambda line: None)
@@ -314,6 +336,25 @@ def test_every_name_of_the_hub_leads_to_a_variant_with_its_own_preprocessing() -
     assert preprocessing_of("vit_base_patch16_dinov3", 256)[1:3] == ((0.229, 0.224, 0.225), 1.0)
     assert variant_config("vit_so400m_patch14_siglip_224").mlp_dim == 4304
     assert variant_config("vit_huge_plus_patch16_dinov3").mlp_dim == 2 * 5120
+    widths = {"tiny": 512, "small": 1024, "base": 2048, "large": 2730}
+    for size, width in widths.items():
+        assert variant_config(f"eva02_{size}_patch14_224").mlp_dim == 2 * width
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "crop", "resize"),
+    [
+        ("eva02_tiny_patch14_224", 224, 0.9, "crop"),
+        ("eva02_small_patch14_336", 336, 1.0, "crop"),
+        ("eva02_base_patch14_448", 448, 1.0, "squash"),
+        ("eva02_base_patch14_448.mim_in22k_ft_in1k", 448, 1.0, "crop"),
+        ("eva02_large_patch14_448.mim_m38m_ft_in22k_in1k", 448, 1.0, "squash"),
+    ],
+)
+def test_images_of_an_eva02_are_prepared_as_timm_does(name, size, crop, resize) -> None:
+    found = preprocessing_of(name, size)
+    assert (found.mean, found.std) == preprocessing_of("vit_base_patch16_clip_224", 224)[:2]
+    assert (found.crop_pct, found.interpolation, found.resize) == (crop, "bicubic", resize)
 
 
 def test_the_cost_of_attention_pooling_is_what_xla_counts() -> None:

@@ -18,6 +18,8 @@ SHOWN = Preprocessing((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 0.8, "bilinear", "crop")
 DINOV2 = {"layer_scale": 0.5, "global_pool": "token_avg", "pos_resample": "bicubic"}
 DINOV3 = {"layer_scale": 0.5, "pos_embed": False, "rope": "dinov3", "key_bias": False, "reg_tokens": 4,
           "norm_eps": 1e-5, "num_classes": 0}  # fmt: skip
+EVA02 = {"rope": "eva02", "rope_base": 1e4, "key_bias": False, "mlp": "swiglu", "mlp_ratio": 5.25,
+         "global_pool": "avg"}  # fmt: skip
 TIMM = {
     "vit": {},
     "deit distilled": {"distilled": True},
@@ -26,6 +28,10 @@ TIMM = {
     "siglip": {"mlp": "gelu_tanh", "class_token": False, "global_pool": "map", "num_classes": 0},
     "dinov3": DINOV3,
     "dinov3 gated": DINOV3 | {"mlp": "swiglu", "mlp_ratio": 8.0},
+    "eva02": EVA02 | {"num_classes": 0},
+    "eva02 norm": EVA02 | {"mlp_norm": True, "image_size": (32, 48)},
+    "eva02 token": EVA02 | {"mlp_norm": True, "global_pool": "token"},
+    "mean": {"global_pool": "avg"},
     "not square": {"image_size": (32, 48)},
 }
 HF = {
@@ -55,7 +61,7 @@ def test_what_is_written_is_read_here(names, case, fields, tmp_path: Path) -> No
     again = tosa_jax.load(tmp_path / "net", batch_sizes=(1,), on_message=said.append)
     expected = load_pretrained(tiny(1, **fields), tmp_path / "net", on_message=said.append)
     assert same(again.model, expected) and again.config.image_size == model.config.image_size
-    if "dinov3" not in case:  # whose biases of keys are not written
+    if model.config.key_bias:  # else those biases are not written
         assert same(again.model, model)
     assert again.class_names == labels or again.config.projection
     assert (again.task.mean, again.form.crop_pct, again.form.resize) == (
@@ -100,6 +106,10 @@ def test_timm_and_transformers_compute_the_same(names, case, fields, tmp_path: P
 def test_what_others_do_not_have_is_refused(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="no architecture of timm is this network"):
         save_weights(tiny(norm_eps=1e-3), tmp_path, names="timm")
+    for fields in ({"rope_base": 50.0}, {"key_bias": True}):  # timm's config.json has no place for them
+        for network_of in (DINOV3, EVA02):
+            with pytest.raises(WeightsError, match="no architecture of timm is this network"):
+                save_weights(tiny(**network_of | fields), tmp_path, names="timm")
     with pytest.raises(WeightsError, match="use names='timm'"):
         save_weights(tiny(global_pool="avg"), tmp_path, names="hf")
     with pytest.raises(ConfigError, match="names='jax' is unknown"):

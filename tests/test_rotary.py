@@ -21,8 +21,12 @@ PREFIX, GRID, N = 3, (4, 6), 27
 IMAGES = np.random.default_rng(0).standard_normal((2, 32, 48, 3), np.float32)
 
 
-def model_of(**fields):
-    return tosa_jax.create_model("vit_small_patch16_dinov3", rngs=nnx.Rngs(0), **(SMALL | fields))
+FAMILIES = {"dinov3": "vit_small_patch16_dinov3", "eva02": "eva02_base_patch14_224"}
+
+
+def model_of(form: str = "dinov3", **fields):
+    fields = SMALL | {"global_pool": "token"} | fields
+    return tosa_jax.create_model(FAMILIES[form], rngs=nnx.Rngs(0), **fields)
 
 
 def run(model, images=IMAGES):
@@ -30,11 +34,14 @@ def run(model, images=IMAGES):
     return jax.jit(lambda p, x: set_params(graphdef, p)(x, key=jax.random.key(0)))(params, images)
 
 
-def test_the_product_of_a_query_and_a_key_knows_only_how_far_apart_they_are() -> None:
+@pytest.mark.parametrize("form", FAMILIES)
+def test_the_product_of_a_query_and_a_key_knows_only_how_far_apart_they_are(form: str) -> None:
     """Both axes, in patches; and prefix tokens are not turned."""
-    rotary = axial_rotary(GRID, 8, 100.0, PREFIX)
+    rotary, neighbours = axial_rotary(GRID, 8, 100.0, PREFIX, form), form == "eva02"
     query, key = np.random.default_rng(1).standard_normal((2, 1, 1, 1, 8), np.float32)
-    queries, keys = (turn(jnp.broadcast_to(x, (1, N, 1, 8)), rotary) for x in (query, key))
+    queries, keys = (
+        turn(jnp.broadcast_to(x, (1, N, 1, 8)), rotary, neighbours) for x in (query, key)
+    )
     np.testing.assert_array_equal(queries[:, :PREFIX], np.broadcast_to(query, (1, PREFIX, 1, 8)))
     products = np.einsum("nc,mc->nm", queries[0, PREFIX:, 0], keys[0, PREFIX:, 0])
     products = products.reshape(*GRID, *GRID)
@@ -45,8 +52,9 @@ def test_the_product_of_a_query_and_a_key_knows_only_how_far_apart_they_are() ->
     assert np.ptp(products[0, 0]) > 0.1
 
 
-def test_permuting_patches_with_their_places_permutes_the_output() -> None:
-    model = model_of()
+@pytest.mark.parametrize("form", FAMILIES)
+def test_permuting_patches_with_their_places_permutes_the_output(form: str) -> None:
+    model = model_of(form)
     order = np.random.default_rng(2).permutation(N - PREFIX)
     order = np.concatenate([np.arange(PREFIX), PREFIX + order])
     rotary = model.rotary(GRID)
@@ -96,9 +104,10 @@ def test_selection_of_every_token_equals_the_dense_network_in_every_way_to_run_a
         np.testing.assert_allclose(found, dense, atol=2e-5, err_msg=kind)
 
 
-def test_selected_tokens_attend_from_where_they_are() -> None:
+@pytest.mark.parametrize("form", FAMILIES)
+def test_selected_tokens_attend_from_where_they_are(form: str) -> None:
     """A layer on selected tokens gives what masking all other keys gives."""
-    model = model_of(plan=("standard", "previous", "standard", "standard"), keep_rate=0.5)
+    model = model_of(form, plan=("standard", "previous", "standard", "standard"), keep_rate=0.5)
     out = run(model)
     tokens, rotary = model.embed(jnp.asarray(IMAGES)), model.rotary(GRID)
     tokens, _ = model.blocks[0](tokens, rotary=rotary)

@@ -65,7 +65,8 @@ def to_timm(
     if config.task != "classification" or base is None or config.global_pool not in _POOLS:
         raise WeightsError("no architecture of timm is this network; leave names out to save it")
     args: dict[str, Any] = {name: getattr(config, name) for name in _SIZES}
-    args |= {"img_size": list(config.image_shape)}
+    # timm makes the last norm by the pool when it builds the network, before it reads `global_pool` beside these.
+    args |= {"img_size": list(config.image_shape), "global_pool": _POOLS[config.global_pool]}
     if config.layer_scale:
         args["init_values"] = config.layer_scale
     if config.rope and config.mlp == "swiglu":
