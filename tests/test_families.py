@@ -1,5 +1,4 @@
-"""CLIP, SigLIP, DINOv3, EVA-02 and DINOv2's classifiers compute what transformers or timm computes, dense and selective.
-"""
+"""CLIP, SigLIP, DINOv3, EVA-02, DINOv2's classifiers compute what transformers or timm does, dense and selective."""
 
 import json
 import re
@@ -186,7 +185,10 @@ def test_the_other_names_of_an_eva02_are_read(tmp_path) -> None:
     case, said = "eva02_base_patch14_224", []
     whole = load_pretrained(model_of(case), released(tmp_path, case), on_message=said.append)
     timm = cases.weights_of(json.loads(str(STORED[f"{case}:shapes"])))
-    theirs = {"rope.freqs_cos": np.ones((16, 16)), "blocks.0.attn.rope.freqs_sin": np.ones((16, 16))}
+    theirs = {
+        "rope.freqs_cos": np.ones((16, 16)),
+        "blocks.0.attn.rope.freqs_sin": np.ones((16, 16)),
+    }
     theirs |= {"mask_token": np.ones((1, 1, 32)), "lm_head.bias": np.ones(9)}
     for name, x in timm.items():
         name = name.replace(".fc1_g.", ".w1.").replace(".fc1_x.", ".w2.").replace(".fc2.", ".w3.")
@@ -367,9 +369,13 @@ def test_the_cost_of_attention_pooling_is_what_xla_counts() -> None:
 
 
 def test_released_sizes_were_measured_at_two_image_sizes() -> None:
-    results = Path(__file__).parents[1] / "results" / "families_exactness.json"
-    measured = json.loads(results.read_text())["cases"]
-    assert measured.keys() == cases.WHOLE.keys()
+    results = Path(__file__).parents[1] / "results"
+    files = [results / f"families_exactness{end}.json" for end in ("", "_timm")]
+    of_transformers, of_timm = (json.loads(file.read_text())["cases"] for file in files)
+    assert (
+        of_transformers.keys() == cases.WHOLE.keys() and of_timm.keys() == cases.TIMM_WHOLE.keys()
+    )
+    measured = of_transformers | of_timm
     for variant, found in measured.items():
         assert found["differences"].keys() == {"224x224", "448x224"}, variant
         assert max(found["differences"].values()) <= 2e-5, variant

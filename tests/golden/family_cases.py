@@ -1,4 +1,4 @@
-"""What the exactness of CLIP, SigLIP, DINOv3, EVA-02 and DINOv2's classifiers is shown on: tiny networks, random weights.
+"""What the exactness of CLIP, SigLIP, DINOv3, EVA-02, DINOv2's classifiers is shown on: tiny networks, random weights.
 
 Nothing here needs torch: weights come from NumPy by name and seed, so that the tests make the same ones as
 `make_families.py` did and only names, shapes, configurations and results are stored.
@@ -62,13 +62,17 @@ WHOLE = {
         },
         {"global_pool": "token_avg", "pos_resample": "bicubic"},
     ),
-    "eva02_small_patch14_224": ("timm", {}, {}),
-    "eva02_base_patch14_224": ("timm", {}, {}),
 }
 """Released sizes, measured whole: the variant -> transformers' class, its fields, and fields of `create_model`.
 
-transformers' defaults are the base CLIP and SigLIP and the small DINOv3. "timm": its network of that name.
+transformers' defaults are the base CLIP and SigLIP and the small DINOv3.
 """
+
+TIMM_WHOLE = {
+    "eva02_small_patch14_224": ("eva02_small_patch14_224", {}, {}),
+    "eva02_base_patch14_224": ("eva02_base_patch14_224", {}, {}),
+}
+"""The same with timm's name and what its `create_model` gets."""
 
 WHOLE_IMAGES = ((224, 224), (448, 224))
 """Height and width; both patches divide them."""

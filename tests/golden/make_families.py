@@ -1,8 +1,9 @@
-"""Makes families.npz here (--goldens), or measures results/families_exactness.json, against transformers and timm.
+"""Makes families.npz here (--goldens), or measures exactness against transformers, or timm (--timm).
 
 pip install "torch>=2.6" "transformers>=5" "timm>=1.0" && PYTHONPATH=.:tests python tests/golden/make_families.py
 
-Float32, on the CPU, with random weights: a few minutes for all. A case of the golden file has its config.json and the
+Float32, on the CPU, with random weights: a few minutes for all. What is measured is in
+results/families_exactness.json and families_exactness_timm.json. A case of the golden file has its config.json and the
 names and shapes of its weights as `save_pretrained` or timm wrote them. For each size it has what a head gives: the
 projection (CLIP), the pooled token (SigLIP, DINOv3), logits (DINOv2), logits or pooled patches (EVA-02); of DINOv3 and
 EVA-02 all tokens too.
@@ -25,6 +26,7 @@ from golden.family_cases import (
     CASES,
     IMAGES,
     TIMM_CASES,
+    TIMM_WHOLE,
     WHOLE,
     WHOLE_IMAGES,
     image_of,
@@ -89,10 +91,8 @@ def computed(model: Any, name: str, size: tuple[int, int]) -> dict[str, np.ndarr
 def make(case: str, folder: Path) -> dict[str, np.ndarray]:
     """What is stored of a case, whose network is written to `folder` on the way."""
     name = case.partition("/")[0]
-    if case in TIMM_CASES:
-        model, shapes = written_by_timm(name, TIMM_CASES[case], folder)
-    else:
-        model, shapes = written(name, CASES[case], folder)
+    write = written_by_timm if case in TIMM_CASES else written
+    model, shapes = write(name, (CASES | TIMM_CASES)[case], folder)
     stored = {
         f"{case}:config": np.array((folder / "config.json").read_text()),
         f"{case}:shapes": np.array(json.dumps(shapes)),
@@ -115,12 +115,9 @@ def make_goldens() -> None:
 
 def measure(variant: str, folder: Path) -> dict[str, float]:
     """The largest difference of what the head gives between the reference and this project, by size."""
-    name, theirs, ours = WHOLE[variant]
-    if name == "timm":
-        name = variant
-        reference, _ = written_by_timm(name, theirs, folder)
-    else:
-        reference, _ = written(name, theirs, folder)
+    name, theirs, ours = (WHOLE | TIMM_WHOLE)[variant]
+    write = written_by_timm if variant in TIMM_WHOLE else written
+    reference, _ = write(name, theirs, folder)
     differences = {}
     for size in WHOLE_IMAGES:
         model = tosa_jax.create_model(variant, image_size=size, rngs=nnx.Rngs(0), **ours)
@@ -132,25 +129,26 @@ def measure(variant: str, folder: Path) -> dict[str, float]:
     return differences
 
 
-def measure_all() -> None:
-    """Writes the measured differences."""
+def measure_all(by_timm: bool) -> None:
+    """Writes the measured differences to transformers, or to timm."""
+    library, variants = (timm, TIMM_WHOLE) if by_timm else (transformers, WHOLE)
     cases = {}
-    for variant in WHOLE:
+    for variant in variants:
         with tempfile.TemporaryDirectory() as folder:
             cases[variant] = {
-                "reference": WHOLE[variant][0],
+                "reference": variants[variant][0],
                 "differences": measure(variant, Path(folder)),
             }
         print(variant, cases[variant], flush=True)
     result = {
-        "what": "max |difference| to transformers or timm of what the head gives, float32, CPU, random weights, one image; "
-        "keys are heightxwidth (tests/golden/family_cases.py)",
-        "command": "PYTHONPATH=.:tests python tests/golden/make_families.py",
-        "versions": {m.__name__: m.__version__ for m in (jax, torch, transformers, timm, np)},
+        "what": f"max |difference| to {library.__name__} of what the head gives, float32, CPU, random weights, "
+        "one image; keys are heightxwidth (tests/golden/family_cases.py)",
+        "command": "PYTHONPATH=.:tests python tests/golden/make_families.py" + " --timm" * by_timm,
+        "versions": {m.__name__: m.__version__ for m in (jax, torch, library, np)},
         "limit": 2e-5,
         "cases": cases,
     }
-    out = HERE.parents[1] / "results/families_exactness.json"
+    out = HERE.parents[1] / f"results/families_exactness{'_timm' * by_timm}.json"
     out.write_text(json.dumps(result, indent=1) + "\n")
 
 
@@ -158,7 +156,9 @@ def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--goldens", action="store_true", help="make the test file instead")
-    make_goldens() if parser.parse_args().goldens else measure_all()
+    parser.add_argument("--timm", action="store_true", help="measure against timm")
+    args = parser.parse_args()
+    make_goldens() if args.goldens else measure_all(args.timm)
 
 
 if __name__ == "__main__":

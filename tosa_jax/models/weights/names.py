@@ -22,9 +22,9 @@ from tosa_jax.models.weights import towers
 
 Arrays = dict[str, np.ndarray]
 
-# Parts of released files that only pretraining uses (DINO, DINOv2, MAE, EVA-02), and the tanh layer that transformers adds to
-# ViT and DeiT (pooler) and that Google's and timm's earlier files have before their head (pre_logits). Any other
-# parameter that is left over is an error.
+# Parts of released files that only pretraining uses (DINO, DINOv2, MAE, EVA-02), and the tanh layer that transformers
+# adds to ViT and DeiT (pooler) and that Google's and timm's earlier files have before their head (pre_logits). Any
+# other parameter that is left over is an error.
 _UNUSED = re.compile(
     r"(?:embeddings\.)?(mask_token)$|(dino_head|ibot_head|decoder)\.|(pooler)\.dense\."
     r"|(lm_head)\.|(decoder)_(?:embed|pos_embed|blocks|norm|pred)\b|(head)\.(?:mlp|last_layer)\.|(pre_logits)[./]"
