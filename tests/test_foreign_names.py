@@ -106,10 +106,7 @@ def test_timm_and_transformers_compute_the_same(names, case, fields, tmp_path: P
 def test_what_others_do_not_have_is_refused(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="no architecture of timm is this network"):
         save_weights(tiny(norm_eps=1e-3), tmp_path, names="timm")
-    for fields in (
-        {"rope_base": 50.0},
-        {"key_bias": True},
-    ):  # timm's config.json has no place for them
+    for fields in ({"rope_base": 50.0}, {"key_bias": True}):  # no part of timm's `model_args`
         for network_of in (DINOV3, EVA02):
             with pytest.raises(WeightsError, match="no architecture of timm is this network"):
                 save_weights(tiny(**network_of | fields), tmp_path, names="timm")

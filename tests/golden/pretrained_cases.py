@@ -41,8 +41,8 @@ GIANT_DEPTH = 8  # of 40, in the results: whole, it would need 25 GB
 MEASURED = {
     name: {"depth": GIANT_DEPTH} if "giant" in name else {}
     for name in VARIANTS
-    if name != "vit"
-    and not re.search("clip|siglip|dinov3|eva02", name)  # those are in `family_cases`
+    # The others are in `family_cases`.
+    if name != "vit" and not re.search("clip|siglip|dinov3|eva02", name)
 }
 MEASURED["vit_base_patch16_224:avg"] = {}
 

@@ -190,9 +190,7 @@ class ViTConfig(metaclass=_TakesOptions):
     mlp_ratio: float = 4.0
     mlp_norm: bool = False  # a norm before the MLP's second layer, as in EVA-02's base and large
     qkv_bias: bool = True
-    key_bias: bool = (
-        True  # False: of that bias the part of the keys is held at 0, as in DINOv3, EVA-02
-    )
+    key_bias: bool = True  # False: the keys' part of that bias is held at 0, as in DINOv3
     patch_bias: bool = True  # the patch projection has a bias; CLIP's has none
     norm_eps: float = 1e-6
     layer_scale: float = 0.0  # initial value; 0: none
