@@ -1,6 +1,7 @@
 """Files under timm's and transformers' names: read back here, and by those libraries where they are installed."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -18,14 +19,24 @@ SHOWN = Preprocessing((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 0.8, "bilinear", "crop")
 DINOV2 = {"layer_scale": 0.5, "global_pool": "token_avg", "pos_resample": "bicubic"}
 DINOV3 = {"layer_scale": 0.5, "pos_embed": False, "rope": "dinov3", "key_bias": False, "reg_tokens": 4,
           "norm_eps": 1e-5, "num_classes": 0}  # fmt: skip
+SIGLIP = {
+    "mlp": "gelu_tanh",
+    "class_token": False,
+    "global_pool": "map",
+    "num_classes": 0,
+    "pos_resample": "bicubic",
+}
+CLIP = {"pre_norm": True, "patch_bias": False, "norm_eps": 1e-5, "pos_resample": "bicubic"}
+GATED = {"mlp": "swiglu", "mlp_ratio": 8.0}
 TIMM = {
     "vit": {},
     "deit distilled": {"distilled": True},
     "deit3": {"layer_scale": 0.5, "pos_embed_prefix": False},
     "registers": {"layer_scale": 0.5, "pos_embed_prefix": False, "reg_tokens": 4, "num_classes": 0},
-    "siglip": {"mlp": "gelu_tanh", "class_token": False, "global_pool": "map", "num_classes": 0},
+    "siglip": SIGLIP,
+    "clip": CLIP | {"projection": True},
     "dinov3": DINOV3,
-    "dinov3 gated": DINOV3 | {"mlp": "swiglu", "mlp_ratio": 8.0},
+    "dinov3 gated": DINOV3 | GATED | {"rope_base": 30.0},
     "not square": {"image_size": (32, 48)},
 }
 HF = {
@@ -34,6 +45,14 @@ HF = {
     "deit": {"distilled": True},
     "dinov2": DINOV2,
     "dinov2 registers": DINOV2 | {"reg_tokens": 4, "pos_embed_prefix": False, "pos_resample": "bicubic_antialias"},
+    # Both halves of 48: two thirds of 64, as a multiple of 8.
+    "dinov2 gated": DINOV2 | {"mlp": "swiglu", "mlp_ratio": 6.0, "num_classes": 0, "global_pool": "token"},
+    "clip": CLIP | {"projection": True},
+    "clip quick": CLIP | {"num_classes": 0, "mlp": "quick_gelu"},
+    "siglip": SIGLIP,
+    "dinov3": DINOV3,
+    "dinov3 gated, not square": DINOV3 | GATED | {"image_size": (32, 48), "rope_base": 30.0},
+    "dinov3 key biases": DINOV3 | {"key_bias": True},
 }  # fmt: skip
 CASES = [("timm", case, TIMM[case]) for case in TIMM] + [("hf", case, HF[case]) for case in HF]
 
@@ -43,6 +62,11 @@ def network(fields):
     for name in ("qkv", "proj"):  # biases that are not 0
         bias = getattr(model.blocks[1].attn, name).bias
         bias[...] = np.linspace(-1, 1, bias.shape[0], dtype=np.float32)
+    kernel = model.blocks[1].mlp.fc1.kernel
+    kernel[...] = kernel[...] * 30  # to where the forms of GELU differ
+    if not model.config.key_bias:
+        bias = model.blocks[1].attn.qkv.bias
+        bias[...] = bias[...].at[16:32].set(0.0)
     model.preprocessing = SHOWN
     return model
 
@@ -55,8 +79,13 @@ def test_what_is_written_is_read_here(names, case, fields, tmp_path: Path) -> No
     again = tosa_jax.load(tmp_path / "net", batch_sizes=(1,), on_message=said.append)
     expected = load_pretrained(tiny(1, **fields), tmp_path / "net", on_message=said.append)
     assert same(again.model, expected) and again.config.image_size == model.config.image_size
-    if "dinov3" not in case:  # whose biases of keys are not written
-        assert same(again.model, model)
+    assert same(again.model, model)
+    told_otherwise = (
+        "layer_scale",
+        "pos_resample",
+    )  # an initial value; what the library itself does
+    kept = {name: getattr(again.config, name) for name in told_otherwise}
+    assert again.config == replace(model.config, **kept)
     assert again.class_names == labels or again.config.projection
     assert (again.task.mean, again.form.crop_pct, again.form.resize) == (
         (0.1, 0.2, 0.3),
@@ -79,22 +108,34 @@ def test_timm_and_transformers_compute_the_same(names, case, fields, tmp_path: P
     height, width = model.config.image_shape
     image = np.random.default_rng(0).standard_normal((1, height, width, 3), np.float32)
     out = model(jnp.asarray(image))
-    ours = out.logits if model.config.num_classes else out.tokens
+    (ours,) = out.predictions.values()
     pixels = torch.from_numpy(image.transpose(0, 3, 1, 2).copy())
     with torch.no_grad():
         if names == "timm":
             import timm
 
             theirs = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
-            found = theirs(pixels) if model.config.num_classes else theirs.forward_features(pixels)
+            pairs = [(theirs.forward_features(pixels), out.tokens)]
+            if model.config.num_classes or "siglip" in case:
+                pairs.append((theirs(pixels), ours))
         else:
             import transformers
 
-            kind = json.loads((tmp_path / "config.json").read_text())["architectures"][0]
-            theirs = getattr(transformers, kind).from_pretrained(tmp_path).eval()
-            answer = theirs(pixels)
-            found = answer.logits if model.config.num_classes else answer.last_hidden_state
-    np.testing.assert_allclose(found.numpy(), ours, atol=2e-5)
+            kind = getattr(
+                transformers, json.loads((tmp_path / "config.json").read_text())["architectures"][0]
+            )
+            theirs, read = kind.from_pretrained(tmp_path, output_loading_info=True)
+            assert not read["unexpected_keys"] and not read["mismatched_keys"]
+            answer = theirs.eval()(pixels)
+            pairs = []
+            if "clip" not in case and not model.config.num_classes:  # CLIP's are not normalised
+                pairs.append((answer.last_hidden_state, out.tokens))
+            if case != "vit features":  # whose pooler is a layer of its own
+                heads = ("logits", "image_embeds", "pooler_output")
+                pairs.append((next(answer[head] for head in heads if head in answer), ours))
+                assert not read["missing_keys"]
+    for found, expected in pairs:
+        np.testing.assert_allclose(found.numpy(), expected, atol=2e-5, rtol=0)
 
 
 def test_what_others_do_not_have_is_refused(tmp_path: Path) -> None:
