@@ -62,8 +62,8 @@ def network(fields):
     for name in ("qkv", "proj"):  # biases that are not 0
         bias = getattr(model.blocks[1].attn, name).bias
         bias[...] = np.linspace(-1, 1, bias.shape[0], dtype=np.float32)
-    kernel = model.blocks[1].mlp.fc1.kernel
-    kernel[...] = kernel[...] * 30  # to where the forms of GELU differ
+    for layer in (model.blocks[1].mlp.fc1, model.blocks[1].mlp.fc2):
+        layer.kernel[...] = layer.kernel[...] * 30  # to where the forms of GELU differ
     if not model.config.key_bias:
         bias = model.blocks[1].attn.qkv.bias
         bias[...] = bias[...].at[16:32].set(0.0)

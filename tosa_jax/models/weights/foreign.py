@@ -208,19 +208,19 @@ _KINDS = (
 )
 
 
-def _lacks(kind: _Kind, config: ViTConfig) -> list[str]:
-    """What of a network transformers' one has not, as "field=value"."""
+def _lacks(kind: _Kind, config: ViTConfig) -> tuple[list[str], list[str]]:
+    """What of a network transformers' one has not, as "field=value": of its form, and of its head."""
     given = {name: getattr(config, name) for name in _FORM_OF_ALL}
     form = _FORM_OF_ALL | kind.form
     lacks = [name for name, x in given.items() if x not in form[name] and bool(x) not in form[name]]
-    if (config.global_pool, _gives(config)) not in kind.heads:
-        lacks += ["global_pool", "num_classes", "projection"]
     height, width = config.image_shape
     if height != width and kind.model_type != "dinov3_vit":
         lacks.append("image_size")
     if kind.model_type.startswith("dinov2") and not _dinov2_ratio(config):
         lacks.append("mlp_ratio")
-    return [f"{name}={getattr(config, name)!r}" for name in lacks]
+    head = [f"global_pool={config.global_pool!r} with num_classes={config.num_classes}"]
+    known = (config.global_pool, _gives(config)) in kind.heads
+    return [f"{name}={getattr(config, name)!r}" for name in lacks], [] if known else head
 
 
 def _gives(config: ViTConfig) -> str:
@@ -244,8 +244,8 @@ def _kind(config: ViTConfig) -> _Kind:
         raise WeightsError(
             f"networks for {config.task} are not written under transformers' names; leave names out to save it"
         )
-    kind = min(_KINDS, key=lambda x: len(_lacks(x, config)))
-    if lacks := _lacks(kind, config):
+    kind = min(_KINDS, key=lambda x: [len(lacks) for lacks in _lacks(x, config)])
+    if lacks := [one for lacks in _lacks(kind, config) for one in lacks]:
         raise WeightsError(
             f"transformers has no such network: its {kind.name}Model, the nearest, has no {', '.join(lacks)}; use "
             "names='timm', or leave names out"
