@@ -34,6 +34,7 @@ TIMM = {
     "deit3": {"layer_scale": 0.5, "pos_embed_prefix": False},
     "registers": {"layer_scale": 0.5, "pos_embed_prefix": False, "reg_tokens": 4, "num_classes": 0},
     "siglip": SIGLIP,
+    "siglip of 16": SIGLIP | {"patch_size": 16},  # those of timm have another GELU
     "clip": CLIP | {"projection": True},
     "dinov3": DINOV3,
     "dinov3 gated": DINOV3 | GATED | {"rope_base": 30.0},

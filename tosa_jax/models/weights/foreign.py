@@ -58,6 +58,8 @@ def to_timm(
         args["rope_temperature"] = config.rope_base
         if config.mlp == "swiglu":
             args["mlp_ratio"] = config.mlp_ratio / 2  # of both halves here, of one there
+    elif config.mlp != "swiglu":
+        args["act_layer"] = config.mlp  # SigLIPs of some sizes have another one in timm
     stated = {
         "architecture": base,
         "num_classes": config.num_classes,
