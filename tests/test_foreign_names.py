@@ -142,8 +142,23 @@ def test_timm_and_transformers_compute_the_same(names, case, fields, tmp_path: P
 def test_what_others_do_not_have_is_refused(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="no architecture of timm is this network"):
         save_weights(tiny(norm_eps=1e-3), tmp_path, names="timm")
-    with pytest.raises(WeightsError, match="use names='timm'"):
-        save_weights(tiny(global_pool="avg"), tmp_path, names="hf")
+    with pytest.raises(WeightsError, match="no architecture of timm is this network"):
+        save_weights(tiny(**DINOV3 | {"key_bias": True}), tmp_path, names="timm")
+    for fields, says in (
+        ({"global_pool": "avg"}, "its ViTModel, the nearest, has no global_pool='avg' with num_cl"),
+        (TIMM["deit3"], "its Dinov2Model, the nearest, has no global_pool='token' with num_classes=5"),
+        (CLIP, "its CLIPVisionModel, the nearest, has no global_pool='token' with num_classes=5"),
+        (SIGLIP | {"image_size": (32, 48)}, r"SiglipVisionModel, the nearest, has no image_size=\(32, 48"),
+        (DINOV3 | {"reg_tokens": 0}, "its DINOv3ViTModel, the nearest, has no reg_tokens=0"),
+        (DINOV2 | {"mlp_ratio": 2.5}, "its Dinov2Model, the nearest, has no mlp_ratio=2.5"),
+        (TIMM["registers"] | {"pos_embed_prefix": True}, "has no pos_embed_prefix=True"),
+    ):  # fmt: skip
+        with pytest.raises(WeightsError, match=says):
+            save_weights(tiny(**fields), tmp_path, names="hf")
+    biased = tiny(**CLIP | {"projection": True})
+    biased.head.bias[...] = np.ones(5, np.float32)
+    with pytest.raises(WeightsError, match="the projection has a bias"):
+        save_weights(biased, tmp_path, names="hf")
     with pytest.raises(ConfigError, match="names='jax' is unknown"):
         save_weights(tiny(), tmp_path, names="jax")
     assert not list(tmp_path.iterdir())
