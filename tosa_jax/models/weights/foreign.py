@@ -175,13 +175,13 @@ _KINDS = (
         {("token", "logits"): "ForImageClassificationWithTeacher"},
         {"distilled": (True,)},
     ),
-    _Kind("dinov2", "Dinov2", _DINOV2_HEADS, _DINOV2 | {"pos_embed_prefix": (True, False)}),
     _Kind(
         "dinov2_with_registers",
         "Dinov2WithRegisters",
         _DINOV2_HEADS,
         _DINOV2 | {"reg_tokens": (True,), "pos_embed_prefix": (False,)},
     ),
+    _Kind("dinov2", "Dinov2", _DINOV2_HEADS, _DINOV2 | {"pos_embed_prefix": (True, False)}),
     _Kind(
         "clip_vision_model",
         "CLIPVision",
