@@ -1,6 +1,8 @@
 """A network is loaded with all that its files state, in two lines; what they do not state is a guess that is said."""
 
 import json
+import re
+from argparse import Namespace
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -302,6 +304,65 @@ def test_a_network_of_several_is_chosen(tmp_path: Path) -> None:
         checkpoint_key="ema",
     )
     assert_refused(tiny(**bare), path, "no names that begin with 'encoder.'", prefix="encoder.")
+
+
+def as_dinov2_trains(network: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """DINOv2's names while it trains: blocks in chunks, and the heads of both losses."""
+    chunked = {re.sub(r"^blocks\.(\d+)", r"blocks.0.\1", k): x for k, x in network.items()}
+    arrays = {f"backbone.{k}": x for k, x in chunked.items()}
+    arrays |= {"backbone.mask_token": np.ones((1, 16), np.float32)}
+    for head in ("dino_head", "ibot_head"):
+        arrays |= {f"{head}.mlp.0.weight": np.ones((3, 16), np.float32),
+                   f"{head}.last_layer.weight_v": np.ones((4, 3), np.float32)}  # fmt: skip
+    return arrays
+
+
+def test_training_checkpoints_give_the_network_that_is_asked_for(tmp_path: Path) -> None:
+    """The layouts of dino/main_dino.py, dinov2/train/{train,ssl_meta_arch}.py and timm's and DeiT's savers."""
+    net = {k: x for k, x in tiny_weights().items() if not k.startswith("head")}
+    other = {k: x + 1 for k, x in net.items()}  # the student's, or that which is not averaged
+    center = np.zeros((1, 4), np.float32)
+    rest = {
+        "optimizer": {"state": {0: {"exp_avg": center}}, "param_groups": [{"lr": 0.1}]},
+        "args": Namespace(arch="vit_small", lr=0.1),
+        "epoch": 3,
+    }
+    heads = {"head.mlp.0.weight": center, "head.last_layer.weight_g": center}
+    dino = {
+        "student": {f"module.backbone.{k}": x for k, x in other.items()}
+        | {f"module.{k}": x for k, x in heads.items()},
+        "teacher": {f"backbone.{k}": x for k, x in net.items()} | heads,
+        "dino_loss": {"center": center},
+    }
+    both = {f"student.{k}": x for k, x in as_dinov2_trains(other).items()}
+    both |= {f"teacher.{k}": x for k, x in as_dinov2_trains(net).items()}
+    both |= {"dino_loss.center": center, "ibot_patch_loss.center": center[None]}
+    students = {k: x for k, x in both.items() if k.startswith("student.")}
+    files = {
+        "dino": (dino, {None: net, "teacher": net, "student": other}),
+        "dinov2": (
+            {"model": both, "iteration": 5},
+            {None: net, "teacher": net, "student": other, "model": net},
+        ),
+        "dinov2 teacher": ({"teacher": as_dinov2_trains(net)}, {None: net, "teacher": net}),
+        "a student alone": ({"model": students}, {None: other, "student": other}),
+        "deit": ({"model": other, "model_ema": net}, {None: net, "ema": net, "model": other}),
+        "timm": (
+            {"state_dict": other, "state_dict_ema": net},
+            {None: net, "ema": net, "model": other, "state_dict": other},
+        ),
+    }
+    expected = {id(x): load_pretrained(tiny(num_classes=0), x) for x in (net, other)}
+    for name, (tree, choices) in files.items():
+        path = write_pth(tmp_path / f"{name}.pth", tree | rest)
+        for key, arrays in choices.items():
+            found = load_pretrained(
+                tiny(1, num_classes=0), path, checkpoint_key=key, on_message=lambda line: None
+            )
+            assert same(found, expected[id(arrays)]), (name, key)
+    assert_refused(
+        tiny(num_classes=0), tmp_path / "dino.pth", "holds no 'ema'", checkpoint_key="ema"
+    )
 
 
 def test_rgb_weights_are_fitted_to_other_channels_as_timm_does(tmp_path: Path) -> None:

@@ -176,5 +176,6 @@ def _head(
             )
         say(f"{file.path}: timm's features are the mean of the patches, those here the class token")
     embeds = variant.get("projection", False) and classes == variant.get("num_classes")
-    embeds = embeds or (bool(towers.whose(file.arrays)) and classes > 0)
+    states_so = bool(towers.whose(file.arrays)) or file.config.get("projection") is True
+    embeds = embeds or (states_so and classes > 0)
     return {"global_pool": pool, "num_classes": classes, "projection": embeds}

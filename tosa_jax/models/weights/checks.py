@@ -117,6 +117,8 @@ def _stated_fields(file: WeightFile) -> dict[str, Any]:
     if config.get("architecture") in VARIANTS:  # timm's folders
         silent = ViTConfig(**VARIANTS[config["architecture"]]).silent_fields
         given = config.get("model_args") or {}  # what differs from the architecture
+        if "rope_temperature" in given:
+            given = given | {"rope_base": given["rope_temperature"]}
         return silent | {name: given[name] for name in silent.keys() & given.keys()}
     if config.get("model_type") == "depth_anything":
         backbone = {"model_type": "dinov2", **(config.get("backbone_config") or {})}

@@ -1,19 +1,21 @@
 """Writes parameters under the names of timm or of transformers, with the JSON files by which those read them.
 
-The inverse of `translation`, for the networks that both sides have.
+The inverse of `translation`, by the same tables, for the networks that both sides have.
 """
 
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from tosa_jax.errors import WeightsError
 from tosa_jax.models.variants import VARIANTS
 from tosa_jax.models.vit_config import ViTConfig
+from tosa_jax.models.weights import names, towers
 from tosa_jax.models.weights.preprocessing import Preprocessing
+from tosa_jax.models.weights.renaming import inverse, rename
 from tosa_jax.paths import write_atomically
 
 Arrays = dict[str, np.ndarray]
@@ -23,25 +25,6 @@ _FORM = ("mlp", "mlp_norm", "qkv_bias", "patch_bias", "norm_eps", "class_token",
          "pos_embed", "pos_embed_prefix", "rope")  # fmt: skip
 _POOLS = {"token": "token", "avg": "avg", "map": "map"}  # timm's `global_pool`
 _FILTERS = {"bilinear": 2, "bicubic": 3}  # PIL's numbers
-_HF = [
-    (r"^cls_token$", "embeddings.cls_token"),
-    (r"^dist_token$", "embeddings.distillation_token"),
-    (r"^reg_token$", "embeddings.register_tokens"),
-    (r"^pos_embed$", "embeddings.position_embeddings"),
-    (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
-    (r"^blocks\.(\d+)\.", r"encoder.layer.\1."),
-    (r"\.attn\.([qkv])\.", lambda m: f".attention.attention.{_PARTS[m[1]]}."),
-    (r"\.attn\.proj\.", ".attention.output.dense."),
-    (r"\.ls([12])\.gamma$", r".layer_scale\1.lambda1"),
-    (r"^norm\.", "layernorm."),
-]
-_PARTS = {"q": "query", "k": "key", "v": "value"}
-_HF_VIT = [
-    (r"\.mlp\.fc1\.", ".intermediate.dense."),
-    (r"\.mlp\.fc2\.", ".output.dense."),
-    (r"\.norm1\.", ".layernorm_before."),
-    (r"\.norm2\.", ".layernorm_after."),
-]
 _ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu"}
 
 
@@ -52,12 +35,15 @@ def write_statements(folder: Path, files: dict[str, dict[str, Any]]) -> None:
 
 
 def to_timm(
-    params: Arrays, config: ViTConfig, preprocessing: Preprocessing | None, names: tuple[str, ...]
+    params: Arrays,
+    config: ViTConfig,
+    preprocessing: Preprocessing | None,
+    class_names: tuple[str, ...],
 ) -> tuple[Arrays, dict[str, dict[str, Any]]]:
     """timm's arrays, and the config.json with which `timm.create_model("local-dir:FOLDER", pretrained=True)` makes
     the network.
 
-    names  of the classes; (): none are stated.
+    class_names  (): none are stated.
 
     Raises WeightsError for a network that no architecture of timm is, whatever its size.
     """
@@ -69,8 +55,12 @@ def to_timm(
     args |= {"img_size": list(config.image_shape), "global_pool": _POOLS[config.global_pool]}
     if config.layer_scale:
         args["init_values"] = config.layer_scale
-    if config.rope and config.mlp == "swiglu":
-        args["mlp_ratio"] = config.mlp_ratio / 2  # of both halves here, of one there
+    if config.rope:
+        args["rope_temperature"] = config.rope_base
+        if config.mlp == "swiglu":
+            args["mlp_ratio"] = config.mlp_ratio / 2  # of both halves here, of one there
+    elif config.mlp != "swiglu":
+        args["act_layer"] = config.mlp  # SigLIPs of some sizes have another one in timm
     stated = {
         "architecture": base,
         "num_classes": config.num_classes,
@@ -79,7 +69,8 @@ def to_timm(
         "model_args": args,
         "pretrained_cfg": _timm_cfg(config, preprocessing),
     }
-    stated |= {"label_names": list(names)} if names else {}
+    stated |= {"label_names": list(class_names)} if class_names else {}
+    stated |= {"projection": True} if config.projection else {}  # only read here: timm has no word
     arrays = _plain(params, config)
     arrays = _as_eva(arrays, config) if config.rope else arrays
     return arrays, {"config.json": stated}
@@ -91,8 +82,8 @@ def _architecture(config: ViTConfig) -> str | None:
     def form(of: ViTConfig) -> tuple[Any, ...]:
         return (
             *(getattr(of, name) for name in _FORM),
-            (of.rope_base, of.key_bias) if of.rope else (),
             bool(of.layer_scale),
+            of.key_bias or not of.rope,  # without rotary positions it changes nothing
             of.global_pool == "map",
         )
 
@@ -144,7 +135,7 @@ def _as_eva(arrays: Arrays, config: ViTConfig) -> Arrays:
     """
     apart = config.mlp == "swiglu" and (config.mlp_norm or config.rope == "dinov3")
     out = {}
-    for name, x in arrays.items():
+    for name, x in (names.take_apart(arrays, names.EVA_GATED) if apart else arrays).items():
         name = re.sub(r"\.ls([12])\.gamma$", r".gamma_\1", name)
         if name.endswith("attn.qkv.bias"):
             query, _, value = np.split(x, 3)
@@ -153,103 +144,217 @@ def _as_eva(arrays: Arrays, config: ViTConfig) -> Arrays:
         elif config.mlp_norm and ".attn.qkv." in name:
             parts = zip("qkv", np.split(x, 3), strict=True)
             out |= {name.replace(".qkv.", f".{part}_proj."): piece for part, piece in parts}
-        elif apart and ".mlp.fc1." in name:
-            gate, up = np.split(x, 2)
-            out |= {name.replace("fc1", "fc1_g"): gate, name.replace("fc1", "fc1_x"): up}
         else:
             out[name] = x
     return out
 
 
-def to_hf(
-    params: Arrays, config: ViTConfig, preprocessing: Preprocessing | None, names: tuple[str, ...]
-) -> tuple[Arrays, dict[str, dict[str, Any]]]:
-    """transformers' arrays, config.json and preprocessor_config.json, of a ViT, a distilled DeiT or a DINOv2.
+class _Kind(NamedTuple):
+    """A network of transformers.
 
-    Raises WeightsError for any other network.
+    model_type  of its config.json.
+    name        of its classes: of `NAMEModel`, without a head.
+    heads       (`global_pool`, what the model gives) -> what the class is called in place of "Model".
+    form        fields of `ViTConfig` in which it differs from `_FORM_OF_ALL`; True for any value that is not 0.
     """
-    kind, base, head = _model_type(config)
-    arrays: Arrays = {}
-    for name, x in _plain(params, config).items():
-        if ".attn.qkv." in name:
-            for part, piece in zip("qkv", np.split(x, 3), strict=True):
-                arrays[_hf_name(name.replace(".qkv.", f".{part}."), kind, base)] = piece
-        else:
-            arrays[_hf_name(name, kind, base)] = x
-    if kind.startswith("dinov2"):
-        width = config.embed_dim
-        arrays[f"{base}embeddings.mask_token"] = np.zeros((1, width), np.float32)
-        if not config.pos_embed_prefix:  # here the class token has its position in itself
-            where = f"{base}embeddings.position_embeddings"
-            nothing = np.zeros((1, 1, width), arrays[where].dtype)
-            arrays[where] = np.concatenate([nothing, arrays[where]], axis=1)
+
+    model_type: str
+    name: str
+    heads: dict[tuple[str, str], str]
+    form: dict[str, tuple[Any, ...]]
+
+
+_FORM_OF_ALL: dict[str, tuple[Any, ...]] = {
+    "class_token": (True,), "distilled": (False,), "reg_tokens": (False,), "layer_scale": (False,),
+    "pre_norm": (False,), "patch_bias": (True,), "pos_embed": (True,), "pos_embed_prefix": (True,), "rope": (False,),
+    "mlp": ("gelu", "gelu_tanh", "quick_gelu"), "qkv_bias": (True, False),
+}  # fmt: skip
+_FEATURES = {("token", "features"): "Model"}
+_LABELS = {("token", "logits"): "ForImageClassification"}
+_DINOV2: dict[str, tuple[Any, ...]] = {
+    "layer_scale": (True,),
+    "mlp": ("gelu", "gelu_tanh", "quick_gelu", "swiglu"),
+}
+_DINOV2_HEADS = _FEATURES | {("token_avg", "logits"): "ForImageClassification"}
+_KINDS = (
+    _Kind("vit", "ViT", _FEATURES | _LABELS, {}),
+    _Kind(
+        "deit",
+        "DeiT",
+        {("token", "logits"): "ForImageClassificationWithTeacher"},
+        {"distilled": (True,)},
+    ),
+    _Kind(
+        "dinov2_with_registers",
+        "Dinov2WithRegisters",
+        _DINOV2_HEADS,
+        _DINOV2 | {"reg_tokens": (True,), "pos_embed_prefix": (False,)},
+    ),
+    _Kind("dinov2", "Dinov2", _DINOV2_HEADS, _DINOV2 | {"pos_embed_prefix": (True, False)}),
+    _Kind(
+        "clip_vision_model",
+        "CLIPVision",
+        _FEATURES | {("token", "projection"): "ModelWithProjection"},
+        {"pre_norm": (True,), "patch_bias": (False,), "qkv_bias": (True,)},
+    ),
+    _Kind(
+        "siglip_vision_model",
+        "SiglipVision",
+        {("map", "features"): "Model"},
+        {"class_token": (False,), "pos_embed_prefix": (True, False), "qkv_bias": (True,)},
+    ),
+    _Kind(
+        "dinov3_vit",
+        "DINOv3ViT",
+        _FEATURES,
+        {
+            "reg_tokens": (True,),
+            "layer_scale": (True,),
+            "pos_embed": (False,),
+            "pos_embed_prefix": (True, False),
+            "rope": ("dinov3",),
+            "mlp": ("gelu", "gelu_tanh", "quick_gelu", "swiglu"),
+        },
+    ),
+)
+
+
+def _lacks(kind: _Kind, config: ViTConfig) -> tuple[list[str], list[str]]:
+    """What of a network transformers' one has not, as "field=value": of its form, and of its head."""
+    given = {name: getattr(config, name) for name in _FORM_OF_ALL}
+    form = _FORM_OF_ALL | kind.form
+    lacks = [name for name, x in given.items() if x not in form[name] and bool(x) not in form[name]]
+    height, width = config.image_shape
+    if height != width and kind.model_type != "dinov3_vit":
+        lacks.append("image_size")
+    if kind.model_type.startswith("dinov2") and not _dinov2_ratio(config):
+        lacks.append("mlp_ratio")
+    head = [f"global_pool={config.global_pool!r} with num_classes={config.num_classes}"]
+    known = (config.global_pool, _gives(config)) in kind.heads
+    return [f"{name}={getattr(config, name)!r}" for name in lacks], [] if known else head
+
+
+def _gives(config: ViTConfig) -> str:
+    return "projection" if config.projection else "logits" if config.num_classes else "features"
+
+
+def _dinov2_ratio(config: ViTConfig) -> int:
+    """transformers' `mlp_ratio` of a DINOv2, a whole number, of which a SwiGLU has two thirds; 0: there is none."""
+    for ratio in range(1, 17):
+        hidden = ratio * config.embed_dim
         if config.mlp == "swiglu":
-            arrays = {
-                name.replace(".mlp.fc1.", ".mlp.weights_in.").replace(
-                    ".mlp.fc2.", ".mlp.weights_out."
-                ): x
-                for name, x in arrays.items()
-            }
-    stated: dict[str, Any] = {
-        "model_type": kind, "architectures": [head], "hidden_size": config.embed_dim,
-        "num_hidden_layers": config.depth, "num_attention_heads": config.num_heads,
-        "layer_norm_eps": config.norm_eps, "patch_size": config.patch_size, "num_channels": config.in_chans,
-        "image_size": config.image_shape[0], "qkv_bias": config.qkv_bias,
-        "hidden_act": _ACTIVATIONS.get(config.mlp, "gelu"),
-    }  # fmt: skip
-    if kind.startswith("dinov2"):
-        stated |= {
-            "mlp_ratio": 4,
-            "layerscale_value": config.layer_scale,
-            "use_swiglu_ffn": config.mlp == "swiglu",
-        }
-        stated |= {"num_register_tokens": config.reg_tokens} if config.reg_tokens else {}
+            hidden = 2 * ((int(hidden * 2 / 3) + 7) // 8 * 8)
+        if hidden == config.mlp_dim:
+            return ratio
+    return 0
+
+
+def _kind(config: ViTConfig) -> _Kind:
+    """transformers' network that this one is. Raises WeightsError, naming what the nearest one lacks."""
+    if config.task != "classification":
+        raise WeightsError(
+            f"networks for {config.task} are not written under transformers' names; leave names out to save it"
+        )
+    kind = min(_KINDS, key=lambda x: [len(lacks) for lacks in _lacks(x, config)])
+    if lacks := [one for lacks in _lacks(kind, config) for one in lacks]:
+        raise WeightsError(
+            f"transformers has no such network: its {kind.name}Model, the nearest, has no {', '.join(lacks)}; use "
+            "names='timm', or leave names out"
+        )
+    return kind
+
+
+def to_hf(
+    params: Arrays,
+    config: ViTConfig,
+    preprocessing: Preprocessing | None,
+    class_names: tuple[str, ...],
+) -> tuple[Arrays, dict[str, dict[str, Any]]]:
+    """transformers' arrays, config.json and preprocessor_config.json: of a ViT, a distilled DeiT, a DINOv2 or DINOv3,
+    and of the image towers of CLIP and SigLIP.
+
+    Raises WeightsError for any other network, and for a projection with a bias.
+    """
+    kind = _kind(config)
+    arrays = names.take_apart(_plain(params, config), names.QKV)
+    if "vision" in kind.model_type:
+        if config.projection and np.any(arrays["head.bias"]):
+            raise WeightsError(
+                "the projection has a bias (head/bias), which that of transformers' CLIP has not; use names='timm'"
+            )
+        arrays = towers.timm_to_tower(arrays)
+    elif kind.model_type == "dinov3_vit":
+        arrays = _as_dinov3(arrays, config)
     else:
-        stated["intermediate_size"] = config.mlp_dim
-    if config.num_classes:
-        labels = dict(enumerate(names or [f"LABEL_{i}" for i in range(config.num_classes)]))
-        stated |= {"id2label": labels, "label2id": {name: i for i, name in labels.items()}}
-    files = {"config.json": stated}
+        arrays = _as_vit(arrays, config, kind.model_type)
+    files = {"config.json": _hf_config(config, kind, class_names)}
     if preprocessing is not None:
         files["preprocessor_config.json"] = _processor(config, preprocessing)
     return arrays, files
 
 
-def _hf_name(name: str, kind: str, base: str) -> str:
-    heads = {"head.": "cls_classifier." if kind == "deit" else "classifier."}
-    heads["head_dist."] = "distillation_classifier."
-    for start, theirs in heads.items():
-        if name.startswith(start):
-            return name.replace(start, theirs)
-    for pattern, replacement in _HF + ([] if kind.startswith("dinov2") else _HF_VIT):
-        name = re.sub(pattern, replacement, name)
-    return base + name
+def _as_dinov3(arrays: Arrays, config: ViTConfig) -> Arrays:
+    """transformers' names of a DINOv3 under timm's."""
+    gated = config.mlp == "swiglu"
+    apart = names.take_apart(arrays, names.HF_GATED if gated else names.HF_PLAIN)
+    rules = inverse(names.HF_NAMES["dinov3"])
+    out = {
+        rename(name, rules): x
+        for name, x in apart.items()
+        if config.key_bias or not name.endswith(".attn.k.bias")
+    }
+    return out | {"embeddings.mask_token": np.zeros((1, 1, config.embed_dim), np.float32)}
 
 
-def _model_type(config: ViTConfig) -> tuple[str, str, str]:
-    """transformers' `model_type`, what its names begin with, and its class."""
-    dino = bool(config.layer_scale)
-    pool, classes = config.global_pool, config.num_classes
-    known = (
-        config.task == "classification" and config.class_token and config.pos_embed and not config.rope
-        and not config.pre_norm and config.patch_bias and config.image_shape[0] == config.image_shape[1]
-        and (pool == ("token_avg" if dino else "token") or (not classes and pool == "token"))
-        and (dino or (config.mlp != "swiglu" and not config.reg_tokens and config.pos_embed_prefix))
-        and not (dino and (config.distilled or (config.mlp != "swiglu" and config.mlp_ratio != 4)))
-    )  # fmt: skip
-    if not known:
-        raise WeightsError(
-            "transformers has no such network among ViT, DeiT and DINOv2, which are written: use names='timm'"
-        )
-    if dino:
-        kind = "dinov2_with_registers" if config.reg_tokens else "dinov2"
-        name = "Dinov2WithRegisters" if config.reg_tokens else "Dinov2"
+def _as_vit(arrays: Arrays, config: ViTConfig, kind: str) -> Arrays:
+    """transformers' names of a ViT, DeiT or DINOv2 under timm's."""
+    dinov2 = kind.startswith("dinov2")
+    gated = " gated" if config.mlp == "swiglu" else ""
+    rules = inverse(names.HF_NAMES["dinov2" + gated if dinov2 else kind])
+    base = f"{kind}." if config.num_classes else ""
+    out = {}
+    for name, x in arrays.items():
+        out[("" if name.startswith(("head.", "head_dist.")) else base) + rename(name, rules)] = x
+    if dinov2:
+        out[f"{base}embeddings.mask_token"] = np.zeros((1, config.embed_dim), np.float32)
+    if not config.pos_embed_prefix:  # here the class token has its position in itself
+        where = f"{base}embeddings.position_embeddings"
+        out[where] = np.pad(out[where], ((0, 0), (1, 0), (0, 0)))
+    return out
+
+
+def _hf_config(config: ViTConfig, kind: _Kind, class_names: tuple[str, ...]) -> dict[str, Any]:
+    """transformers' config.json."""
+    height, width = config.image_shape
+    gated = config.mlp == "swiglu"
+    gives = _gives(config)
+    stated: dict[str, Any] = {
+        "model_type": kind.model_type, "architectures": [kind.name + kind.heads[config.global_pool, gives]],
+        "hidden_size": config.embed_dim, "num_hidden_layers": config.depth, "num_attention_heads": config.num_heads,
+        "layer_norm_eps": config.norm_eps, "patch_size": config.patch_size, "num_channels": config.in_chans,
+        "image_size": height if height == width else [height, width],
+        "hidden_act": "silu" if gated else _ACTIVATIONS[config.mlp],
+    }  # fmt: skip
+    if kind.model_type.startswith("dinov2"):
+        stated |= {"mlp_ratio": _dinov2_ratio(config), "use_swiglu_ffn": gated}
     else:
-        kind, name = ("deit", "DeiT") if config.distilled else ("vit", "ViT")
-    if not classes:
-        return kind, "", f"{name}Model"
-    head = "ForImageClassificationWithTeacher" if config.distilled else "ForImageClassification"
-    return kind, f"{kind}.", name + head
+        stated["intermediate_size"] = config.mlp_dim // 2 if gated else config.mlp_dim
+    if config.layer_scale:
+        stated["layerscale_value"] = config.layer_scale
+    if config.reg_tokens:
+        stated["num_register_tokens"] = config.reg_tokens
+    if kind.model_type == "dinov3_vit":
+        biases = {f"{part}_bias": config.qkv_bias for part in ("query", "key", "value")}
+        biases["key_bias"] &= config.key_bias
+        stated |= {"rope_theta": config.rope_base, "use_gated_mlp": gated, **biases}
+    elif "vision" not in kind.model_type:
+        stated["qkv_bias"] = config.qkv_bias
+    if gives == "projection":
+        stated["projection_dim"] = config.num_classes
+    elif gives == "logits":
+        labels = dict(enumerate(class_names or [f"LABEL_{i}" for i in range(config.num_classes)]))
+        stated |= {"id2label": labels, "label2id": {name: i for i, name in labels.items()}}
+    return stated
 
 
 def _processor(config: ViTConfig, known: Preprocessing) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import numpy as np
 from tosa_jax.models.positions import resample_positions
 from tosa_jax.models.vit_config import ViTConfig
 from tosa_jax.models.weights import towers
+from tosa_jax.models.weights.renaming import rename
 
 Arrays = dict[str, np.ndarray]
 
@@ -39,28 +40,62 @@ _HF_PREFIX = re.compile(
     r"(?=embeddings\.|encoder\.|layers\.|layernorm\.|pooler\.)"
 )
 
-# transformers' names on the hub, and those of its modules from version 5 on.
-_HF = [
+# transformers' names on the hub, by family. Each table leads back too (`renaming.inverse`).
+_HF_TOKENS = [
     (r"^embeddings\.cls_token$", "cls_token"),
     (r"^embeddings\.distillation_token$", "dist_token"),
     (r"^embeddings\.register_tokens$", "reg_token"),
     (r"^embeddings\.position_embeddings$", "pos_embed"),
-    (r"^embeddings\.patch_embeddings\.(?:projection\.)?", "patch_embed.proj."),
-    (r"^(?:encoder\.|model\.)?layers?\.(\d+)\.", r"blocks.\1."),
-    (r"\.attention\.attention\.(query|key|value)\.", r".attn.\1."),
-    (r"\.attention\.([qkv])_proj\.", r".attn.\1."),
-    (r"\.attn\.([qkv])(?:uery|ey|alue)\.", r".attn.\1."),
-    (r"\.attention\.(?:output\.dense|o_proj)\.", ".attn.proj."),
+    (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
+]
+_HF_LAYERS = [
+    *_HF_TOKENS,
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^encoder\.layer\.(\d+)\.", r"blocks.\1."),
+    (r"\.attention\.attention\.query\.", ".attn.q."),
+    (r"\.attention\.attention\.key\.", ".attn.k."),
+    (r"\.attention\.attention\.value\.", ".attn.v."),
+    (r"\.attention\.output\.dense\.", ".attn.proj."),
+    (r"^layernorm\.", "norm."),
+]
+_HF_VIT = [
+    *_HF_LAYERS,
     (r"\.intermediate\.dense\.", ".mlp.fc1."),
-    (r"^(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
-    (r"\.mlp\.weights_in\.", ".mlp.fc1."),
-    (r"\.mlp\.(?:weights_out|down_proj)\.", ".mlp.fc2."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
     (r"\.layernorm_before\.", ".norm1."),
     (r"\.layernorm_after\.", ".norm2."),
-    (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
-    (r"^layernorm\.", "norm."),
-    (r"^(?:cls_)?classifier\.", "head."),
-    (r"^distillation_classifier\.", "head_dist."),
+]
+_HF_HEAD = (r"^classifier\.", "head.")
+HF_NAMES = {
+    "vit": [*_HF_VIT, _HF_HEAD],
+    "deit": [
+        *_HF_VIT,
+        (r"^cls_classifier\.", "head."),
+        (r"^distillation_classifier\.", "head_dist."),
+    ],
+    "dinov2": [*_HF_LAYERS, _HF_HEAD],
+    "dinov2 gated": [
+        *_HF_LAYERS,
+        (r"\.mlp\.weights_in\.", ".mlp.fc1."),
+        (r"\.mlp\.weights_out\.", ".mlp.fc2."),
+        _HF_HEAD,
+    ],
+    "dinov3": [
+        *_HF_TOKENS,
+        (r"^embeddings\.patch_embeddings\.", "patch_embed.proj."),
+        (r"^layer\.(\d+)\.", r"blocks.\1."),
+        (r"\.attention\.([qkv])_proj\.", r".attn.\1."),
+        (r"\.attention\.o_proj\.", ".attn.proj."),
+        (r"\.mlp\.down_proj\.", ".mlp.fc2."),
+    ],
+}
+"""transformers' names -> timm's, where query, key and value are apart; and so are the halves of a DINOv3's MLP."""
+
+# All of them, then those of transformers' modules from version 5 on.
+_HF = [
+    *dict.fromkeys(rule for rules in HF_NAMES.values() for rule in rules),
+    (r"^(?:encoder\.|model\.)?layers?\.(\d+)\.", r"blocks.\1."),
+    (r"\.attn\.([qkv])(?:uery|ey|alue)\.", r".attn.\1."),
 ]
 
 # The original repositories, where they differ from timm.
@@ -75,13 +110,20 @@ _ORIGINAL = [
     (r"\.gamma_([12])$", r".ls\1.gamma"),  # DeiT III
 ]
 
-# Linear layers that transformers keeps apart and timm fuses, in timm's order.
+Fused = tuple[str, tuple[str, ...]]
+"""A linear layer of timm's, and those that another keeps apart, in timm's order."""
+
+QKV: Fused = ("attn.qkv", ("attn.q", "attn.k", "attn.v"))
+HF_GATED: Fused = ("mlp.fc1", ("mlp.gate_proj", "mlp.up_proj"))
+HF_PLAIN: Fused = ("mlp.fc1", ("mlp.up_proj",))  # of transformers' DINOv3 without gates
+EVA_GATED: Fused = ("mlp.fc1", ("mlp.fc1_g", "mlp.fc1_x"))  # timm's `eva.py`
 _FUSED = [
-    ("attn.qkv", ("attn.q", "attn.k", "attn.v")),
-    ("mlp.fc1", ("mlp.gate_proj", "mlp.up_proj")),
-    ("mlp.fc1", ("mlp.w1", "mlp.w2")),  # DINOv3's and EVA-02's own
-    ("mlp.fc1", ("mlp.fc1_g", "mlp.fc1_x")),  # timm's `eva.py`
-]
+    QKV,
+    HF_GATED,
+    HF_PLAIN,
+    EVA_GATED,
+    ("mlp.fc1", ("mlp.w1", "mlp.w2")),
+]  # last: DINOv3's and EVA-02's own
 
 
 # Google's ViT and AugReg; big_vision counts the parts of a layer anew, and has heads that pool by attention.
@@ -147,9 +189,7 @@ def to_timm(arrays: Arrays) -> tuple[Arrays, list[str]]:
             continue
         if _BUFFER.match(name):
             continue
-        for pattern, replacement in rules:
-            name = re.sub(pattern, replacement, name)
-        renamed[name] = array
+        renamed[rename(name, rules)] = array
     return fuse(with_key_biases(renamed)), sorted(unused)
 
 
@@ -176,7 +216,7 @@ def with_key_biases(arrays: Arrays) -> Arrays:
 
 
 def fuse(arrays: Arrays) -> Arrays:
-    """Joins the linear layers of `_FUSED` along their outputs; what is left of `up_proj` is a layer of its own."""
+    """Joins the linear layers of `_FUSED` along their outputs."""
     fused = dict(arrays)
     for whole, parts in _FUSED:
         firsts = [name for name in arrays if f".{parts[0]}." in name]
@@ -185,7 +225,20 @@ def fuse(arrays: Arrays) -> Arrays:
             if all(name in fused for name in names):
                 joined = [fused.pop(name) for name in names]
                 fused[first.replace(f".{parts[0]}.", f".{whole}.")] = np.concatenate(joined)
-    return {name.replace(".mlp.up_proj.", ".mlp.fc1."): array for name, array in fused.items()}
+    return fused
+
+
+def take_apart(arrays: Arrays, layer: Fused) -> Arrays:
+    """The linear layers that `fuse` joins to this one."""
+    whole, parts = layer
+    apart = {}
+    for name, array in arrays.items():
+        if f".{whole}." in name:
+            pieces = zip(parts, np.split(array, len(parts)), strict=True)
+            apart |= {name.replace(f".{whole}.", f".{part}."): piece for part, piece in pieces}
+        else:
+            apart[name] = array
+    return apart
 
 
 def to_ours(arrays: Arrays) -> Arrays:
@@ -327,9 +380,7 @@ def google_to_ours(arrays: Arrays) -> tuple[Arrays, list[str]]:
         if left_out := _GOOGLE_UNUSED.match(name):
             unused.add(left_out[1])
             continue
-        name = _GOOGLE_PREFIX.sub("", name)
-        for pattern, replacement in _GOOGLE:
-            name = re.sub(pattern, replacement, name)
+        name = rename(_GOOGLE_PREFIX.sub("", name), _GOOGLE)
         if re.search(r"/(query|key|value)/", name):
             array = array.reshape(*array.shape[:-2], -1)
         elif re.search(r"(attn|attn_pool)/proj/kernel$|patch_embed/proj/kernel$", name):

@@ -23,7 +23,7 @@ from tosa_jax.errors import WeightsError
 from tosa_jax.models.weights import hub
 from tosa_jax.models.weights.digests import digest_arrays
 from tosa_jax.models.weights.run_checkpoints import find_checkpoint, read_params, workdir_of
-from tosa_jax.models.weights.torch_pickle import EMA_KEYS, LEGACY_START, read_torch_file
+from tosa_jax.models.weights.torch_pickle import CHOICES, LEGACY_START, read_torch_file
 from tosa_jax.paths import as_path, parse_json, write_atomically
 
 _DIGEST = (
@@ -66,8 +66,8 @@ def read_weights(
 ) -> WeightFile:
     """Reads a file, a folder of transformers or of a run, `hf:owner/name[@revision][/file]`, or arrays by name.
 
-    checkpoint_key  which of several networks in a training checkpoint: "ema", "teacher", "student", "model" or any
-                    other key of it; None: `torch_pickle.WRAPPERS` says which comes first.
+    checkpoint_key  which of several networks in a training checkpoint: "ema", "teacher", "student", "model" (not
+                    averaged) or any other key of it; None: `torch_pickle.WRAPPERS` says which comes first.
     prefix          only arrays whose names start with it, without it.
 
     The format of a file is told by its first bytes, not by its name.
@@ -126,31 +126,28 @@ def _host_array(value: Any) -> np.ndarray:
     return np.asarray(value)
 
 
-_NETWORKS = ("teacher.", "student.")
+_NETWORKS = ("teacher", "student")
 
 
 def _of_one_network(file: WeightFile, checkpoint_key: str | None) -> WeightFile:
-    """Of a training checkpoint of DINOv2, whose names begin with the network's, one network: the teacher by default."""
-    if checkpoint_key is not None and file.under == checkpoint_key:
-        return file
-    starts = {name: name.split(".")[0] for name in file.arrays}
-    if checkpoint_key is not None:
-        chosen = f"{checkpoint_key}."
-        if checkpoint_key not in starts.values() and not _is_ema(checkpoint_key, file.under):
-            found = sorted(set(starts.values()))[:8]
-            raise WeightsError(
-                f"{file.path} holds no {checkpoint_key!r}: its names begin with {', '.join(found)}"
-            )
+    """Of a training checkpoint of DINOv2, whose names begin with the network's, one network: the teacher by default.
+
+    What else it holds, such as the state of its losses, is left out.
+    """
+    starts = {name.split(".")[0] for name in file.arrays}
+    if checkpoint_key is None or file.under in CHOICES.get(checkpoint_key, (checkpoint_key,)):
+        chosen = next((name for name in _NETWORKS if name in starts), None)
+    elif checkpoint_key in starts:
+        chosen = checkpoint_key
     else:
-        chosen = _NETWORKS[0]
-        if not file.arrays or not all(name.startswith(_NETWORKS) for name in file.arrays):
-            return file
-    arrays = {n[len(chosen) :]: x for n, x in file.arrays.items() if n.startswith(chosen)}
-    return replace(file, arrays=arrays, under=chosen[:-1]) if arrays else file
-
-
-def _is_ema(key: str, under: str) -> bool:
-    return key == "ema" and under in EMA_KEYS
+        raise WeightsError(
+            f"{file.path} holds no {checkpoint_key!r}: its names begin with {', '.join(sorted(starts)[:8])}"
+        )
+    if chosen is None:
+        return file
+    start = f"{chosen}."
+    arrays = {n[len(start) :]: x for n, x in file.arrays.items() if n.startswith(start)}
+    return replace(file, arrays=arrays, under=chosen)
 
 
 def _narrowed(file: WeightFile, prefix: str) -> WeightFile:

@@ -31,6 +31,7 @@ LEGACY_START = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
 # Keys under which published files keep the state dict. The first that is there is taken: where a file also holds
 # averaged weights, those are the published ones.
 EMA_KEYS = ("model_ema", "state_dict_ema", "ema")
+CHOICES = {"ema": EMA_KEYS, "model": ("model", "state_dict")}  # one choice for several keys
 WRAPPERS = (*EMA_KEYS, "model", "state_dict", "teacher", "student")
 
 _DTYPES = {
@@ -244,7 +245,7 @@ def read_torch_file(
 ) -> tuple[dict[str, np.ndarray], str]:
     """The tensors of a `.pth` by name, and the key under which they were, or "".
 
-    checkpoint_key  the key to take, "ema" for any of `EMA_KEYS`, if the file has it; None: the first of `WRAPPERS`.
+    checkpoint_key  the key to take, or one of `CHOICES`, if the file has it; None: the first of `WRAPPERS`.
 
     Arrays keep the dtype of the file (bfloat16 is that of ml_dtypes) and may be read-only. Other tensors, such as an
     optimizer's, are not read.
@@ -328,8 +329,8 @@ def _arrays(
     """The state dict of an unpickled tree with its storages read."""
     chosen, wrapper = tree, ""
     if isinstance(tree, Mapping):
-        chosen_keys = (checkpoint_key,) if checkpoint_key else ()
-        for key in (*(EMA_KEYS if checkpoint_key == "ema" else chosen_keys), *WRAPPERS):
+        chosen_keys = CHOICES.get(checkpoint_key, (checkpoint_key,)) if checkpoint_key else ()
+        for key in (*chosen_keys, *WRAPPERS):
             if isinstance(tree.get(key), Mapping):
                 chosen, wrapper = tree[key], key
                 break

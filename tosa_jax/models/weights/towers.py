@@ -9,6 +9,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from tosa_jax.models.weights.renaming import inverse, rename
+
 Arrays = dict[str, np.ndarray]
 
 _TEXT = re.compile(
@@ -72,9 +74,7 @@ def tower_to_timm(arrays: Arrays) -> tuple[Arrays, list[str]]:
             continue
         if _BUFFER.search(name):
             continue
-        for pattern, replacement in rules:
-            name = re.sub(pattern, replacement, name)
-        renamed[name] = array
+        renamed[rename(name, rules)] = array
     for name in {"cls_token", "pos_embed"} & renamed.keys():
         array = renamed[name]
         renamed[name] = array.reshape(1, -1, array.shape[-1])
@@ -88,3 +88,18 @@ def tower_to_timm(arrays: Arrays) -> tuple[Arrays, list[str]]:
         query, key_value = np.split(whole, [len(whole) // 3])
         renamed[part.replace("qkv", "q")], renamed[part.replace("qkv", "kv")] = query, key_value
     return renamed, sorted(unused)
+
+
+def timm_to_tower(arrays: Arrays) -> Arrays:
+    """`tower_to_timm` the other way round, to transformers' names; the projection loses its bias."""
+    whole = {name: x for name, x in arrays.items() if name != "head.bias"}
+    for part in ("weight", "bias"):
+        names = [f"attn_pool.{layer}.{part}" for layer in ("q", "kv")]
+        if all(name in whole for name in names):
+            whole[f"attn_pool.qkv.{part}"] = np.concatenate([whole.pop(name) for name in names])
+    rules, renamed = inverse(_TRANSFORMERS), {}
+    for name, x in whole.items():
+        prefix = "" if name.startswith("head.") else "vision_model."
+        x = {"cls_token": x.reshape(-1), "pos_embed": x[0]}.get(name, x)
+        renamed[prefix + rename(name, rules)] = x
+    return renamed
