@@ -46,6 +46,7 @@ _ENDED = "tosa_jax/ended"  # key of the error of the first process that failed
 _NOTHING = "."  # stands before each text, because the service stores no empty values
 _ROUNDS = itertools.count()
 _leaving = threading.Event()
+_statuses: list[int] = []  # with which this process is about to end
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 """Packages that must have the same version in all processes, because results depend on them."""
@@ -165,6 +166,7 @@ def end_all(status: int, why: str) -> int:
     if not are_several():
         return status
     _leaving.set()
+    _statuses.append(status)
     with contextlib.suppress(Exception):  # the process ends, whether or not the service answers
         _client().key_value_set(_ENDED, f"process {jax.process_index()}: {why}")
     if is_main():
@@ -179,6 +181,8 @@ def end_all(status: int, why: str) -> int:
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _on_abort(signum: int) -> None:
     """A handler of C, as Python's own handlers run too late. Returning from it lets the abort go on."""
+    if _statuses:  # it has said why, and gives the others time to read it
+        os._exit(_statuses[0])
     host, _, port = (distributed.global_state.coordinator_address or "").rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
@@ -215,6 +219,7 @@ def _watch() -> None:
             return
         if ended:
             print(STOPPED.format(ended), file=sys.stderr, flush=True)
+            _statuses.append(1)
             if own == 0:
                 time.sleep(BEAT_SECONDS + 1)
             os._exit(1)
