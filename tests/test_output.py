@@ -144,16 +144,24 @@ def test_records_are_dropped_in_place_where_there_is_no_room_for_a_copy(tmp_path
         assert records(tmp_path / "metrics.jsonl") == [1, 2]
 
 
-def test_a_checkpoint_without_room_is_a_few_lines_and_the_reason(tmp_path, capsys, caplog):
+@pytest.mark.parametrize(
+    ("step", "kept"), [(1, "no checkpoint was written"), (2, "the checkpoint of step 1 is kept")]
+)
+def test_a_checkpoint_without_room_is_a_few_lines_and_the_reason(
+    step, kept, tmp_path, capsys, caplog
+):
     """The system refuses larger files, as it does on a full disk; a few hundred lines of libraries would come."""
     state = {f"array {i}": np.random.default_rng(i).random((200, 200)) for i in range(30)}
     checkpoints = Checkpoints(tmp_path, "acc1")
+    for before in range(1, step):
+        checkpoints.save(before, state, {})
+        checkpoints.wait()
 
     def command():
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
         try:
-            checkpoints.save(1, state, {})
+            checkpoints.save(step, state, {})
             checkpoints.wait()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -162,7 +170,7 @@ def test_a_checkpoint_without_room_is_a_few_lines_and_the_reason(tmp_path, capsy
     assert run_command(command) == 2
     gc.collect()
     lines = caplog.text.splitlines()
-    assert 0 < len(lines) <= 6 and all(x.startswith("ERROR") and len(x) < 400 for x in lines)
+    assert len(lines) <= 6 and all(x.startswith("ERROR") and len(x) < 400 for x in lines)
     *_, error = capsys.readouterr().err.splitlines()
-    says = f"error: {tmp_path}: step 1 cannot be saved (File too large); the checkpoint before it"
+    says = f"error: {tmp_path}: step {step} cannot be saved (File too large); {kept}. Mend"
     assert error.startswith(says)

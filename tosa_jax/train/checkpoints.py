@@ -26,6 +26,7 @@ from tosa_jax.models.weights.run_checkpoints import (
     STATE,
     checkpoint_damage,
     mark,
+    saved_steps,
     take_marks,
 )
 from tosa_jax.paths import AnyPath, is_remote, parse_json, write_atomically
@@ -199,21 +200,18 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     def kept(self) -> str:
         """Which checkpoint the next start goes on from, as a part of a sentence."""
-        step = self.manager.latest_step()
-        return (
-            "no checkpoint was written"
-            if step is None
-            else f"the checkpoint of step {step} is kept"
-        )
+        return _is_kept(self.manager.latest_step())
 
     def wait(self) -> None:
         """Waits until everything is on disk. Raises WorkdirError: the checkpoint could not be written."""
         try:
             self.manager.wait_until_finished()
         except (OSError, ValueError) as error:
+            # Not by Orbax, which counts a checkpoint as gone as soon as one is begun that shall take its place.
+            kept = _is_kept(max(saved_steps(self.folder), default=None))
             raise WorkdirError(
-                f"{self.folder}: step {self._saving} cannot be saved ({_reason(error)}); the "
-                "checkpoint before it is kept. Mend that, and start the same command again"
+                f"{self.folder}: step {self._saving} cannot be saved ({_reason(error)}); {kept}. Mend that, and start "
+                "the same command again"
             ) from error
 
     def close(self) -> None:
@@ -294,6 +292,11 @@ def set_aside(checkpoint: AnyPath, why: str) -> None:
     say(
         f"{folder.name}: the checkpoint of step {step} is passed over ({why}); it is {target.name} now"
     )
+
+
+def _is_kept(step: int | None) -> str:
+    """Which checkpoint there is, as a part of a sentence."""
+    return "no checkpoint was written" if step is None else f"the checkpoint of step {step} is kept"
 
 
 def _reason(error: OSError | ValueError) -> str:
