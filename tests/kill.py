@@ -45,7 +45,7 @@ END_SECONDS = 60.0
 LIFE = {True: 3.5, False: 7.0}
 """Seconds of CPU time within which a fork, and a Python of its own, is killed."""
 
-JOINING = 4
+JOINING = 8
 """How many times as long several processes live: they take longer to join and to compile."""
 
 ACCESSES = 250
