@@ -13,11 +13,14 @@ import time
 from pathlib import Path
 from typing import ClassVar
 
+import jax
 import pytest
 from small import SIZES
 
+from tosa_jax.cli.command import run_command
 from tosa_jax.cli.flags import parse, parse_cluster
 from tosa_jax.config import make_run_config
+from tosa_jax.distributed import coordination
 from tosa_jax.distributed.initialisation import join
 from tosa_jax.distributed.preemption import Stopped, StopRequest
 from tosa_jax.errors import ConfigError
@@ -251,6 +254,19 @@ def test_the_end_of_process_0_is_a_line_of_the_others(way, status):
     assert (first.returncode, second.returncode) == (status, 1), said
     last = said.rstrip().splitlines()[-1]
     assert last.startswith("error: another process of this run has stopped (process 0: ")
+
+
+def test_another_process_that_dies_while_all_end_is_a_line(monkeypatch, capsys):
+    def finish():
+        text = "UNAVAILABLE: Socket closed\nremote target coordination_service while calling GetKeyValue"
+        raise jax.errors.JaxRuntimeError(text)
+
+    monkeypatch.setattr(coordination, "finish", finish)
+    monkeypatch.setattr(coordination, "are_several", lambda: True)
+    monkeypatch.setattr(coordination, "end_all", lambda status, why: status)
+    assert run_command(lambda: 0) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: another process of this run has stopped")
 
 
 def losses_of(workdir: Path) -> dict[tuple[str, int], float]:

@@ -59,6 +59,7 @@ def run_command(command: Callable[[], int]) -> int:
     shorten_library_messages()
     try:
         status = command()
+        coordination.finish()
     except BaseException as error:
         user_error = error if isinstance(error, UserError) else None
         user_error = user_error or _device_error(error) or _system_error(error)
@@ -74,7 +75,6 @@ def run_command(command: Callable[[], int]) -> int:
             raise
         sys.stderr.write(coordination.explain(error))
         return coordination.end_all(1, str(error) or type(error).__name__)
-    coordination.finish()
     let_go_of_broken_streams()
     return status
 
