@@ -1,18 +1,22 @@
 """Self-distillation without labels: crops, reference tokens and loss against the published algorithm in NumPy."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from published import gelu, layers_of, softmax
 from small import SIZES, die_after_saving, small_model
 from test_layer_kinds import noisy
 
+from tosa_jax import predict
 from tosa_jax.config import default_config, make_run_config
 from tosa_jax.distributed.preemption import StopRequest
 from tosa_jax.errors import ConfigError
+from tosa_jax.inference.predictor import Predictor
 from tosa_jax.models.params import get_params, set_params, split
 from tosa_jax.models.weights.load import load_pretrained, save_weights
 from tosa_jax.tasks import create_model
@@ -277,6 +281,20 @@ def test_a_backbone_starts_a_classifier_and_a_classifier_a_backbone(tmp_path):
     after = get_params(again)
     assert all((after[k] == ours[k]).all() for k in shared)
     assert any("the projection stays as the model has it" in line for line in said)
+
+
+def test_predict_prints_features(tmp_path, capsys):
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    predictor = Predictor(model(), mean=0.3, std=0.4, task="dino")
+    predictor.save(tmp_path / "a.safetensors")
+    arguments = [f"--weights={tmp_path / 'a.safetensors'}", "--json", str(tmp_path / "a.png")]
+    assert predict.main(arguments) == 0
+    record = json.loads(capsys.readouterr().out)
+    out = model()(TASK.inputs(jnp.asarray(predictor.prepare(tmp_path / "a.png"))[None]))
+    np.testing.assert_allclose(record["features"], out.features[0], atol=1e-5)
+    shares = softmax(np.asarray(out.predictions["prototypes"][0]) / CHOICES.student_temperature)
+    assert record["confidence"] == pytest.approx(shares.max(), abs=1e-5)
 
 
 @pytest.mark.parametrize(

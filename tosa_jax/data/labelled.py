@@ -4,7 +4,7 @@ Of a set with several labels an image -> {"image": the same, "labels": uint8 [cl
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -132,8 +132,8 @@ class LabelSets(LabelledImages):
         *,
         train: bool,
     ) -> ExampleKind:
-        whole = train and config.augment in CROPS
-        return cls(config.preprocess, whole, len(cls.class_names(features)))
+        kind: Any = super().of_split(config, features, image_size, train=train)
+        return replace(kind, num_classes=len(cls.class_names(features)))
 
     @classmethod
     def class_names(cls, features: Mapping[str, Any]) -> tuple[str, ...]:

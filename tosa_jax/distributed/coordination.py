@@ -41,6 +41,7 @@ STOPPED = (
     "error: another process of this run has stopped ({}); start the same command again in all "
     "processes to go on"
 )
+"""What the processes that are left say, with the reason as far as they know it."""
 
 _ENDED = "tosa_jax/ended"  # key of the error of the first process that failed
 _NOTHING = "."  # stands before each text, because the service stores no empty values
@@ -152,10 +153,7 @@ def explain(error: BaseException) -> str:
     text = str(error)
     if not re.search(r"Gloo|NCCL|heartbeat|[Bb]arrier|[Cc]oordination", text):
         return "".join(traceback.format_exception(error))
-    return (
-        f"error: another process of this run has stopped; its own output says why "
-        f"({text.splitlines()[0][:120]}); start the same command again in all processes to go on\n"
-    )
+    return STOPPED.format(f"its own output says why: {text.splitlines()[0][:120]}") + "\n"
 
 
 def end_all(status: int, why: str) -> int:

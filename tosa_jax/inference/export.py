@@ -158,6 +158,7 @@ def _programs(
     _, params = split(predictor.model)
     weights = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in params.items()}
     allowed = [jax_export.DisabledSafetyCheck.custom_call(name) for name in _OF_XLA]
+    # Two functions: of one, JAX would use the trace of the first form for the second.
     with_kernels, without = (jax.jit(_forward(predictor, tokens)) for _ in range(2))
 
     def exported(platform: str) -> jax_export.Exported:

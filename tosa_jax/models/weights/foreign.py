@@ -23,7 +23,7 @@ Arrays = dict[str, np.ndarray]
 _SIZES = ("embed_dim", "depth", "num_heads", "mlp_ratio", "patch_size", "in_chans")
 _FORM = ("mlp", "mlp_norm", "qkv_bias", "patch_bias", "norm_eps", "class_token", "reg_tokens", "distilled", "pre_norm",
          "pos_embed", "pos_embed_prefix", "rope")  # fmt: skip
-_POOLS = {"token": "token", "avg": "avg", "map": "map"}  # timm's `global_pool`
+_POOLS = ("token", "avg", "map")  # of `global_pool`, those that timm has too
 _FILTERS = {"bilinear": 2, "bicubic": 3}  # PIL's numbers
 _ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu"}
 
@@ -52,7 +52,7 @@ def to_timm(
         raise WeightsError("no architecture of timm is this network; leave names out to save it")
     args: dict[str, Any] = {name: getattr(config, name) for name in _SIZES}
     # timm makes the last norm by the pool when it builds the network, before it reads `global_pool` beside these.
-    args |= {"img_size": list(config.image_shape), "global_pool": _POOLS[config.global_pool]}
+    args |= {"img_size": list(config.image_shape), "global_pool": config.global_pool}
     if config.layer_scale:
         args["init_values"] = config.layer_scale
     if config.rope:
@@ -65,7 +65,7 @@ def to_timm(
         "architecture": base,
         "num_classes": config.num_classes,
         "num_features": config.embed_dim,
-        "global_pool": _POOLS[config.global_pool],
+        "global_pool": config.global_pool,
         "model_args": args,
         "pretrained_cfg": _timm_cfg(config, preprocessing),
     }
