@@ -30,6 +30,7 @@ from tosa_jax.models.weights.run_checkpoints import (
     take_marks,
 )
 from tosa_jax.paths import AnyPath, is_remote, parse_json, write_atomically
+from tosa_jax.train import tensorstore_leak
 from tosa_jax.train.identity import Identity
 
 Tree = TypeVar("Tree")
@@ -112,6 +113,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         keep: int = 1,
         identity: Identity | None = None,
     ) -> None:
+        tensorstore_leak.mend()
         self.identity = identity
         self.folder = directory if is_remote(directory) else directory.absolute()
         self.best_metric, self.sign = best_metric, -1 if lower_is_better else 1
