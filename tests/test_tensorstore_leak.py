@@ -9,7 +9,7 @@ import tensorstore
 from tosa_jax.train import tensorstore_leak
 from tosa_jax.train.checkpoints import Checkpoints
 
-ARRAYS, SAVES = 12, 6
+ARRAYS = 12
 
 SPECIFICATIONS = [
     {"driver": "memory"},
@@ -55,10 +55,10 @@ def test_checkpoints_leave_nothing_behind(tmp_path):
     state = {f"array {number}": jnp.ones(3) for number in range(ARRAYS)}
     with Checkpoints(tmp_path, "accuracy") as checkpoints:
         held = []
-        for step in range(2 * SAVES):
+        for step in range(10):
             checkpoints.save(step, state, {})
             checkpoints.wait()
             gc.collect()
             held.append(sys.getallocatedblocks())
-    # Unmended, a save leaves some 290 objects: 4 an array, and 240 of its counters.
-    assert held[-1] - held[SAVES] < 60 * SAVES
+    # Some 80 objects a save while caches fill. TensorStore's leak adds 4 for each array, and 240.
+    assert held[-1] - held[-4] < 3 * 200

@@ -16,7 +16,7 @@ import tensorstore
 PROBE_CALLS = 64
 
 KVSTORE_METRICS = "/tensorstore/kvstore/"
-"""Counters that Orbax reads twice a checkpoint, to report how many bytes were written. Nothing here reads the report."""
+"""Counters that Orbax reads twice a checkpoint, to report what was written. Nothing here reads that report."""
 
 
 @functools.cache
