@@ -18,7 +18,6 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "configs"))
 import next_token as recipe
@@ -27,6 +26,7 @@ from tosa_jax.config import make_run_config
 from tosa_jax.data.pipeline import DataConfig, open_dataset
 from tosa_jax.distributed.devices import describe_device, versions
 from tosa_jax.distributed.preemption import StopRequest
+from tosa_jax.reporting.intervals import over_seeds
 from tosa_jax.tasks.label_sets import set_scores
 from tosa_jax.train.metric_writer import MetricWriter
 from tosa_jax.train.runner import Runner
@@ -107,11 +107,8 @@ def majority(args: argparse.Namespace) -> dict:
 
 def interval(values: list[float]) -> dict:
     """Mean and 95 % interval of few values; of one alone there is no interval."""
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return {"mean": mean}
-    half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
-    return {"mean": mean, "low": mean - half, "high": mean + half}
+    mean, bounds = over_seeds(values)
+    return {"mean": mean} | (dict(zip(("low", "high"), bounds, strict=True)) if bounds else {})
 
 
 def record(runs: list[dict], args: argparse.Namespace) -> dict:

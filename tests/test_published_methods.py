@@ -301,6 +301,28 @@ def test_a_learned_choice_masks_in_training(name):
         assert learned and all(np.isfinite(g).all() and np.abs(g).max() for g in learned.values())
 
 
+@pytest.mark.parametrize("plan", [("dynamicvit", "dynamicvit"), ("standard", "as_vit")])
+def test_the_best_patch_stays_where_all_would_go(plan, monkeypatch):
+    """With few patches a choice that is drawn soon keeps none; the mean of none is no number."""
+    model = network(plan=plan, keep_rate=0.9)
+    kind = type(model.kinds[1])
+    monkeypatch.setattr(kind, "decide", lambda self, scores, context: scores * 0.0)
+    graphdef, params = split(model)
+
+    @jax.jit
+    def trained(params):
+        def loss(params):
+            model = set_params(graphdef, params)
+            state = model.layers(tokens_of(), key=jax.random.key(3), train=True)
+            return jnp.square(state.tokens[:, 0]).sum(), state.policy
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    grads, policy = trained(params)
+    assert set(np.asarray(policy).ravel()) == {0.0, 1.0} and (policy.sum(axis=1) == 2).all()
+    assert all(np.isfinite(g).all() for g in grads.values())
+
+
 def deit(size="small", **fields):
     return variant_config(f"deit_{size}_patch16_224", **fields)
 

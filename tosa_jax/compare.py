@@ -1,37 +1,43 @@
-"""Compares token methods on one pretrained network at equal multiply-adds. No labels, and no training.
+"""Compares token methods at equal multiply-adds: on a pretrained network without training, or trained by a recipe.
 
     python -m tosa_jax.compare --model=NAME --weights=FILE --images=DIR --methods tome evit redundancy --target .75 .5
+    python -m tosa_jax.compare --config=configs/digits.py [--config.FIELD=VALUE ...] --methods tome tosa --target .75
     python -m tosa_jax.compare ... --methods mctf mctf:mctf_information=previous [--time] [--estimate=v5e]
 
 Every method gets each target, a share of the dense network's multiply-adds, within 2 %; one that cannot is told and
-left out. Behind a name stand fields that are set differently, and the layers: expedit:layers=3-11. What is compared are
-the final tokens, all of them: their cosine to those of the dense network, of the class token and of the patches, with
-95 % intervals by resampling pictures.
-It writes OUT/NAME.json after each row, then OUT/NAME.md and OUT/NAME.png. The same command goes on where it stopped,
-and further methods and targets may be added to it. Exit status: 0 done, 2 bad input, 130 stopped by SIGINT.
+left out. Behind a name stand fields that are set differently, and the layers: expedit:layers=3-11.
+Without training, final tokens are compared, all of them: their cosine to those of the dense network, of the class token
+and of the patches, with 95 % intervals by resampling pictures. With a recipe, the dense network is pretrained once for
+each seed, every method is fine-tuned from it as long as the dense network is, and the task's score is compared, with
+95 % intervals over seeds. Runs are in OUT/NAME/seed<N>; a recipe's own plan, keep rates and controls do not count.
+It writes OUT/NAME.json after each row, then OUT/NAME.md and OUT/NAME.png. The same command goes on where it stopped;
+more methods, targets and seeds may be added to it. Exit status: 0 done, 2 bad input, 130 stopped by SIGINT.
 """
 
 import argparse
+import functools
 import json
+import os
 import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 
 from tosa_jax.cli import flags
-from tosa_jax.cli.command import configure_jax, run_command
+from tosa_jax.cli.command import configure_jax, end_with, run_command
 from tosa_jax.data.crops import random_crops
 from tosa_jax.data.image_files import find_images
 from tosa_jax.distributed.devices import describe_device, versions
-from tosa_jax.errors import ConfigError
+from tosa_jax.distributed.messages import say
+from tosa_jax.distributed.preemption import Stopped
+from tosa_jax.errors import ConfigError, NonFiniteLossError
 from tosa_jax.inference import loading
 from tosa_jax.models import cost
-from tosa_jax.models.vit import VisionTransformer
 from tosa_jax.models.vit_config import ViTConfig, check
 from tosa_jax.paths import write_atomically
 from tosa_jax.performance import comparison
@@ -39,64 +45,192 @@ from tosa_jax.performance.comparison import Contender
 from tosa_jax.reporting import comparison as tables
 from tosa_jax.reporting.intervals import by_picture
 
-IDENTITY = ("model", "weights", "image_size", "count", "seed", "pictures", "device", "versions")
-"""What all rows of one file have in common."""
+
+class Trial(Protocol):
+    """How a row is scored.
+
+    dense     the network whose multiply-adds targets are shares of.
+    identity  what all rows of one file have in common (JSON).
+    words     of the command, without the paths of this machine.
+    """
+
+    dense: ViTConfig
+    identity: dict[str, Any]
+    words: list[str]
+
+    def begin(self) -> dict[str, Any]:
+        """What the record has beside its rows. Called once, if there is a row to score."""
+        ...
+
+    def score(self, key: str, network: ViTConfig) -> dict[str, Any]:
+        """The scores of a row's network, which `key` names."""
+        ...
+
+    def is_whole(self, row: dict[str, Any]) -> bool:
+        """Whether a row of the record has all scores that are asked for."""
+        ...
+
+    def said(self, row: dict[str, Any]) -> str:
+        """The scores of a row, for people."""
+        ...
+
+
+class Untrained:
+    """A pretrained network as it is: how near a method's final tokens are to the dense network's."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        size = {} if args.image_size is None else {"image_size": args.image_size}
+        loaded = self._load(print, None, num_classes=0, **size)
+        self.model, self.dense = loaded["model"], loaded["model"].config
+        files = find_images(args.images)
+        crops, self.sources = random_crops(files, args.count, self.dense.image_shape[0], args.seed)
+        mean, std = (np.asarray(loaded[name], np.float32) for name in ("mean", "std"))
+        self.images = ((crops / 255 - mean) / std).astype(np.float32)
+        self.identity = {
+            "seed": args.seed, "model": args.model, "weights": Path(args.weights).name,
+            "image_size": self.dense.image_size, "count": args.count, "pictures": [x.name for x in files],
+        }  # fmt: skip
+        self.words = [
+            f"--model={args.model}", f"--weights={Path(args.weights).name}", "--images=DIR",
+            f"--count={args.count}", f"--image_size={self.dense.image_size}", f"--seed={args.seed}",
+        ]  # fmt: skip
+
+    def begin(self) -> dict[str, Any]:
+        return {}
+
+    def score(self, key: str, network: ViTConfig) -> dict[str, Any]:
+        fields = network.to_fields()
+        rate = fields.pop("keep_rate")
+        # What a method adds and no file has is as it is before training.
+        model = self._load(lambda line: None, rate, **fields)["model"]
+        near = comparison.closeness(
+            comparison.grid_features(model, self.images), self._truth, network
+        )
+        jax.clear_caches()  # no other row runs this program
+        return {k: by_picture(x, self.sources).round(7).tolist() for k, x in near.items()}
+
+    def is_whole(self, row: dict[str, Any]) -> bool:
+        return True
+
+    def said(self, row: dict[str, Any]) -> str:
+        return ", ".join(f"{k} {np.mean(row[k]):.5f}" for k in tables.PARTS if k in row)
+
+    @functools.cached_property
+    def _truth(self) -> np.ndarray:
+        return comparison.grid_features(self.model, self.images)
+
+    def _load(self, say: Any, keep_rate: Any, **fields: Any) -> loading.LoadedModel:
+        args = self.args
+        return loading.from_pretrained(
+            args.model, args.weights, None, keep_rate, None, say, **fields
+        )
+
+
+class Trained:
+    """A recipe: what a method reaches after fine-tuning from the dense network, for each seed."""
+
+    def __init__(self, args: argparse.Namespace, recipe: list[str]) -> None:
+        # Imported late: comparing without training needs no data libraries.
+        from tosa_jax.config import make_run_config
+        from tosa_jax.train.comparison import Study
+
+        config, folder = flags.parse(__doc__, recipe)
+        args.name = args.name or folder.name
+        self.study = Study(make_run_config(config), args.seeds, args.out / args.name)
+        self.dense = self.study.dense
+        self.identity = {
+            "recipe": [_without_path(word) for word in recipe],
+            "metric": self.study.metric,
+            "lower_is_better": self.study.lower_is_better,
+        }
+        self.words = [*self.identity["recipe"], f"--seeds={args.seeds}"]
+
+    def begin(self) -> dict[str, Any]:
+        return {"dense": self.study.baselines()}
+
+    def score(self, key: str, network: ViTConfig) -> dict[str, Any]:
+        return {"metrics": self.study.metrics(key, network)}
+
+    def is_whole(self, row: dict[str, Any]) -> bool:
+        return len(row["metrics"]) >= self.study.seeds
+
+    def said(self, row: dict[str, Any]) -> str:
+        name = self.study.metric
+        return f"{name} {', '.join(f'{x[name]:.4f}' for x in row['metrics'])}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` (without the program's name); returns the exit status."""
-    return run_command(lambda: _main(parse_arguments(argv)))
+    return run_command(lambda: _main(*parse_arguments(argv)))
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parses the arguments; `methods` become a list of `Contender`. Raises ConfigError."""
+def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """Parses the arguments; `methods` become a list of `Contender`. The rest are those of a recipe.
+
+    Raises ConfigError.
+    """
     parser = flags.ArgumentParser(
         prog="python -m tosa_jax.compare",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--model", required=True, help="name of a variant, as in timm")
-    add("--weights", required=True, help="released weights")
-    add("--images", required=True, nargs="+", help="pictures: files, folders or globs")
     add("--methods", required=True, nargs="+", help="METHOD or METHOD:FIELD=VALUE,...")
     add("--target", required=True, type=float, nargs="+", help="shares of the dense GMACs")
-    add("--count", type=int, default=64, help="crops, as many of each picture")
-    add("--image_size", type=int, help="side of the crops, in pixels; default: the model's")
-    add("--seed", type=int, default=0, help="where the crops lie")
+    plain = parser.add_argument_group("without training").add_argument
+    plain("--model", help="name of a variant, as in timm")
+    plain("--weights", help="released weights")
+    plain("--images", nargs="+", help="pictures: files, folders or globs")
+    plain("--count", type=int, default=64, help="crops, as many of each picture")
+    plain("--image_size", type=int, help="side of the crops, in pixels; default: the model's")
+    plain("--seed", type=int, default=0, help="where the crops lie")
+    trained = parser.add_argument_group("trained").add_argument
+    trained("--config", metavar="FILE", help="a recipe, and --config.FIELD=VALUE ...")
+    trained("--seeds", type=int, default=3, help="seeds 0, 1, ... of the recipe")
     add("--time", action="store_true", help="time all networks too, in turn, on this device")
     add("--batch_size", type=int, default=16, help="for --time and --estimate")
     add("--rounds", type=int, default=10, help="for --time")
     add("--estimate", default="", help="cycles by the TPU compiler too, for v5e or v6e")
     add("--out", type=Path, default=Path("comparison"), metavar="DIR")
-    add("--name", default="", help="NAME of the files; default: the model's")
-    args = parser.parse_args(argv)
+    add("--name", default="", help="NAME of the files; default: the model's or the recipe's")
+    args, recipe = parser.parse_known_args(argv)
+    if args.config:
+        given = [name for name in ("model", "weights", "images") if getattr(args, name)]
+        check(
+            not given,
+            f"--{given[0] if given else ''} does not go with --config: a recipe says what is trained",
+        )
+        recipe = [f"--config={args.config}", *recipe]
+    else:
+        lacking = [name for name in ("model", "weights", "images") if not getattr(args, name)]
+        check(
+            not lacking,
+            f"--{lacking[0] if lacking else ''} is missing (or --config, to train); see --help",
+        )
+        check(not recipe, f"command line: unrecognized arguments: {' '.join(recipe)}; see --help")
     args.methods = [comparison.contender(text) for text in dict.fromkeys(args.methods)]
     for share in args.target:
         check(0 < share < 1, f"--target={share} is not in (0, 1)")
-    for flag in ("count", "batch_size", "rounds"):
+    for flag in ("count", "batch_size", "rounds", "seeds"):
         value = getattr(args, flag)
         check(value >= 1, f"--{flag}={value} must be at least 1")
-    return args
+    return args, recipe
 
 
-def _main(args: argparse.Namespace) -> int:
+def _main(args: argparse.Namespace, recipe: list[str]) -> int:
     configure_jax()
-    size = {} if args.image_size is None else {"image_size": args.image_size}
-    dense = _load(args, print, None, num_classes=0, **size)
-    config = dense["model"].config
-    files = find_images(args.images)
-    crops, sources = random_crops(files, args.count, config.image_shape[0], args.seed)
-    mean, std = (np.asarray(dense[name], np.float32) for name in ("mean", "std"))
-    images = ((crops / 255 - mean) / std).astype(np.float32)
-    record, path = _opened(args, config, [x.name for x in files])
-    todo = list(_missing(args, record, config))
-    if todo:
-        _run(args, todo, dense["model"], images, sources, record, path)
-    if args.time:
-        _add_times(args, record, config)
-    if args.estimate:
-        _add_estimates(args, record, config, path)
+    try:
+        trial = Trained(args, recipe) if args.config else Untrained(args)
+        record, path = _opened(args, trial)
+        _run(args, trial, record, path)
+        if args.time:
+            _add_times(args, record, trial.dense)
+        if args.estimate:
+            _add_estimates(args, record, trial.dense, path)
+    except Stopped as stopped:
+        say(f"{stopped}; start the same command again to go on")
+        return 128 + stopped.signum
     _write(path, record)
     write_atomically(path.with_suffix(".md"), tables.markdown(path.stem, record).encode())
     write_atomically(path.with_suffix(".png"), tables.plot(record))
@@ -105,102 +239,91 @@ def _main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _run(
-    args: argparse.Namespace,
-    todo: Sequence[tuple[Contender, float, ViTConfig]],
-    dense: VisionTransformer,
-    images: np.ndarray,
-    sources: Sequence[Path],
-    record: dict[str, Any],
-    path: Path,
-) -> None:
-    """Runs the dense network and then each row, which is written at once."""
-    truth = comparison.grid_features(dense, images)
+def _run(args: argparse.Namespace, trial: Trial, record: dict[str, Any], path: Path) -> None:
+    """Scores each row that the record lacks, which is written at once."""
+    todo = list(_missing(args, trial, record))
+    if todo:
+        record |= trial.begin()
     for row, target, network in todo:
         begun = time.monotonic()
-        tokens = comparison.grid_features(_model(args, network), images)
-        near = comparison.closeness(tokens, truth, network)
         gmacs = cost.gmacs(network)
         found = {"name": row.name, "method": row.method, "target": target, "gmacs": gmacs,
                  "share": gmacs / record["dense_gmacs"]}  # fmt: skip
-        found |= {k: by_picture(x, sources).round(7).tolist() for k, x in near.items()}
-        record["rows"].append(found)
+        try:
+            found |= trial.score(_key(found), network)
+        except NonFiniteLossError as error:  # the others can still be trained
+            _leave_out(record, row, target, str(error))
+            continue
+        record["rows"] = [x for x in record["rows"] if _key(x) != _key(found)] + [found]
         _write(path, record)
-        jax.clear_caches()  # no other row runs this program
-        cosines = ", ".join(f"{part} {x.mean():.5f}" for part, x in near.items())
-        seconds = time.monotonic() - begun
-        print(f"{target:g} {row.name}: share {found['share']:.3f}, {cosines}; {seconds:.0f} s", flush=True)  # fmt: skip
+        about = f"share {found['share']:.3f}, {trial.said(found)}"
+        print(f"{target:g} {row.name}: {about}; {time.monotonic() - begun:.0f} s", flush=True)
 
 
-def _load(args: argparse.Namespace, say: Any, keep_rate: Any, **fields: Any) -> loading.LoadedModel:
-    return loading.from_pretrained(args.model, args.weights, None, keep_rate, None, say, **fields)
-
-
-def _model(args: argparse.Namespace, config: ViTConfig) -> VisionTransformer:
-    """The network with the weights; what a method adds and no file has is as it is before training."""
-    fields = config.to_fields()
-    rate = fields.pop("keep_rate")
-    return _load(args, lambda line: None, rate, **fields)["model"]
-
-
-def _opened(
-    args: argparse.Namespace, config: ViTConfig, pictures: list[str]
-) -> tuple[dict[str, Any], Path]:
+def _opened(args: argparse.Namespace, trial: Trial) -> tuple[dict[str, Any], Path]:
     """The record so far, and its file. Raises ConfigError: the file is of another comparison, or none at all."""
     path = args.out / f"{args.name or args.model}.json"
-    record = {
-        "command": "", "device": describe_device(), "versions": versions(), "seed": args.seed,
-        "model": args.model, "weights": Path(args.weights).name, "image_size": config.image_size,
-        "count": args.count, "pictures": pictures, "dense_gmacs": cost.gmacs(config), "left_out": [], "rows": [],
-    }  # fmt: skip
+    identity = {"device": describe_device(), "versions": versions(), **trial.identity}
+    gmacs = cost.gmacs(trial.dense)
+    record = {"command": "", **identity, "dense_gmacs": gmacs, "left_out": [], "rows": []}
     if path.exists():
         try:
             before = json.loads(path.read_text())
-            others = [name for name in IDENTITY if before[name] != record[name]]
+            others = [name for name in identity if before[name] != record[name]]
             record |= {name: before[name] for name in ("left_out", "rows")}
-            record |= {name: before[name] for name in ("time", "estimate") if name in before}
+            record |= {k: before[k] for k in ("dense", "time", "estimate") if k in before}
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"{path} is no file of this command ({error!r}): take another --name"
             ) from error
         check(not others, f"{path} has rows with another {', '.join(others)}: take another --name")
     args.out.mkdir(parents=True, exist_ok=True)
-    record["command"] = _command(args, record)
+    record["command"] = _command(args, trial, record)
     return record, path
 
 
-def _command(args: argparse.Namespace, record: dict[str, Any]) -> str:
+def _command(args: argparse.Namespace, trial: Trial, record: dict[str, Any]) -> str:
     """A command that makes the whole file, without the paths of this machine."""
     done = record["rows"] + record["left_out"]
     methods = dict.fromkeys([*(x["name"] for x in done), *(row.name for row in args.methods)])
     targets = sorted({*(x["target"] for x in done), *args.target}, reverse=True)
-    words = [f"--model={args.model}", f"--weights={Path(args.weights).name}", "--images=DIR"]
-    words += ["--methods", *methods, "--target", *(f"{share:g}" for share in targets)]
-    words += [f"--count={args.count}", f"--image_size={record['image_size']}", f"--seed={args.seed}"]  # fmt: skip
+    words = [*trial.words, "--methods", *methods, "--target", *(f"{share:g}" for share in targets)]
     words += ["--time"] if args.time or "time" in record else []
     words += [f"--estimate={args.estimate}"] if args.estimate else []
     return f"python -m tosa_jax.compare {shlex.join(words)}"
 
 
+def _without_path(word: str) -> str:
+    """An argument of a recipe with DIR in place of a path of this machine."""
+    name, equals, value = word.partition("=")
+    return f"{name}=DIR" if equals and os.path.isabs(os.path.expanduser(value)) else word
+
+
 def _missing(
-    args: argparse.Namespace, record: dict[str, Any], dense: ViTConfig
+    args: argparse.Namespace, trial: Trial, record: dict[str, Any]
 ) -> Iterator[tuple[Contender, float, ViTConfig]]:
     """The rows that the record lacks, target by target; those that cannot be are told and noted there."""
-    there = {(x["name"], x["target"]) for x in record["rows"]}
+    there = {(x["name"], x["target"]) for x in record["rows"] if trial.is_whole(x)}
     for target in args.target:
         for row in args.methods:
             if (row.name, target) in there:
                 continue
-            left_out = [x for x in record["left_out"] if (x["name"], x["target"]) != (row.name, target)]  # fmt: skip
             try:
-                network = comparison.solved(dense, row, target)
+                network = comparison.solved(trial.dense, row, target)
             except ConfigError as error:
-                print(f"{target:g} {row.name} left out: {error}", flush=True)
-                why = {"name": row.name, "target": target, "why": str(error)}
-                record["left_out"] = [*left_out, why]
+                _leave_out(record, row, target, str(error))
                 continue
-            record["left_out"] = left_out
+            _leave_out(record, row, target, "")
             yield row, target, network
+
+
+def _leave_out(record: dict[str, Any], row: Contender, target: float, why: str) -> None:
+    """Tells and notes why a row cannot be; with "" it can be now."""
+    others = [x for x in record["left_out"] if (x["name"], x["target"]) != (row.name, target)]
+    if why:
+        print(f"{target:g} {row.name} left out: {why}", flush=True)
+        others.append({"name": row.name, "target": target, "why": why})
+    record["left_out"] = others
 
 
 def _networks(record: dict[str, Any], dense: ViTConfig) -> dict[str, ViTConfig]:
@@ -247,4 +370,4 @@ def _write(path: Path, record: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main())

@@ -1,4 +1,4 @@
-"""A comparison of methods at equal multiply-adds for people: a table a target, and a Pareto plot."""
+"""A comparison of methods at equal multiply-adds for people, untrained or trained: a table a target, a Pareto plot."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from tosa_jax.reporting import series
-from tosa_jax.reporting.intervals import difference, interval, is_level
+from tosa_jax.reporting.intervals import difference, interval, is_level, over_seeds
 
 PARTS = {"class": "class token", "patches": "patches"}
 """Field of a row -> what its cosines are of. A network without a class token has no "class"."""
@@ -23,30 +23,106 @@ def row_name(row: Mapping[str, Any]) -> str:
 
 
 def markdown(name: str, record: Mapping[str, Any]) -> str:
-    """The command, what was compared, and for each target its rows, the nearest to the dense network first.
+    """The command, what was compared, and for each target its rows, the best first.
 
     record  as `python -m tosa_jax.compare` writes it.
     """
     targets = sorted({row["target"] for row in record["rows"]}, reverse=True)
-    about = {"device": record["device"], **record["versions"], "seed": record["seed"]}
+    about = {"device": record["device"], **record["versions"]}
+    about |= {"seed": record["seed"]} if "seed" in record else {}
+    trained = "metric" in record
     lines = [
         f"# {name}",
         "",
-        f"{record['model']} with released weights, nothing trained: cosine of the final tokens to the dense network's, "
-        f"{record['count']} crops of {record['image_size']} px of {len(record['pictures'])} pictures. In brackets are "
-        "95 % intervals, by resampling pictures. Beside them stands the difference to the best row of the column, "
-        'picture by picture; "level" where its interval has 0 in it.',
+        _about_trained(record) if trained else _about_untrained(record),
         "",
         f"    {record['command']}",
         "",
         ", ".join(f"{key} {value}" for key, value in about.items()) + ".",
     ]
+    if trained and "dense" in record:
+        lines += ["", *_dense_table(record)]
+    table = _trained_table if trained else _table
     for target in targets:
-        lines += ["", f"## {target:g} of the dense multiply-adds", "", *_table(record, target)]
+        lines += ["", f"## {target:g} of the dense multiply-adds", "", *table(record, target)]
     if record["left_out"]:
         lines += ["", "## Left out", ""]
         lines += [f"- {x['name']} at {x['target']:g}: {x['why']}" for x in record["left_out"]]
     return "\n".join(lines) + "\n"
+
+
+def _about_untrained(record: Mapping[str, Any]) -> str:
+    return (
+        f"{record['model']} with released weights, nothing trained: cosine of the final tokens to the dense network's, "
+        f"{record['count']} crops of {record['image_size']} px of {len(record['pictures'])} pictures. In brackets are "
+        "95 % intervals, by resampling pictures. Beside them stands the difference to the best row of the column, "
+        'picture by picture; "level" where its interval has 0 in it.'
+    )
+
+
+def _about_trained(record: Mapping[str, Any]) -> str:
+    dense = record.get("dense", {})
+    better = "lower is better" if record["lower_is_better"] else "higher is better"
+    return (
+        f"{record['metric']} ({better}) of {dense.get('count', 'the')} examples of the split {dense.get('split', '')}. "
+        "For each seed every method is fine-tuned from the same dense network, as long as that network itself. In "
+        "brackets are 95 % intervals over seeds (Student's t). Beside them stand the differences to the best row of "
+        "the table and to the dense network that was fine-tuned as long, seed by seed; "
+        '"level" where the interval has 0 in it.'
+    )
+
+
+def _dense_table(record: Mapping[str, Any]) -> list[str]:
+    """The dense network, before and after fine-tuning."""
+    names = {"pretrained": "dense, as pretrained", "finetuned": "dense, fine-tuned as long"}
+    lines = [_line(["network", record["metric"]]), _line([":--", "--:"])]
+    return lines + [
+        _line([title, _over_seeds(scores(record["dense"][name], record))])
+        for name, title in names.items()
+    ]
+
+
+def scores(metrics: Sequence[Mapping[str, float]], record: Mapping[str, Any]) -> list[float]:
+    """The score of each seed, by the metric of the record."""
+    return [float(x[record["metric"]]) for x in metrics]
+
+
+def _trained_table(record: Mapping[str, Any], target: float) -> list[str]:
+    sign = -1 if record["lower_is_better"] else 1
+    rows = [row for row in record["rows"] if row["target"] == target]
+    rows.sort(key=lambda row: -sign * float(np.mean(scores(row["metrics"], record))))
+    best = scores(rows[0]["metrics"], record)
+    dense = scores(record["dense"]["finetuned"], record)
+    extra = _extra(record)
+    head = ["method", "share", record["metric"], "to the best", "to dense", *extra]
+    lines = [_line(head), _line([":--", *["--:"] * (len(head) - 1)])]
+    for row in rows:
+        own = scores(row["metrics"], record)
+        cells = [row_name(row), f"{row['share']:.3f}", _over_seeds(own)]
+        cells += ["best" if row is rows[0] else _paired(own, best), _paired(own, dense)]
+        cells += [values.get(f"{row['name']} {row['target']}", "–") for values in extra.values()]
+        lines.append(_line(cells))
+    return lines
+
+
+def _over_seeds(values: Sequence[float]) -> str:
+    mean, bounds = over_seeds(values)
+    return f"{mean:.4f} [{bounds[0]:.4f}, {bounds[1]:.4f}]" if bounds else f"{mean:.4f}"
+
+
+def _paired(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    """The mean difference, seed by seed, with its interval; "level" where that has 0 in it."""
+    pairs = [a - b for a, b in zip(ours, theirs, strict=False)]
+    mean, bounds = over_seeds(pairs)
+    if bounds is None:
+        return f"{mean:+.4f}"
+    return "level" if is_level(bounds) else f"{mean:+.4f} [{bounds[0]:+.4f}, {bounds[1]:+.4f}]"
+
+
+def _extra(record: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Columns of times and cycles, where the record has them: title -> network -> text."""
+    columns = {"ms": _milliseconds(record), "M cycles": _cycles(record)}
+    return {title: values for title, values in columns.items() if values}
 
 
 def _table(record: Mapping[str, Any], target: float) -> list[str]:
@@ -54,11 +130,7 @@ def _table(record: Mapping[str, Any], target: float) -> list[str]:
     parts = [part for part in PARTS if part in rows[0]]
     best = {part: max(rows, key=lambda row: float(np.mean(row[part]))) for part in parts}
     rows.sort(key=lambda row: -float(np.mean(row[parts[-1]])))
-    extra = {
-        title: values
-        for title, values in (("ms", _milliseconds(record)), ("M cycles", _cycles(record)))
-        if values
-    }
+    extra = _extra(record)
     head = ["method", "share"]
     for part in parts:
         head += [PARTS[part], "to the best"]
@@ -101,42 +173,63 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def plot(record: Mapping[str, Any]) -> bytes:
-    """A PNG: for each part, 1 - cosine on a logarithmic scale against the share of the multiply-adds; a line a row."""
+    """A PNG: what rows score against their share of the multiply-adds; a line a row.
+
+    Without training 1 - cosine on a logarithmic scale, a panel for each part; trained, the metric with the range of
+    the seeds, and the dense network as a band.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = record["rows"]
-    parts = [part for part in PARTS if rows and part in rows[0]]
+    rows, trained = record["rows"], "metric" in record
+    parts = ["metrics"] if trained else [part for part in PARTS if rows and part in rows[0]]
     figure = Figure(figsize=(5 * max(len(parts), 1) + 2.6, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, max(len(parts), 1), squeeze=False)[0]
     names = sorted(dict.fromkeys(r["name"] for r in rows), key=lambda n: _order(rows, n))
     for axes, part in zip(panels, parts, strict=False):
-        axes.set_yscale("log")
         for name in names:
             own = sorted((r for r in rows if r["name"] == name), key=lambda r: r["share"])
             colour = (series.colours(own[0]["method"]) or ("#909090",))[0]
             variant = [n for n in names if n.partition(":")[0] == own[0]["method"]].index(name)
-            axes.plot(
+            values = [_plotted(row, part, record) for row in own]
+            axes.errorbar(
                 [r["share"] for r in own],
-                [max(1 - float(np.mean(r[part])), 1e-7) for r in own],
+                [float(np.mean(x)) for x in values],
+                [[np.mean(x) - min(x) for x in values], [max(x) - np.mean(x) for x in values]],
                 marker=_MARKERS[variant % len(_MARKERS)],
                 linestyle="-" if variant == 0 else "--",
                 markersize=4.5,
                 linewidth=1.3,
+                elinewidth=0.8,
                 color=colour,
                 label=row_name(own[0]),
             )
-        axes.set_title(PARTS[part], fontsize=10)
         axes.set_xlabel("multiply-adds, share of the dense network's")
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel("1 - cosine to the dense network (lower is better)")
+        if not trained:
+            axes.set_yscale("log")
+            axes.set_title(PARTS[part], fontsize=10)
+    if trained and "dense" in record:
+        dense = scores(record["dense"]["finetuned"], record)
+        panels[0].axhspan(min(dense), max(dense), color="#909090", alpha=0.3, label="dense")
+    better = "lower is better" if record.get("lower_is_better", True) else "higher is better"
+    what = record["metric"] if trained else "1 - cosine to the dense network"
+    panels[0].set_ylabel(f"{what} ({better})")
     if rows:
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
-    figure.suptitle(f"{record['model']}, nothing trained", fontsize=10)
+    title = " ".join(record["recipe"]) if trained else f"{record['model']}, nothing trained"
+    figure.suptitle(title, fontsize=10)
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=100)
     return data.getvalue()
+
+
+def _plotted(row: Mapping[str, Any], part: str, record: Mapping[str, Any]) -> list[float]:
+    """What the plot shows of a row: the score of each seed, or one value."""
+    if part == "metrics":
+        return scores(row["metrics"], record)
+    return [max(1 - float(np.mean(row[part])), 1e-7)]
 
 
 def _order(rows: Sequence[Mapping[str, Any]], name: str) -> tuple:

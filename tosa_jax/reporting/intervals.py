@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float
+from scipy import stats
 
 Interval = tuple[float, float]
 
@@ -35,6 +36,15 @@ def difference(
     """Mean of ours - theirs, pair by pair, and its interval."""
     pairs = np.asarray(ours) - np.asarray(theirs)
     return float(pairs.mean()), interval(pairs)
+
+
+def over_seeds(values: Sequence[float]) -> tuple[float, Interval | None]:
+    """Mean of few values, one a seed, and its 95 % interval by Student's t; None for a single one."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return mean, None
+    half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
+    return mean, (mean - half, mean + half)
 
 
 def is_level(bounds: Interval) -> bool:

@@ -78,11 +78,14 @@ class LearnedPruning(PersistentReduction):
         return state.reduced(reduction.merge(state.tokens), reduction, scores)
 
     def masked(self, state: TokenState, scores: Scores, context: LayerContext) -> TokenState:
-        """The state whose other patches no layer reads from here on."""
-        prefix = jnp.arange(scores.shape[1]) < self.num_prefix_tokens
-        policy = jnp.where(prefix[None], 1.0, self.decide(scores, context))
-        if state.policy is not None:
-            policy = policy * state.policy
+        """The state whose other patches no layer reads from here on; where all would go, the best one stays."""
+        places = jnp.arange(scores.shape[1])[None]
+        prefix = places < self.num_prefix_tokens
+        before = jnp.ones_like(scores) if state.policy is None else state.policy
+        policy = jnp.where(prefix, 1.0, self.decide(scores, context) * before)
+        best = jnp.argmax(jnp.where(prefix | (before == 0), -jnp.inf, scores), axis=1)
+        none = (policy[:, self.num_prefix_tokens :] == 0).all(axis=1, keepdims=True)
+        policy = jnp.where(none & (places == best[:, None]), 1.0, policy)
         share = policy[:, self.num_prefix_tokens :].mean()
         loss = jnp.broadcast_to(self.loss_weight * self.miss(share), policy.shape[0])
         aux = state.aux | {f"loss/pruning/{self.spec.layer}": loss}
