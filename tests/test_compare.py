@@ -10,7 +10,7 @@ from PIL import Image
 from small import SIZES, random_images, small_model
 
 from tosa_jax import compare
-from tosa_jax.errors import ConfigError
+from tosa_jax.errors import ConfigError, NonFiniteLossError
 from tosa_jax.models import cost, variants
 from tosa_jax.models.weights.load import save_weights
 from tosa_jax.performance import comparison, tpu_estimate
@@ -198,3 +198,118 @@ def test_fields_that_a_method_lacks_are_refused():
         solved(config_of(), contender("mctf:taw_size=0"), 0.8)
     with pytest.raises(ConfigError, match="layers=2-9 are not among 0-3"):
         solved(config_of(), contender("expedit:layers=2-9"), 0.8)
+
+
+RECIPE = """
+from tosa_jax.config import default_config
+
+def get_config():
+    config = default_config()
+    config.update(batch_size=16, log_steps=3)
+    config.model.update({sizes}, depth=2)
+    config.data.update(name="digits", data_dir={data!r}, in_memory=True)
+    config.inputs.update(mean=(0.3,), std=(0.4,))
+    for stage in ("pretrain", "selector", "finetune"):
+        config[stage].update(steps=2, learning_rate=1e-3)
+    config.eval.update(batch_size=120, controls=("skip",))
+    return config
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path, digits_dir):
+    """The arguments that train a network of two layers; ToSA has 3/4 of its multiply-adds with 8 of 16 patches."""
+    path = tmp_path / "recipe.py"
+    path.write_text(RECIPE.format(sizes=SIZES, data=digits_dir))
+    return [f"--config={path}", "--seeds=1", f"--out={tmp_path / 'out'}", "--target", "0.78"]
+
+
+def test_methods_are_trained_from_one_dense_network(recipe, tmp_path):
+    assert compare.main([*recipe, "--methods", "tosa"]) == 0
+    folder = tmp_path / "out" / "recipe" / "seed0"
+    begun = json.loads((folder / "tosa_0.78" / "config.json").read_text())
+    assert begun["init_from"] == str(folder / "dense" / "checkpoints" / "pretrain")
+    assert (folder / "tosa_0.78" / "selectors.safetensors").exists()
+    record = json.loads((tmp_path / "out" / "recipe.json").read_text())
+    (row,) = record["rows"]
+    assert abs(row["share"] / 0.78 - 1) <= comparison.TOLERANCE
+    reports = {
+        name: json.loads((folder / name / "report.json").read_text())["results"]
+        for name in ("dense", "tosa_0.78")
+    }
+    assert [x["name"] for x in reports["dense"]] == ["dense_pretrained", "tosa"]
+    assert record["dense"]["pretrained"] == [reports["dense"][0]["metrics"]]
+    assert record["dense"]["finetuned"] == [reports["dense"][1]["metrics"]]
+    assert row["metrics"] == [reports["tosa_0.78"][-1]["metrics"]]
+    assert reports["tosa_0.78"][-1]["gmacs"] == row["gmacs"]
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Runs that end at once with a score by seed, network and keep rate; [(work directory, run)] of those that ran."""
+    ran = []
+
+    def run_stages(run, workdir):
+        ran.append((workdir.name, run))
+        score = 0.5 + run.seed / 10 + (0.2 if set(run.model.plan) == {"standard"} else 0)
+        if run.model.plan[-1] == "random" and run.seed == 1:
+            raise NonFiniteLossError("the loss of step 1 is nan")
+        before = {"metrics": {"acc1": score - 0.1}, "split": "test", "count": 360}
+        return {"results": [before, {"metrics": {"acc1": score}}]}
+
+    monkeypatch.setattr("tosa_jax.train.comparison.run_stages", run_stages)
+    return ran
+
+
+def test_more_seeds_are_added_to_a_comparison(recipe, tmp_path, trained, capsys):
+    path = tmp_path / "out" / "recipe.json"
+    both = [*recipe, "--methods", "tosa", "random"]
+    assert compare.main(both) == 0
+    assert [name for name, _ in trained] == ["dense", "tosa_0.78", "random_0.78"]
+    dense, tosa, random = (run for _, run in trained)
+    assert dense.has_stage("pretrain") and not dense.has_stage("selector")
+    assert tosa.has_stage("selector") and not tosa.has_stage("pretrain")
+    assert not random.has_stage("selector") and random.eval.controls == ()
+    first = json.loads(path.read_text())
+    assert str(tmp_path) not in path.read_text() and first["command"].startswith(
+        "python -m tosa_jax.compare --config=DIR/recipe.py --seeds=1 --methods tosa random --target 0.78"
+    )
+    trained.clear()
+    assert compare.main(both) == 0 and not trained
+    assert json.loads(path.read_text()) == first
+
+    assert compare.main([*both, "--seeds=3"]) == 0
+    second = json.loads(path.read_text())
+    rows = {row["name"]: row for row in second["rows"]}
+    assert rows["tosa"]["metrics"] == [{"acc1": 0.5}, {"acc1": 0.6}, {"acc1": 0.7}]
+    assert rows["random"] == first["rows"][1]  # seed 1 did not come to its end
+    (left_out,) = second["left_out"]
+    assert (left_out["name"], left_out["why"]) == ("random", "the loss of step 1 is nan")
+    lines = path.with_suffix(".md").read_text().splitlines()
+    (of_tosa,) = (line for line in lines if line.startswith("| ToSA"))
+    # Student's t at two degrees of freedom: .1 / sqrt(3) * 4.303
+    assert "0.6000 [0.3516, 0.8484] | best | -0.2000 [-0.2000, -0.2000] |" in of_tosa
+    assert "| dense, as pretrained | 0.7000 [0.4516, 0.9484] |" in lines
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model=vit"], "--model does not go with --config"),
+        (["--seeds=0"], "--seeds=0 must be at least 1"),
+        (["--config.finetune.steps=0"], "the recipe must fine-tune"),
+        (["--config.pretrain.steps=0"], "there is nothing to start from"),
+        (["--config.no_such_field=0"], "config has no field 'no_such_field'"),
+    ],
+)
+def test_what_a_recipe_cannot_be_compared_with_gets_one_line(recipe, arguments, said, capsys):
+    assert compare.main([*recipe, "--methods", "tosa", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_what_is_missing_without_a_recipe_is_named(argv, capsys):
+    assert compare.main([x for x in argv if not x.startswith("--weights")]) == 2
+    assert "--weights is missing (or --config, to train)" in capsys.readouterr().err
+    assert compare.main([*argv, "--config.seed=1"]) == 2
+    assert "unrecognized arguments: --config.seed=1" in capsys.readouterr().err

@@ -294,9 +294,9 @@ def _command(args: argparse.Namespace, trial: Trial, record: dict[str, Any]) -> 
 
 
 def _without_path(word: str) -> str:
-    """An argument of a recipe with DIR in place of a path of this machine."""
-    name, equals, value = word.partition("=")
-    return f"{name}=DIR" if equals and os.path.isabs(os.path.expanduser(value)) else word
+    """An argument of a recipe with DIR in place of the folders of this machine."""
+    name, _, value = word.partition("=")
+    return f"{name}=DIR/{Path(value).name}" if os.path.isabs(os.path.expanduser(value)) else word
 
 
 def _missing(
