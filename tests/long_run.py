@@ -2,12 +2,13 @@
 
     python -m tests.long_run [--steps=20000] [--out=results/long_run.json]
 
-Resident memory, open files and threads are read at each record, after glibc gave back what is free. A straight line is
-fitted to memory over steps, without the first quarter, in which caches fill. Three parts, each in a process of its own:
+Resident memory, the blocks that Python holds, open files and threads are read at each record, after glibc gave back
+what is free. Straight lines are fitted to memory and to blocks over steps, without the first quarter, in which caches
+fill. Three parts, each in a process of its own:
 
     run     the run as it is;
     unsaved the same, but Orbax is not called, so that growth of the run itself shows;
-    orbax   Orbax alone, which saves arrays of the same shapes as often, so that its own growth shows.
+    orbax   Orbax alone, as it is, which saves as many arrays as often, so that its own growth shows.
 
 Prints and writes a JSON object.
 """
@@ -38,13 +39,14 @@ PARTS = ("run", "unsaved", "orbax")
 
 
 def read_process() -> dict[str, int]:
-    """Resident bytes, open files and threads of this process."""
+    """Resident bytes, blocks that Python holds, open files and threads of this process."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return {
         "resident": pages * os.sysconf("SC_PAGE_SIZE"),
+        "blocks": sys.getallocatedblocks(),
         "files": len(os.listdir("/proc/self/fd")),
         "threads": len(os.listdir("/proc/self/task")),
     }
@@ -106,10 +108,11 @@ def slope(xs: np.ndarray, ys: np.ndarray) -> tuple[float, float]:
 
 
 def summary(samples: list[dict[str, int]]) -> dict[str, object]:
-    """The slope of memory, and the least and most of files and threads, without the first quarter."""
+    """Slopes of memory and of Python's blocks, least and most of files and threads, without the first quarter."""
     late = samples[len(samples) // 4 :]
     steps, resident = (np.array([x[k] for x in late], float) for k in ("step", "resident"))
     rise, error = slope(steps, resident)
+    of_blocks, blocks_error = slope(steps, np.array([x["blocks"] for x in late], float))
     spans = {
         name: [min(x[name] for x in late), max(x[name] for x in late)]
         for name in ("files", "threads")
@@ -122,6 +125,8 @@ def summary(samples: list[dict[str, int]]) -> dict[str, object]:
         ],
         "bytes_per_step": round(rise, 1),
         "standard_error": round(error, 1),
+        "blocks_per_step": round(of_blocks, 3),
+        "blocks_standard_error": round(blocks_error, 3),
         **spans,
     }
 
