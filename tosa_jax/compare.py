@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -46,7 +46,7 @@ from tosa_jax.reporting import comparison as tables
 from tosa_jax.reporting.intervals import by_picture
 
 
-class Trial(Protocol):
+class Trial:
     """How a row is scored.
 
     dense     the network whose multiply-adds targets are shares of.
@@ -60,22 +60,22 @@ class Trial(Protocol):
 
     def begin(self) -> dict[str, Any]:
         """What the record has beside its rows. Called once, if there is a row to score."""
-        ...
+        return {}
 
     def score(self, key: str, network: ViTConfig) -> dict[str, Any]:
-        """The scores of a row's network, which `key` names."""
-        ...
+        """The scores of a row's network, which `key` names. Raises NonFiniteLossError: its training failed."""
+        raise NotImplementedError
 
     def is_whole(self, row: dict[str, Any]) -> bool:
         """Whether a row of the record has all scores that are asked for."""
-        ...
+        return True
 
     def said(self, row: dict[str, Any]) -> str:
         """The scores of a row, for people."""
-        ...
+        raise NotImplementedError
 
 
-class Untrained:
+class Untrained(Trial):
     """A pretrained network as it is: how near a method's final tokens are to the dense network's."""
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -96,9 +96,6 @@ class Untrained:
             f"--count={args.count}", f"--image_size={self.dense.image_size}", f"--seed={args.seed}",
         ]  # fmt: skip
 
-    def begin(self) -> dict[str, Any]:
-        return {}
-
     def score(self, key: str, network: ViTConfig) -> dict[str, Any]:
         fields = network.to_fields()
         rate = fields.pop("keep_rate")
@@ -109,9 +106,6 @@ class Untrained:
         )
         jax.clear_caches()  # no other row runs this program
         return {k: by_picture(x, self.sources).round(7).tolist() for k, x in near.items()}
-
-    def is_whole(self, row: dict[str, Any]) -> bool:
-        return True
 
     def said(self, row: dict[str, Any]) -> str:
         return ", ".join(f"{k} {np.mean(row[k]):.5f}" for k in tables.PARTS if k in row)
@@ -127,7 +121,7 @@ class Untrained:
         )
 
 
-class Trained:
+class Trained(Trial):
     """A recipe: what a method reaches after fine-tuning from the dense network, for each seed."""
 
     def __init__(self, args: argparse.Namespace, recipe: list[str]) -> None:
