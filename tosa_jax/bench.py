@@ -179,7 +179,7 @@ def measure_networks(argv: Sequence[str], args: argparse.Namespace) -> list[dict
 def _check_likeness(model: str, against: Sequence[str]) -> None:
     """Raise a ConfigError where the network made of transformers' parts would be another one than the model."""
     config = variant_config(model)
-    unlike = config.rope or config.pre_norm or not config.class_token
+    unlike = config.rope or config.pre_norm or not config.class_token  # a LeMeViT has none either
     if "transformers" in against and unlike:
         raise ConfigError(
             f"--against=transformers has no network like {model!r}, which is no ViT, DeiT or DINOv2; --against=timm has"

@@ -21,10 +21,10 @@ from tosa_jax.distributed.mesh import MeshConfig
 from tosa_jax.errors import ConfigError
 from tosa_jax.models.method import MAIN, METHODS, controls
 from tosa_jax.models.optim import PERIODS, SCHEDULES, OptimConfig
-from tosa_jax.models.vit_config import ViTConfig, check, check_choice, check_types
+from tosa_jax.models.vit_config import STANDARD, ViTConfig, check, check_choice, check_types
 from tosa_jax.models.weights.preprocessing import IMAGENET_MEAN, IMAGENET_STD, preprocessing_of
 from tosa_jax.models.weights.readers import read_weights
-from tosa_jax.tasks import TASKS, model_config
+from tosa_jax.tasks import TASKS, config_class, model_config
 from tosa_jax.tasks.mixing import MixingConfig
 
 
@@ -269,8 +269,11 @@ def default_config(model: str = "vit", task: str = "classification", weights: st
     config = ml_collections.ConfigDict(_defaults(RunConfig, skip=("task", "options")))
     config.task = {"name": task} | _defaults(TASKS[task].options)
     vit = model_config(task, model)
-    variant = {k: v for k, v in vit.to_fields().items() if k not in vit.unused}
-    variant |= {"name": model, "plan": METHODS[MAIN].plan, "keep_rate": (0.5,)}
+    # The architecture is the name's.
+    unread = ("architecture", *vit.unused)
+    variant = {k: v for k, v in vit.to_fields().items() if k not in unread}
+    plan = METHODS[MAIN].plan if vit.has_plan else STANDARD
+    variant |= {"name": model, "plan": plan, "keep_rate": (0.5,)}
     variant |= {"image_size": vit.image_shape} if vit.resizes else {}
     config.model = variant
     file = read_weights(weights) if weights else None
@@ -386,7 +389,10 @@ def from_json(values: Mapping[str, Any]) -> RunConfig:
     rest = dict(values)
     task = rest.get("task", "classification")
     check_choice("task", task, TASKS)
-    sections = SECTIONS | {"model": TASKS[task].model_class.config_class, "data": DataConfig}
+    stated = rest.get("model", {})
+    stated = stated if isinstance(stated, Mapping) else {}
+    network = config_class(task, stated.get("architecture", ViTConfig.architecture))
+    sections = SECTIONS | {"model": network, "data": DataConfig}
     sections |= {"options": TASKS[task].options}
     try:
         said = {name: as_tuples(rest.pop(name, {})) for name in sections}

@@ -31,9 +31,9 @@ BATCH = P(BATCH_AXES)
 """Sharding of a batch: its first dimension is split, the others are not."""
 
 RULES: tuple[tuple[str, P], ...] = (
-    (r"(attn/qkv|mlp/fc1)/kernel$", P("fsdp", "model")),
-    (r"(attn/qkv|mlp/fc1)/bias$", P("model")),
-    (r"(attn/proj|mlp/fc2)/kernel$", P("model", "fsdp")),
+    (r"(attn/(image_|meta_)?(qkv|q|kv)|mlp/fc1)/kernel$", P("fsdp", "model")),
+    (r"(attn/(image_|meta_)?(qkv|q|kv)|mlp/fc1)/bias$", P("model")),
+    (r"(attn/(image_|meta_)?proj|mlp/fc2)/kernel$", P("model", "fsdp")),
     (r"(patch_embed/proj|head|head_dist)/kernel$", P("fsdp", None)),
 )
 """Pairs (regular expression of a parameter path, sharding). The first match counts; other parameters are replicated.

@@ -255,7 +255,12 @@ def _preprocessing(form: Preprocess, task: Any, config: ViTConfig) -> dict[str, 
 
 
 def _layers(config: ViTConfig) -> list[dict[str, Any]]:
-    """The plan: of each layer its kind, and how many tokens reach it, stay after its choice, and leave it."""
+    """The plan: of each layer its kind, and how many tokens reach it, stay after its choice, and leave it.
+
+    Empty for a network in which no layer kinds of a plan run.
+    """
+    if not config.has_plan:
+        return []
     return [
         {"kind": kind, "tokens_in": spec.count_in, "tokens": spec.count, "tokens_out": spec.count_out}
         for kind, spec in zip(config.plan, layer_specs(config), strict=True)

@@ -22,7 +22,7 @@ from tosa_jax.models.method import MAIN, METHODS, is_fitted, method_of
 from tosa_jax.models.params import Params, get_params, set_params
 from tosa_jax.models.variants import variant_config, with_plan
 from tosa_jax.models.vit import VisionTransformer
-from tosa_jax.models.vit_config import STANDARD, ViTConfig
+from tosa_jax.models.vit_config import STANDARD, ViTConfig, check_fields
 from tosa_jax.models.weights import statements
 from tosa_jax.models.weights.architecture import network_of, num_classes_of
 from tosa_jax.models.weights.load import Weights, pretrained_params, save_weights, selector_params
@@ -31,7 +31,7 @@ from tosa_jax.models.weights.readers import WeightFile, read_weights
 from tosa_jax.models.weights.run_checkpoints import FOLDER, has_checkpoint
 from tosa_jax.models.weights.statements import PREDICTOR
 from tosa_jax.paths import parse_json
-from tosa_jax.tasks import TASKS, model_config
+from tosa_jax.tasks import TASKS, config_class, model_config
 
 KeepRate = float | tuple[float, ...] | None
 """Share of patches in (0, 1] that selective layers process: one, or one a selection; None: as in training."""
@@ -222,7 +222,9 @@ def _with_fields(config: ViTConfig, keep_rate: KeepRate, fields: dict[str, Any])
     """The configuration with other values for some fields. Raises ConfigError for fields that it does not have."""
     if not fields:
         return with_keep_rate(config, keep_rate)
+    check_fields(config, fields)
     changed = with_plan({"plan": config.plan, **fields, "depth": config.depth})
+    del changed["depth"]
     changed |= {} if keep_rate is None else {"keep_rate": keep_rate}
     config = dataclasses.replace(config, **changed)
     return with_budget(config, config.budget_gmacs) if fields.get("budget_gmacs") else config
@@ -249,7 +251,8 @@ def _described(text: str) -> dict[str, Any]:
     """What the text of `save` says of a model: its `config`, and the other fields of `LoadedModel`, checked."""
     said = as_tuples(parse_json(text))
     task = said.get("task", "classification")  # older files have none: they are all classifiers
-    config = TASKS[task].model_class.config_class(**said["model"])
+    network = config_class(task, said["model"].get("architecture", ViTConfig.architecture))
+    config = network(**said["model"])
     inputs = build_section(InputConfig, "inputs", {name: said[name] for name in ("mean", "std")})
     names = said["class_names"]
     classes = 0 if "num_classes" in config.unused else config.num_classes

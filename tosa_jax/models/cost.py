@@ -5,6 +5,7 @@ import math
 import jax
 from flax import nnx
 
+from tosa_jax.models.batch_norm import RunningStatistic
 from tosa_jax.models.factory import abstract_model
 from tosa_jax.models.vit import VisionTransformer
 from tosa_jax.models.vit_config import ViTConfig
@@ -33,8 +34,9 @@ def gmacs(config: ViTConfig) -> float:
 
 
 def num_params(model: VisionTransformer) -> int:
-    """Number of parameters, selectors included."""
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    """Number of parameters, selectors included; running statistics are not trained and do not count."""
+    trained = nnx.All(nnx.Param, nnx.Not(RunningStatistic))
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.state(model, trained)))
 
 
 def training_macs(model: VisionTransformer, *, only_selectors: bool = False) -> int:

@@ -63,7 +63,8 @@ def run_layers(
     drops = [train and rate > 0 for rate in rates]
     return _run_stretch(
         config, blocks, kinds, state, first=0, rates=rates, drops=drops, train=train, key=key,
-        gather_params=gather_params, wrap=lambda layer: _remat(config, layer, gather_params), read=read,
+        gather_params=gather_params, read=read,
+        wrap=lambda layer: rematerialised(config, layer, gather_params),
         kept=(*config.intermediate_layers, *after),
     )  # fmt: skip
 
@@ -107,7 +108,8 @@ def run_scanned(
 
     xs = (stacked, rates, jnp.asarray(list(starts), jnp.uint32))
     carried = state.tokens, state.labels
-    (tokens, labels), reported = jax.lax.scan(_remat(config, body, gather_params), carried, xs)
+    wrapped = rematerialised(config, body, gather_params)
+    (tokens, labels), reported = jax.lax.scan(wrapped, carried, xs)
     return _gather_reports(state._replace(tokens=tokens, labels=labels), reported, starts)
 
 
@@ -181,7 +183,10 @@ def repeated_part(config: ViTConfig) -> int:
     )
 
 
-def _remat(config: ViTConfig, function: Callable, gather_params: GatherParams | None) -> Callable:
+def rematerialised(
+    config: ViTConfig, function: Callable, gather_params: GatherParams | None = None
+) -> Callable:
+    """The function, which keeps for the backward pass what `config.remat` says."""
     if config.remat != "none":
         policy = POLICIES[config.remat]
     elif gather_params is not None:

@@ -9,13 +9,16 @@ from typing import Any, NamedTuple
 from flax import nnx
 
 from tosa_jax.errors import ConfigError
+from tosa_jax.models.lemevit import LeMeViT
 from tosa_jax.models.method import MAIN, METHODS, control_plan, layer_kinds
 from tosa_jax.models.params import Params, get_params, set_params, split
 from tosa_jax.models.plan import layer_specs
 from tosa_jax.models.vit import VisionTransformer
 from tosa_jax.models.vit_config import ViTConfig
 
-MODEL_CLASSES: dict[type[ViTConfig], type[VisionTransformer]] = {ViTConfig: VisionTransformer}
+MODEL_CLASSES: dict[type[ViTConfig], type[VisionTransformer]] = {
+    model.config_class: model for model in (VisionTransformer, LeMeViT)
+}
 """The model of each class of configurations; `tasks.registry.register` adds those of tasks."""
 
 

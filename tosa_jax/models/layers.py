@@ -84,10 +84,15 @@ def linear(config: ViTConfig, in_dim: int, out_dim: int, rngs: nnx.Rngs, **field
     )
 
 
-def layer_norm(config: ViTConfig, rngs: nnx.Rngs, width: int = 0) -> nnx.LayerNorm:
-    """LayerNorm over `width` channels (0: the network's); its statistics are float32 whatever the compute dtype."""
+def layer_norm(
+    config: ViTConfig, rngs: nnx.Rngs, width: int = 0, epsilon: float = 0.0
+) -> nnx.LayerNorm:
+    """LayerNorm over `width` channels (0: the network's); its statistics are float32 whatever the compute dtype.
+
+    epsilon  0: the network's.
+    """
     return nnx.LayerNorm(
-        width or config.embed_dim, epsilon=config.norm_eps, dtype=config.dtype,
+        width or config.embed_dim, epsilon=epsilon or config.norm_eps, dtype=config.dtype,
         param_dtype=config.param_dtype, rngs=rngs,
     )  # fmt: skip
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from tosa_jax.models.method import plan_named
 from tosa_jax.models.plan_file import SUFFIX, read_plan
-from tosa_jax.models.vit_config import ViTConfig, check, check_choice, plain_value
+from tosa_jax.models.lemevit_config import LeMeViTConfig
+from tosa_jax.models.vit_config import STANDARD, ViTConfig, check, check_choice, plain_value
 
 
 def _vit(size: str, patch: int = 16, image: int = 224, **fields) -> dict[str, Any]:
@@ -61,6 +62,16 @@ _GATED = {"mlp": "swiglu", "mlp_ratio": 8.0}  # both halves of 4 times the width
 _QUICK = {"mlp": "quick_gelu"}
 
 _DEIT3 = {"layer_scale": 1e-6, "pos_embed_prefix": False}
+
+ARCHITECTURES: Mapping[str, type[ViTConfig]] = {
+    config.architecture: config for config in (ViTConfig, LeMeViTConfig)
+}
+"""The configuration of each kind of network, which `factory.MODEL_CLASSES` makes a model of."""
+
+
+def _lemevit(widths: tuple[int, ...], depths: tuple[int, ...]) -> dict[str, Any]:
+    return {"architecture": LeMeViTConfig.architecture, "widths": widths, "depths": depths}
+
 
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     # Touvron et al. 2021, "Training data-efficient image transformers" (DeiT).
@@ -133,10 +144,15 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
         )
         for i in sides
     },
+    # Jiang et al. 2024 (LeMeViT), by the names of its own repository.
+    "lemevit_tiny": _lemevit((64, 64, 128, 192, 320), (1, 2, 2, 8, 2)),
+    "lemevit_small": _lemevit((96, 96, 192, 320, 384), (1, 2, 2, 6, 2)),
+    "lemevit_base": _lemevit((96, 96, 192, 384, 512), (2, 4, 4, 18, 4)),
     # Any size, through the fields of ViTConfig.
     "vit": {},
 }
-"""timm's name -> the fields of `ViTConfig` in which a released network differs from the defaults."""
+"""timm's name -> the fields in which a network differs from the defaults of its configuration: `ViTConfig`, or that
+of the `architecture` among them."""
 
 
 HUB_NAMES: Mapping[str, str] = {
@@ -214,8 +230,23 @@ def hub_repository(name: str) -> str:
     return f"timm/{variant.replace('_quickgelu', '')}.{tag}"
 
 
+def architecture_of(name: str, fields: Mapping[str, Any]) -> str:
+    """A key of `ARCHITECTURES`: what `fields` state, or else the variant of a name. Raises ConfigError: no such name."""
+    given = fields.get("architecture", variant(name).get("architecture", ViTConfig.architecture))
+    check_choice("architecture", given, ARCHITECTURES)
+    return given
+
+
+def variant(name: str) -> Mapping[str, Any]:
+    """The fields in `VARIANTS` of timm's name, with or without its tag, or of the hub's. Raises ConfigError."""
+    name = HUB_NAMES.get(name, name)
+    name = name.partition(".")[0] if name.partition(".")[0] in VARIANTS else name
+    check_choice("model name", name, VARIANTS)
+    return VARIANTS[name]
+
+
 def variant_config(
-    name: str, config_class: type[ViTConfig] = ViTConfig, **fields: Any
+    name: str, config_class: type[ViTConfig] | None = None, **fields: Any
 ) -> ViTConfig:
     """The configuration of a released variant (timm's or the hub's names), or of "vit", with `fields` on top.
 
@@ -223,20 +254,23 @@ def variant_config(
     or the path of a plan file (`models/plan_file.py`), whose keep rates and options then come before those in `fields`.
     With another `num_classes` than its own a CLIP is a classifier: its head is no `projection`.
     A tag of timm's ("deit_small_patch16_224.fb_in1k") names weights and changes nothing here.
+
+    config_class  of a task's network; None: the one in `ARCHITECTURES`.
+
     Raises ConfigError, naming what is known, for an unknown name or field, and as `read_plan`.
     """
-    name = HUB_NAMES.get(name, name)
-    name = name.partition(".")[0] if name.partition(".")[0] in VARIANTS else name
-    check_choice("model name", name, VARIANTS)
-    merged: dict[str, Any] = {**VARIANTS[name], **fields}
-    if merged.get("projection") and merged["num_classes"] != VARIANTS[name].get("num_classes"):
+    own = variant(name)
+    merged: dict[str, Any] = {**own, **fields}
+    if merged.get("projection") and merged["num_classes"] != own.get("num_classes"):
         merged["projection"] = fields.get("projection", False) and name == "vit"
+    config_class = config_class or ARCHITECTURES[architecture_of(name, fields)]
     return config_class(**with_plan(merged))
 
 
 def with_plan(fields: Mapping[str, Any]) -> dict[str, Any]:
     """`fields` of a configuration with the plan that their `plan` names, as in `variant_config`; `depth` is read."""
     plan = fields.get("plan") or ()
+    plan = () if plan == STANDARD else plan  # at any depth
     if not isinstance(plan, str):
         return {**fields, "plan": plan}
     if plan.endswith(SUFFIX):

@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from tosa_jax.errors import ConfigError
+from tosa_jax.models.batch_norm import Running
 from tosa_jax.models.encoder import GatherParams, run_layers, run_scanned
 from tosa_jax.models.layers import (
     AttentionPool,
@@ -55,6 +56,7 @@ class Output(NamedTuple):
     aux       per-example scalars [b] that layers report, by name.
     scores    one float [b n] a selection: what it chose by, higher is better; a program that does not return them
               does not keep them.
+    running   new values of running statistics by path, float32, in training; {} for a network without batch norm.
     """
 
     predictions: dict[str, Array]
@@ -62,6 +64,7 @@ class Output(NamedTuple):
     selected: tuple[Indices, ...]
     aux: dict[str, PerExample]
     scores: tuple[Scores, ...] = ()
+    running: Running = {}
 
     @property
     def layer_losses(self) -> PerExample | float:
@@ -196,18 +199,8 @@ class VisionTransformer(nnx.Module):
         Raises ConfigError for images of another size or number of channels than the model's.
         """
         config, dtype = self.config, self.config.dtype
-        if images.shape[3] != config.in_chans:
-            raise ConfigError(
-                f"images have {images.shape[3]} channels, but the model was made for {config.in_chans}"
-            )
-        size = (images.shape[1], images.shape[2])
-        if size != config.image_shape and not config.resizes:
-            raise ConfigError(
-                f"images are {size[0]}x{size[1]}, but the model was made for "
-                f"{'x'.join(map(str, config.image_shape))} (height x width): tosa_jax.with_image_size makes it for "
-                "another size"
-            )
-        positions = self.positions(size)
+        self.check_images(images)
+        positions = self.positions((images.shape[1], images.shape[2]))
         positions = None if positions is None else positions.astype(dtype)
         patches = self.patch_embed(images.astype(dtype))
         prefix = [self.cls_token] if config.class_token else []
@@ -223,6 +216,21 @@ class VisionTransformer(nnx.Module):
         if positions is not None and config.pos_embed_prefix:
             tokens = tokens + positions
         return self.norm_pre(tokens) if config.pre_norm else tokens
+
+    def check_images(self, images: Images) -> None:
+        """Raise a ConfigError for images of another size or number of channels than the model's."""
+        config = self.config
+        if images.shape[3] != config.in_chans:
+            raise ConfigError(
+                f"images have {images.shape[3]} channels, but the model was made for {config.in_chans}"
+            )
+        size = (images.shape[1], images.shape[2])
+        if size != config.image_shape and not config.resizes:
+            raise ConfigError(
+                f"images are {size[0]}x{size[1]}, but the model was made for "
+                f"{'x'.join(map(str, config.image_shape))} (height x width): tosa_jax.with_image_size makes it for "
+                "another size"
+            )
 
     def layers(
         self,

@@ -124,17 +124,22 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _own_fields(config: Any) -> list[str]:
-    """Names of the fields that a configuration, or its class, declares itself: all but the options of methods."""
-    return [field.name for field in dataclasses.fields(config) if field.name != "options"]
+    """Names of the fields that a configuration, or its class, can be given: all but the options of methods."""
+    return [x.name for x in dataclasses.fields(config) if x.init and x.name != "options"]
+
+
+def check_fields(config: Any, names: Iterable[str]) -> None:
+    """Raise a ConfigError for a name that is no field of a configuration, or its class, and no option of a method."""
+    for name in names:
+        check_choice("model field", name, [*_own_fields(config), *OPTIONS])
 
 
 class _TakesOptions(type):
     """The class of `ViTConfig` and its subclasses: their calls take the options of methods among their own fields."""
 
     def __call__(cls, *, options: tuple[Options, ...] = (), **values: Any) -> Any:
+        check_fields(cls, values)
         own = _own_fields(cls)
-        for name in values:
-            check_choice("model field", name, [*own, *OPTIONS])
         of_methods = {name: values.pop(name) for name in values.keys() - own}
         # Those of one plain type, and these two, are made plain values in `__post_init__`.
         plain = {
@@ -158,9 +163,11 @@ class ViTConfig(metaclass=_TakesOptions):
     Raises ConfigError for an unknown field, and for values that are out of range or do not go together.
 
     task      for which such models are built, unless another is named: a key of `tasks.TASKS`.
+    has_plan  whether layer kinds of a plan can run in it.
     resizes   images that the patch does not divide are brought to the next multiple; else they are refused.
     unused    fields that this task's network does not read.
 
+    architecture       the kind of network, which its class has set: "vit", or "lemevit" (`LeMeViTConfig`).
     plan               a layer kind for each layer; (): all standard.
     keep_rate          share in (0, 1] of patches selected: one, or one a selection.
     budget_gmacs       above 0: keep_rate is solved for this cost of an image, and what was given is not read.
@@ -178,7 +185,9 @@ class ViTConfig(metaclass=_TakesOptions):
     task: ClassVar[str] = "classification"
     resizes: ClassVar[bool] = False
     unused: ClassVar[tuple[str, ...]] = ()
+    has_plan: ClassVar[bool] = True
 
+    architecture: str = "vit"
     image_size: int | tuple[int, int] = 224  # pixels: the side of a square, or (height, width)
     patch_size: int = 16
     in_chans: int = 3
@@ -222,6 +231,12 @@ class ViTConfig(metaclass=_TakesOptions):
     options: tuple[Options, ...] = ()
 
     def __post_init__(self) -> None:
+        own = type(self).architecture
+        check(
+            self.architecture == own,
+            f"architecture={self.architecture!r}: this network is of the architecture {own!r}; name a network of the "
+            "other one (tosa_jax.VARIANTS)",
+        )
         for field in dataclasses.fields(self):
             if isinstance(field.type, type) and field.type in _PLAIN:
                 value = plain_value(field.name, getattr(self, field.name), field.type)
@@ -297,8 +312,8 @@ class ViTConfig(metaclass=_TakesOptions):
         check(self.rope_base > 1, f"rope_base={self.rope_base} must be above 1")
 
     def _check_image_size(self) -> None:
-        """One form for each size (a square is an int), and the patch divides it unless the network resizes."""
-        size, patch = self.image_size, self.patch_size
+        """One form for each size (a square is an int), which the network can take."""
+        size = self.image_size
         if are_many(size):
             check(len(size) == 2, f"image_size={size!r} must be one number, or (height, width)")
             size = tuple(plain_value("image_size", side, int) for side in size)
@@ -307,6 +322,11 @@ class ViTConfig(metaclass=_TakesOptions):
             size = plain_value("image_size", size, int)
         object.__setattr__(self, "image_size", size)
         check(min(self.image_shape) >= 1, f"image_size={size!r} must be at least 1")
+        self._check_grid()
+
+    def _check_grid(self) -> None:
+        """The patch divides the image size, unless the network resizes."""
+        patch = self.patch_size
         nearest = [max(1, round(side / patch)) * patch for side in self.image_shape]
         check(
             self.resizes or self.image_shape == tuple(nearest),

@@ -19,7 +19,7 @@ from tosa_jax.models.method import DENSE, MAIN, METHODS
 from tosa_jax.models.optim import OptimConfig, make_optimizer
 from tosa_jax.models.params import Params, set_params, split
 from tosa_jax.models.vit import VisionTransformer
-from tosa_jax.models.vit_config import ViTConfig
+from tosa_jax.models.vit_config import ViTConfig, check
 from tosa_jax.tasks import TASKS, Task
 from tosa_jax.tasks.task import Batch
 
@@ -29,9 +29,14 @@ def networks(
 ) -> Iterator[tuple[str, float | None, ViTConfig]]:
     """Name, keep rate and network: dense, then ToSA and each control in `names` at each keep rate.
 
-    A control whose cost does not depend on a keep rate takes part once, with None.
+    A control whose cost does not depend on a keep rate takes part once, with None. Of a network in which no layer kinds
+    of a plan run there is the first alone. Raises ConfigError if `names` has controls of such a network.
     """
-    yield DENSE, None, make_config()
+    dense = make_config()
+    yield DENSE, None, dense
+    if not dense.has_plan:
+        check(not names, f"no method runs in a {dense.architecture!r}: leave out the controls")
+        return
     for name in dict.fromkeys([MAIN, *names]):
         for rate in keep_rates if METHODS[name].has_budget else [None]:
             budget = {} if rate is None else {"keep_rate": rate}

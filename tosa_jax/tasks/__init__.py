@@ -9,7 +9,7 @@ from tosa_jax.tasks.depth.task import Depth
 from tosa_jax.tasks.dino.task import Dino
 from tosa_jax.tasks.multi_label import MultiLabel
 from tosa_jax.tasks.next_token.task import NextToken
-from tosa_jax.tasks.registry import TASKS, create_model, model_config, register
+from tosa_jax.tasks.registry import TASKS, config_class, create_model, model_config, register
 from tosa_jax.tasks.task import Task
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "MultiLabel",
     "NextToken",
     "Task",
+    "config_class",
     "create_model",
     "model_config",
     "register",

@@ -10,7 +10,7 @@ from tosa_jax.models.factory import MODEL_CLASSES, build, with_budget
 from tosa_jax.models.method import MAIN, METHODS
 from tosa_jax.models.options import OPTIONS
 from tosa_jax.models.plan_file import SUFFIX
-from tosa_jax.models.variants import hub_repository, variant_config
+from tosa_jax.models.variants import ARCHITECTURES, architecture_of, hub_repository, variant_config
 from tosa_jax.models.vit import VisionTransformer
 from tosa_jax.models.vit_config import STANDARD, ViTConfig, check, check_choice
 from tosa_jax.models.weights.architecture import network_of
@@ -36,13 +36,32 @@ def register(name: str) -> Callable[[AnyTask], AnyTask]:
     return add
 
 
+def config_class(task: str, architecture: str) -> type[ViTConfig]:
+    """The configuration of a task's network of an architecture, a key of `ARCHITECTURES`.
+
+    A task without a network of its own takes every architecture.
+
+    Raises ConfigError: no such task, or its network is of another architecture.
+    """
+    check_choice("task", task, TASKS)
+    check_choice("architecture", architecture, ARCHITECTURES)
+    own = TASKS[task].model_class.config_class
+    if own is ViTConfig:
+        return ARCHITECTURES[architecture]
+    check(
+        architecture == own.architecture,
+        f"task={task!r} has no network of the architecture {architecture!r}: it reads the tokens of a "
+        f"{own.architecture!r}; name another network, or task='classification'",
+    )
+    return own
+
+
 def model_config(task: str, name: str, **fields: Any) -> ViTConfig:
     """`variant_config` for the model of a task, with the `keep_rate` that `budget_gmacs` asks for.
 
     Raises ConfigError: no such task, or what `variant_config` and `with_budget` raise.
     """
-    check_choice("task", task, TASKS)
-    config = variant_config(name, TASKS[task].model_class.config_class, **fields)
+    config = variant_config(name, config_class(task, architecture_of(name, fields)), **fields)
     return with_budget(config, config.budget_gmacs) if config.budget_gmacs else config
 
 
@@ -118,7 +137,6 @@ def _stated_fields(
     task: str, name: str, file: WeightFile, on_message: Callable[[str], None]
 ) -> dict[str, Any]:
     """The fields of the configuration of a task's model that a file states of its network."""
-    check_choice("task", task, TASKS)
-    known = TASKS[task].model_class.config_class
     stated = network_of(file, name.partition(".")[0], on_message)[1]
+    known = config_class(task, stated.get("architecture", ViTConfig.architecture))
     return {field: x for field, x in stated.items() if hasattr(known, field) or field in OPTIONS}

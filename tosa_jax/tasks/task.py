@@ -99,10 +99,12 @@ class Loss(NamedTuple):
                 more or less than another gets its weight in `training_batch`, which sees the whole batch
                 (`losses.batch_weights`).
     statistics  a pytree of floats that are means over the examples, for `Task.update_state`.
+    running     new values of the network's running statistics by path (`Output.running`).
     """
 
     values: PerExample
     statistics: Any = ()
+    running: Mapping[str, jax.Array] = {}
 
 
 @dataclass(frozen=True)
@@ -261,7 +263,7 @@ class Task:
         if teacher is not None:
             taught = self.run_model(teacher, batch["image"], None)
             values = values + self.distill_weight * self.distillation(out, taught)
-        return Loss(values)
+        return Loss(values, running=out.running)
 
     def loss(self, out: Output, batch: Batch) -> PerExample:
         """The value of each example for the default `training_loss`; `batch` is that of `training_batch`."""

@@ -103,7 +103,11 @@ def recipe_stages(run: RunConfig) -> tuple[list[Stage], list[Row]]:
             f"eval.controls: {solved[0]!r} gets the GMACs of ToSA at one keep rate, and cannot stand beside "
             "fine-tuning that draws its keep rates (finetune.keep_rates); leave one of them out"
         )
-    for name in (MAIN, *run.eval.controls):
+    if run.eval.controls and not run.model.has_plan:
+        raise ConfigError(
+            f"eval.controls={run.eval.controls}: no method runs in a {run.model.architecture!r}; set it to ()"
+        )
+    for name in (MAIN if run.model.has_plan else DENSE, *run.eval.controls):
         has_budget = METHODS[name].has_budget
         for i, rate in enumerate(run.keep_rates if has_budget else run.keep_rates[:1]):
             stage = "finetune" if name == MAIN else f"finetune_{name}"

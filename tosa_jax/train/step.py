@@ -159,15 +159,16 @@ def _updated(
         model = build_model(setup.graphdef, state.frozen | params, mesh)
         forward = functools.partial(model, train=True)
         loss = setup.task.training_loss(forward, rows, keys, teacher, state.task)
-        return loss.values.mean(), loss.statistics
+        return loss.values.mean(), (loss.statistics, loss.running)
 
-    (loss, statistics), grads = mean_over_parts(
+    (loss, (statistics, running)), grads = mean_over_parts(
         functools.partial(jax.value_and_grad(mean_loss, has_aux=True), state.params),
         (rows, jax.random.split(key, len(jax.tree.leaves(rows)[0]))),
         setup.accumulate,
     )
     updates, opt = setup.optimizer.update(grads, state.opt, state.params)
     params = cast(Params, optax.apply_updates(state.params, updates))
+    params |= {path: x for path, x in running.items() if path in params}  # frozen ones stay
     metrics = {
         "loss": loss,
         "grad_norm": global_norm(grads),
