@@ -25,13 +25,20 @@ from tosa_jax.ops.array_types import AttnMap, Heads, Images, Scores, Tokens
 from tosa_jax.ops.attention import attention
 
 Grid = Float[Array, "b rows columns d"]
+Halved = Float[Array, "b half_rows half_columns e"]
 Meta = Float[Array, "b m d"]
 Updates = tuple[Tokens | None, Meta]
 """What attention adds to the image's tokens (None: they stay as they are) and to the meta tokens."""
 
 
 def conv(
-    config: ViTConfig, in_dim: int, out_dim: int, rngs: nnx.Rngs, *, stride: int = 1, groups: int = 1
+    config: ViTConfig,
+    in_dim: int,
+    out_dim: int,
+    rngs: nnx.Rngs,
+    *,
+    stride: int = 1,
+    groups: int = 1,
 ) -> nnx.Conv:
     """A 3x3 convolution with PyTorch's padding of 1 and its default initialisation."""
     bound = (9 * in_dim // groups) ** -0.5
@@ -53,10 +60,10 @@ class Halving(nnx.Module):
         self.norm = BatchNorm(out_dim, config)
         self.weights = 9 * in_dim * out_dim
 
-    def __call__(self, x: Grid, *, train: bool) -> tuple[Grid, Running]:
+    def __call__(self, x: Grid, *, train: bool) -> tuple[Halved, Running]:
         """x of another width and grid, and the new running statistics."""
-        x, running = self.norm(self.conv(x), train=train)
-        return x, below("norm", running)
+        halved, running = self.norm(self.conv(x), train=train)
+        return halved, below("norm", running)
 
 
 class MetaMlp(nnx.Module):
@@ -341,4 +348,6 @@ class LeMeViT(VisionTransformer):
 
     @staticmethod
     def _refuse(what: str) -> NoReturn:
-        raise ConfigError(f"a LeMeViT has no {what}: its grid shrinks, and meta tokens are beside it")
+        raise ConfigError(
+            f"a LeMeViT has no {what}: its grid shrinks, and meta tokens are beside it"
+        )

@@ -30,8 +30,8 @@ class LeMeViTConfig(ViTConfig):
     head_dim     width of an attention head.
     meta_tokens  how many there are.
 
-    Raises ConfigError as `ViTConfig`; for other numbers of stages; for images of which a stage with dual cross attention
-    has one token; and for a plan, a keep rate, a budget or an option of a method.
+    Raises ConfigError as `ViTConfig`; for other numbers of stages; for images of which a stage with dual cross
+    attention has one token; and for a plan, a keep rate, a budget or an option of a method.
     """
 
     has_plan: ClassVar[bool] = False

@@ -11,9 +11,7 @@ import optax
 
 from tosa_jax.models.params import Params
 
-NO_DECAY = (
-    r"(bias|gamma|scale|running_mean|running_var|cls_token|dist_token|reg_token|pos_embed)$"
-)
+NO_DECAY = r"(bias|gamma|scale|running_mean|running_var|cls_token|dist_token|reg_token|pos_embed)$"
 """Paths without weight decay: biases, norms, layer scales, tokens and positions, as in DeiT (timm)."""
 
 

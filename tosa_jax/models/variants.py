@@ -4,9 +4,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from tosa_jax.models.lemevit_config import LeMeViTConfig
 from tosa_jax.models.method import plan_named
 from tosa_jax.models.plan_file import SUFFIX, read_plan
-from tosa_jax.models.lemevit_config import LeMeViTConfig
 from tosa_jax.models.vit_config import STANDARD, ViTConfig, check, check_choice, plain_value
 
 
@@ -231,7 +231,7 @@ def hub_repository(name: str) -> str:
 
 
 def architecture_of(name: str, fields: Mapping[str, Any]) -> str:
-    """A key of `ARCHITECTURES`: what `fields` state, or else the variant of a name. Raises ConfigError: no such name."""
+    """A key of `ARCHITECTURES`: what `fields` state, else the variant of a name. Raises ConfigError: no such name."""
     given = fields.get("architecture", variant(name).get("architecture", ViTConfig.architecture))
     check_choice("architecture", given, ARCHITECTURES)
     return given

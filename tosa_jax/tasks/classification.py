@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from tosa_jax.data.class_names import readable
 from tosa_jax.errors import ConfigError
 from tosa_jax.models.vit import Output
-from tosa_jax.models.vit_config import ViTConfig
+from tosa_jax.models.vit_config import ViTConfig, check
 from tosa_jax.ops.array_types import PerExample
 from tosa_jax.reporting.figures import write_png
 from tosa_jax.reporting.token_pictures import draw_tokens
@@ -107,6 +107,15 @@ class Classification(Task):
         cls, config: ViTConfig, options: Any, *, mean: tuple[float, ...], std: tuple[float, ...]
     ) -> "Classification":
         return cls(num_classes=config.num_classes, mean=mean, std=std)
+
+    @classmethod
+    def check_run(cls, run: Any) -> None:
+        for stage in ("pretrain", "finetune"):
+            check(
+                run.model.has_plan or not getattr(run, stage).align_labels,
+                f"config.{stage}.align_labels=True: a {run.model.architecture!r} has no tokens that labels of patches "
+                "travel with; set it to False",
+            )
 
     @classmethod
     def check_dataset(cls, run: RunSettings, facts: Any) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from tosa_jax.errors import WeightsError
-from tosa_jax.models.variants import HUB_NAMES, VARIANTS
-from tosa_jax.models.weights import names, statements, towers
+from tosa_jax.models.variants import HUB_NAMES, VARIANTS, architecture_of
+from tosa_jax.models.weights import lemevit, names, statements, towers
 from tosa_jax.models.weights.checks import stated_fields
 from tosa_jax.models.weights.readers import WeightFile
 from tosa_jax.models.weights.translation import to_ours
@@ -28,15 +28,23 @@ def network_of(file: WeightFile, name: str = "", say: Say = print) -> tuple[str,
     name  a key of `VARIANTS` or `HUB_NAMES`; "": the file states its network, or its own name begins with timm's, which
           is said as a guess.
 
-    Raises WeightsError: nothing states the network.
+    Raises WeightsError: nothing states the network, or the name is of another architecture.
     """
     if own := statements.own_network(file):
         return own
     base = HUB_NAMES.get(name, name) or statements.architecture(file)
+    arrays, _ = to_ours(file.arrays)
+    architecture = "lemevit" if lemevit.is_lemevit(arrays) else "vit"
+    if base and architecture_of(base, {}) != architecture:
+        raise WeightsError(
+            f"{file.path} does not hold the parameters of {base!r}: its arrays are those of another architecture, "
+            f"{architecture!r}"
+        )
+    if architecture == "lemevit":
+        return "classification", _lemevit_fields(file, arrays)
     stated = stated_fields(file)
     if not base and "norm_eps" not in stated:
         base = _guessed(file, say)
-    arrays, _ = to_ours(file.arrays)
     variant = dict(VARIANTS.get(base, {}))
     fields = variant | stated | _shapes(file, arrays, variant)
     fields |= _positions(file, arrays, fields) | _head(file, arrays, variant, say)
@@ -45,6 +53,13 @@ def network_of(file: WeightFile, name: str = "", say: Say = print) -> tuple[str,
     resampling = names.resampling_of(file.arrays, fields)
     fields |= {"pos_resample": resampling[0]} if resampling else {}
     return "depth" if "decoder" in stated else "classification", fields
+
+
+def _lemevit_fields(file: WeightFile, arrays: names.Arrays) -> dict[str, Any]:
+    try:
+        return lemevit.fields_of(arrays)
+    except (KeyError, IndexError) as error:
+        raise WeightsError(f"{file.path} holds no whole LeMeViT (no {error})") from error
 
 
 def num_classes_of(file: WeightFile) -> int:

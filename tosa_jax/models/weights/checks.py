@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from tosa_jax.errors import WeightsError
-from tosa_jax.models.variants import VARIANTS
+from tosa_jax.models.variants import VARIANTS, variant_config
 from tosa_jax.models.vit_config import ViTConfig
 from tosa_jax.models.weights import statements
 from tosa_jax.models.weights.dpt import decoder_fields, depth_fields
@@ -115,7 +115,7 @@ def _stated_fields(file: WeightFile) -> dict[str, Any]:
         return decoder | statements.tuples(parse_json(file.metadata.get("fields", "{}")))
     config = file.config
     if config.get("architecture") in VARIANTS:  # timm's folders
-        silent = ViTConfig(**VARIANTS[config["architecture"]]).silent_fields
+        silent = variant_config(config["architecture"]).silent_fields
         given = config.get("model_args") or {}  # what differs from the architecture
         if "rope_temperature" in given:
             given = given | {"rope_base": given["rope_temperature"]}

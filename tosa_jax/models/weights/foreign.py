@@ -77,7 +77,7 @@ def to_timm(
 
 
 def _architecture(config: ViTConfig) -> str | None:
-    """The variant that differs from the network in sizes alone, the nearest one by sizes."""
+    """The variant of a ViT that differs from the network in sizes alone, the nearest one by sizes."""
 
     def form(of: ViTConfig) -> tuple[Any, ...]:
         return (
@@ -91,7 +91,7 @@ def _architecture(config: ViTConfig) -> str | None:
     variants = {
         name: of
         for name, of in VARIANTS.items()
-        if name != "vit" and ("dinov3" not in name or "qkvb" in name)
+        if name != "vit" and "architecture" not in of and ("dinov3" not in name or "qkvb" in name)
     }
     found = [(name, ViTConfig(**fields)) for name, fields in variants.items()]
     alike = [(name, of) for name, of in found if form(of) == form(config)]

@@ -253,12 +253,17 @@ def save_weights(
     class_names  of the head, one a class; (): not stated.
     metadata     further texts for the header.
 
-    Raises WeightsError: timm or transformers have no such network; the path is a folder where it should be a file.
+    Raises WeightsError: timm or transformers have no such network, as no LeMeViT; the path is a folder where it should
+    be a file.
     ConfigError: another value of `names`.
     """
     config = model.config
     check_choice("names", names, ("tosa_jax", "timm", "hf"))
     if names != "tosa_jax":
+        if config.architecture != "vit":
+            raise WeightsError(
+                f"timm and transformers have no {config.architecture!r}; leave names out to save it"
+            )
         translate = foreign.to_timm if names == "timm" else foreign.to_hf
         params = _to_host(get_params(model))
         arrays, files = translate(params, config, model.preprocessing, tuple(class_names))

@@ -76,6 +76,8 @@ FAMILIES = {
         r"eva02_\w*_448(\.mim_\w*_ft_in22k|$)", {0: 1.0}, CLIP_MEAN, CLIP_STD, "squash"
     ),
     "eva02": Family(r"eva02_", {0: 0.9, 336: 1.0}, CLIP_MEAN, CLIP_STD),
+    # timm 0.9, `data/config.py`: its defaults, as the network states none (`pretrained_cfg`).
+    "lemevit": Family(r"lemevit_", {0: 0.875}),
     # timm 1.0, `vision_transformer.py`: pixels in [-1, 1]. Google's own code squeezes the whole image into the square;
     # timm's accuracies are meant.
     "augreg": Family(r"vit_", {0: 0.9, 384: 1.0}, (0.5,), (0.5,)),

@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from tosa_jax.models.vit_config import ViTConfig
-from tosa_jax.models.weights import names, towers
+from tosa_jax.models.weights import lemevit, names, towers
 from tosa_jax.models.weights.dpt import split_decoder
 
 Arrays = names.Arrays
@@ -23,6 +23,8 @@ def to_ours(arrays: Arrays) -> tuple[Arrays, str]:
         why = "left out, as the network does not have them"
     elif any("/" in name for name in arrays):
         return arrays, ""
+    elif lemevit.is_theirs(arrays):
+        return lemevit.to_ours(arrays), ""
     else:
         decoder, arrays = split_decoder(arrays)
         if towers.whose(arrays):
