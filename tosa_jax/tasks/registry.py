@@ -80,7 +80,8 @@ def create_model(
     on_message: Callable[[str], None] = print,
     **fields: Any,
 ) -> VisionTransformer:
-    """A model by timm's name or the hub's, or "vit" with sizes of your own; random weights, initialised as DeiT.
+    """A model by timm's name or the hub's, or "vit" with sizes of your own; random weights, initialised as DeiT or, for
+    a LeMeViT, as in its repository.
 
     pretrained weights to load, as in `load_pretrained`; True: from the hub, what timm loads for that name (a tag may
                follow: "deit_small_patch16_224.fb_in1k"). The network is as the files state it, unless told otherwise.
@@ -92,7 +93,7 @@ def create_model(
     task       a key of `TASKS`: "classification", or "depth", which has a decoder and does not read `num_classes`.
     plan       a layer kind for each layer; the name of one for every second layer; or a file of
                `python -m tosa_jax.budget`, which has the keep rates too. By default every second layer is selective.
-    fields     any field of `ViTConfig`, and for depth of `DepthConfig`.
+    fields     any field of `ViTConfig`, for depth of `DepthConfig`, and for a LeMeViT of `LeMeViTConfig`.
     rngs       of the random weights; None: `nnx.Rngs(0)`.
     on_message gets a line for everything of `pretrained` that was changed, left out or guessed.
 
