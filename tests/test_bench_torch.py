@@ -22,7 +22,7 @@ from tosa_jax.models.variants import VARIANTS, variant_config
 from tosa_jax.performance import benchmark, torch_baselines
 from tosa_jax.performance.candidates import Candidate
 
-OTHERS = {name for name in VARIANTS if re.search("clip|siglip|dinov3|eva02", name)}
+OTHERS = {name for name in VARIANTS if re.search("clip|siglip|dinov3|eva02|lemevit", name)}
 NAMES = sorted(VARIANTS.keys() - {"vit"} - OTHERS)
 
 

@@ -42,7 +42,7 @@ MEASURED = {
     name: {"depth": GIANT_DEPTH} if "giant" in name else {}
     for name in VARIANTS
     # The others are in `family_cases`.
-    if name != "vit" and not re.search("clip|siglip|dinov3|eva02", name)
+    if name != "vit" and not re.search("clip|siglip|dinov3|eva02|lemevit", name)
 }
 MEASURED["vit_base_patch16_224:avg"] = {}
 
