@@ -109,6 +109,11 @@ def test_sizes_and_costs_are_the_published_ones(name, parameters, gmacs):
     config = variant_config(f"lemevit_{name}")
     network = abstract_model(config)
     assert round(cost.num_params(network) / 1e6, 2) == parameters
+    if name == "tiny":  # the smallest one to make arrays of
+        sizes = {"depths": config.depths, "widths": config.widths, "meta": 16}
+        theirs = state_dict(np.random.default_rng(0), **sizes, channels=3, classes=1000)
+        trained = [x.size for key, x in theirs.items() if not re.search("running_|tracked", key)]
+        assert cost.num_params(network) == sum(trained)
     total, products = published_cost(config.widths, config.depths)
     assert cost.macs(network) == total
     assert round((total - products) / 1e9, 2) == gmacs
@@ -217,7 +222,8 @@ TINY = functools.partial(tosa_jax.create_model, "lemevit_tiny")
         (lambda: make_run_config(recipe(plan="evit")), "config.model: a LeMeViT runs no"),
         (lambda: make_run_config(recipe(keep_rate=(0.7,))), "config.model: a LeMeViT runs no"),
         (lambda: with_alignment(), "align_labels"),
-        (lambda: with_controls(), "no method runs in a 'lemevit'"),
+        (lambda: with_controls(), "eval.controls: no method runs in a 'lemevit'"),
+        (lambda: with_selectors(), "the stage selector: no method runs in a 'lemevit'"),
         (lambda: model().attention_maps(jnp.zeros((1, *SIDES, 1))), "has no attention maps"),
         (lambda: model()(jnp.zeros((1, 32, 32, 1))), "images are 32x32"),
     ],
@@ -232,6 +238,12 @@ def with_alignment():
     config = recipe()
     config.pretrain.update(cutmix=1.0, align_labels=True)
     return make_run_config(config)
+
+
+def with_selectors():
+    config = recipe()
+    config.selector.steps = 2
+    return plan_stages(make_run_config(config))
 
 
 def with_controls():

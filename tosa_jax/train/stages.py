@@ -73,6 +73,8 @@ def plan_stages(run: RunConfig) -> tuple[list[Stage], list[Row]]:
 
 def recipe_stages(run: RunConfig) -> tuple[list[Stage], list[Row]]:
     """The stages and rows that the recipe asks for. Raises ConfigError as `plan_stages`."""
+    if not run.model.has_plan:
+        _check_no_methods(run)
     dense = control_config(run.model, DENSE)
     stages, rows = [], []
     if run.has_stage("pretrain"):
@@ -103,10 +105,6 @@ def recipe_stages(run: RunConfig) -> tuple[list[Stage], list[Row]]:
             f"eval.controls: {solved[0]!r} gets the GMACs of ToSA at one keep rate, and cannot stand beside "
             "fine-tuning that draws its keep rates (finetune.keep_rates); leave one of them out"
         )
-    if run.eval.controls and not run.model.has_plan:
-        raise ConfigError(
-            f"eval.controls={run.eval.controls}: no method runs in a {run.model.architecture!r}; set it to ()"
-        )
     for name in (MAIN if run.model.has_plan else DENSE, *run.eval.controls):
         has_budget = METHODS[name].has_budget
         for i, rate in enumerate(run.keep_rates if has_budget else run.keep_rates[:1]):
@@ -124,6 +122,22 @@ def recipe_stages(run: RunConfig) -> tuple[list[Stage], list[Row]]:
                 )
             rows.append(Row(name, model, stage, rate if has_budget else None))
     return stages, rows
+
+
+def _check_no_methods(run: RunConfig) -> None:
+    """Raise a ConfigError for a field of the run that is for methods, of which none runs in its network."""
+    asked = {
+        "the stage selector": run.has_stage(SELECTOR),
+        "init_selectors": run.init_selectors,
+        "eval.controls": run.eval.controls,
+        "eval.keep_rates": run.eval.keep_rates,
+        "finetune.keep_rates": run.finetune.keep_rates,
+    }
+    for name, given in asked.items():
+        if given:
+            raise ConfigError(
+                f"{name}: no method runs in a {run.model.architecture!r}; leave it out of the recipe"
+            )
 
 
 def trunk(run: RunConfig) -> str:
