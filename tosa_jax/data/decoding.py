@@ -8,6 +8,7 @@ ignored, as published results ignore it, unless `exif_rotate` is set.
 import contextlib
 import dataclasses
 import io
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -71,8 +72,8 @@ def load(encoded: bytes) -> Image.Image:
 class Preprocess:
     """How whole images become uint8 [image_size, image_size, channels], or [height, width, channels].
 
-    image_size   side of the square, or (height, width), pixels. None: images keep their height and width, and `resize`
-                 and `crop_pct` are not used.
+    image_size   side of the square, or (height, width), pixels. None: images keep their height and width, or their
+                 proportion alone (`max_patches`), and `resize` and `crop_pct` are not used.
     channels     1: grey; colours become luma. 3: RGB; grey is repeated.
     resize       "squeeze": resized to the square, bilinear and antialiased, whatever the aspect
                  ratio. "crop": DeiT's and torchvision's evaluation, see `resize_and_crop`.
@@ -80,8 +81,10 @@ class Preprocess:
                  whatever the aspect ratio, and the centre is kept.
     crop_pct     share of the resized short side that "crop" keeps, of both that "squash" keeps,
                  in (0, 1].
-    interpolation  of "crop" and "squash": a key of `INTERPOLATIONS`.
+    interpolation  of "crop" and "squash", and with `max_patches`: a key of `INTERPOLATIONS`.
     exif_rotate  whether an image is turned upright as its EXIF orientation says.
+    max_patches  above 0, without an `image_size`: images become whole patches of `patch_size` pixels, at most so many
+                 of them, as `size_of_patches` says.
 
     Raises ConfigError for other values.
     """
@@ -92,6 +95,8 @@ class Preprocess:
     crop_pct: float = 0.875
     interpolation: str = "bicubic"
     exif_rotate: bool = False
+    max_patches: int = 0
+    patch_size: int = 0
 
     def __post_init__(self) -> None:
         size = self.image_size
@@ -99,6 +104,13 @@ class Preprocess:
         if size is not None and not all(type(x) is int and 0 < x < 2**16 for x in sides):
             raise ConfigError(
                 f"image_size={size!r} must be a number of pixels, (height, width), or None"
+            )
+        counts = (self.max_patches, self.patch_size)
+        countable = all(type(x) is int and 0 < x < 2**16 for x in counts)
+        if self.max_patches and (size is not None or not countable):
+            raise ConfigError(
+                f"max_patches={self.max_patches!r} and patch_size={self.patch_size!r} must be whole numbers above 0, "
+                "with image_size=None"
             )
         # Images of other numbers of channels come as arrays: no file is made one.
         countable = type(self.channels) is int and 0 < self.channels < 2**16
@@ -122,6 +134,11 @@ class Preprocess:
     def fit(self, image: Image.Image) -> UInt8[np.ndarray, "h w c"]:
         """Resizes a PIL image in mode "L" or "RGB" and returns its pixels."""
         size = self.image_size
+        if self.max_patches:
+            tall, wide = size_of_patches(
+                image.height, image.width, self.patch_size, self.max_patches
+            )
+            return to_array(image.resize((wide, tall), INTERPOLATIONS[self.interpolation]))
         if size is None:
             return to_array(image)
         height, width = (size, size) if isinstance(size, int) else size
@@ -223,3 +240,24 @@ def resize_and_crop(
     if new != image.size:
         image = image.resize(new, resample)
     return image.crop((left, top, left + columns, top + rows))
+
+
+def size_of_patches(height: int, width: int, patch_size: int, max_patches: int) -> tuple[int, int]:
+    """Height and width, pixels, that an image of `height` and `width` is resized to: at most `max_patches` patches.
+
+    Its proportion is kept as nearly as whole patches allow, and it is made larger where it has fewer patches. Source:
+    `get_image_size_for_max_num_patches` of transformers' Siglip2ImageProcessor, whose search this is.
+    """
+
+    def scaled(scale: float) -> tuple[int, int]:
+        return (
+            max(patch_size, math.ceil(height * scale / patch_size) * patch_size),
+            max(patch_size, math.ceil(width * scale / patch_size) * patch_size),
+        )
+
+    low, high = 1e-6, 100.0
+    while high - low >= 1e-5:
+        scale = (low + high) / 2
+        rows, columns = (side / patch_size for side in scaled(scale))
+        low, high = (scale, high) if rows * columns <= max_patches else (low, scale)
+    return scaled(low)

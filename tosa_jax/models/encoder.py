@@ -94,7 +94,9 @@ def run_scanned(
     rates = jnp.asarray(drop_path_rates(config), jnp.float32).reshape(-1, period)
     drops = [train and config.drop_path_rate > 0] * period
 
-    placed = TokenState(state.tokens, grid_rotary=state.grid_rotary)
+    placed = TokenState(
+        state.tokens, grid_rotary=state.grid_rotary, grid_present=state.grid_present
+    )
 
     def body(carried, part):
         tokens, labels = carried

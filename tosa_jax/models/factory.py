@@ -61,12 +61,13 @@ def with_image_size(model: VisionTransformer, size: int | tuple[int, int]) -> Vi
     """The same network made for images of another size in pixels: the side of a square, or (height, width).
 
     Positions are resampled, and `keep_rate` is the share of the patches that such images have; called directly on
-    images of another size, a depth network selects as many tokens as of images of its own.
+    images of another size, a depth network selects as many tokens as of images of its own. A network for images of any
+    proportion becomes one for images of this size, without padding.
 
     Raises ConfigError: the patch does not divide the size, or the plan is not possible there.
     """
-    config = dataclasses.replace(model.config, image_size=size)
-    if config.image_shape == model.config.image_shape:
+    config = dataclasses.replace(model.config, image_size=size, max_patches=0)
+    if config == model.config:
         return model
     positions = model.positions(config.image_shape)
     graphdef, _ = split(nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0))))

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from tosa_jax.errors import ConfigError
 from tosa_jax.models.vit_config import ViTConfig
 from tosa_jax.ops.array_types import AttnMap, Heads, Images, Keys, Queries, Scores, Tokens
-from tosa_jax.ops.attention import attention, attention_logits
+from tosa_jax.ops.attention import NOT_READ, attention, attention_logits
 from tosa_jax.ops.platforms import by_platform
 from tosa_jax.ops.rotary import Rotary, turn
 from tosa_jax.ops.tpu_kernels import SUBLANES
@@ -46,6 +46,11 @@ token_init = nnx.initializers.normal(0.02)
 def plain_attention(query: Queries, key: Keys, value: Keys) -> tuple[Queries, None]:
     """Attention that reports nothing: the fastest form."""
     return attention(query, key, value), None
+
+
+def log_counts(weights: Scores) -> Scores:
+    """What is added to the logits of tokens that count `weights` [b n] times as keys; one that counts 0 is not read."""
+    return jnp.where(weights > 0, jnp.log(jnp.where(weights > 0, weights, 1.0)), NOT_READ)
 
 
 def fold_key(key: jax.Array, number: int | jax.Array) -> jax.Array:
@@ -453,7 +458,7 @@ class AttentionPool(nnx.Module):
         key, value = (x.reshape(b, n, *heads) for x in jnp.split(self.kv(tokens), 2, axis=2))
         logits = attention_logits(query, key)
         if weights is not None:
-            logits += jnp.log(weights + UNREAD)[:, None, None]
+            logits += log_counts(weights)[:, None, None]
         attn_map = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
         pooled = self.proj(jnp.einsum("bhqk,bkhc->bqhc", attn_map, value).reshape(b, 1, d))
         return (pooled + self.mlp(self.norm(pooled)))[:, 0]

@@ -38,6 +38,7 @@ class Method:
                  the difference between the two for the time of choosing (`selector_overhead`).
     whole_plan   `(plan, depth) ->` the kind of each layer: what its name means as a plan, and as a control. None:
                  every second layer, between standard ones; as a control, the places of layers that are not standard.
+    takes_padding  its layers leave padding alone: they neither read it nor choose it before other tokens.
     has_budget   its cost depends on `keep_rate`.
     equal_gmacs  as a control its `keep_rate` is solved for the GMACs of the main network.
     fields       fields of `ViTConfig` and options that it sets as a control, by name.
@@ -56,6 +57,7 @@ class Method:
     needs_key: bool = False
     free_choice: bool = False
     whole_plan: Callable[[str, int], tuple[str, ...]] | None = None
+    takes_padding: bool = False
     has_budget: bool = True
     equal_gmacs: bool = False
     fields: Mapping[str, Any] = field(default_factory=dict)

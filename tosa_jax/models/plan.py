@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from tosa_jax.models.method import layer_kinds
+from tosa_jax.models.method import layer_kinds, method_of
 from tosa_jax.models.token_state import LayerSpec
 from tosa_jax.models.vit_config import ViTConfig, check, check_choice
 
@@ -16,6 +16,11 @@ def layer_specs(config: ViTConfig) -> tuple[LayerSpec, ...]:
     """
     for kind in config.plan:
         check_choice("a layer kind of the plan", kind, layer_kinds())
+        check(
+            not config.max_patches or method_of(kind).takes_padding,
+            f"max_patches={config.max_patches}: the layer kind {kind!r} would take padding for patches; for images of "
+            "one size pass image_size=(height, width) and max_patches=0",
+        )
     _check_neighbours(config)
     kinds = layer_kinds()
     rates = iter(keep_rates(config))

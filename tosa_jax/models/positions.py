@@ -5,6 +5,8 @@ All are separable, so each is one small matrix a side. Their names are the value
 bicubic_antialias  `F.interpolate(size=..., mode="bicubic", antialias=True)`: Keys' kernel with a = -0.5, as wide as the
                    step where the grid shrinks, normalised over what lies inside (PIL's rule). Of timm, and for DINOv2
                    with registers also of transformers and of Facebook's hub.
+bilinear_antialias `mode="bilinear", antialias=True`: the triangle, widened and normalised likewise. Of SigLIP 2's
+                   NaFlex.
 bicubic            the same without antialias: Keys' kernel with a = -0.75, edges repeated. Of transformers.
 bicubic_offset     that with `scale_factor=(new + 0.1) / old` in place of the size, so that the samples are taken a
                    little too close together. Of Facebook's hub (DINOv2 without registers) and of Depth Anything's code.
@@ -19,7 +21,13 @@ import math
 import numpy as np
 from jaxtyping import Float
 
-RESAMPLINGS = ("bicubic_antialias", "bicubic", "bicubic_offset", "bilinear")
+RESAMPLINGS = (
+    "bicubic_antialias",
+    "bilinear_antialias",
+    "bicubic",
+    "bicubic_offset",
+    "bilinear",
+)
 
 _OFFSET = 0.1  # patches: `interpolate_offset` of facebookresearch/dinov2
 
@@ -43,11 +51,14 @@ def resample_matrix(old: int, new: int, how: str) -> Float[np.ndarray, "new old"
     matrix = np.zeros((new, old))
     for row in range(new):
         center = scale * (row + 0.5)
-        if how == "bicubic_antialias":
+        if how.endswith("_antialias"):
+            linear = how.startswith("bilinear")
             stretch = max(scale, 1.0)
-            low = max(int(center - 2 * stretch + 0.5), 0)
-            high = min(int(center + 2 * stretch + 0.5), old)
-            weights = _keys_kernel((np.arange(low, high) + 0.5 - center) / stretch, -0.5)
+            reach = stretch if linear else 2 * stretch
+            low = max(int(center - reach + 0.5), 0)
+            high = min(int(center + reach + 0.5), old)
+            distances = (np.arange(low, high) + 0.5 - center) / stretch
+            weights = _triangle(distances) if linear else _keys_kernel(distances, -0.5)
             matrix[row, low:high] = weights / weights.sum()
         else:
             taps = math.floor(center - 0.5) + np.arange(-1, 3)

@@ -10,15 +10,17 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from tosa_jax.models.options import Options
 from tosa_jax.models.vit_config import ViTConfig, check, check_choice
 from tosa_jax.ops.array_types import AttnLogits, Keys, Queries
 from tosa_jax.ops.attention import (
+    NOT_READ,
     attention,
     attention_and_selector_sums,
     column_sums,
+    is_read,
     walk_map,
 )
 from tosa_jax.ops.platforms import by_platform
@@ -108,15 +110,24 @@ class TokenSelector(nnx.Module):
         return self.conv1.kernel[...][0], self.conv1.bias[...], self.conv2.kernel[...][0]
 
     @jax.named_scope("selector")
-    def __call__(self, logits: AttnLogits) -> Float[Array, "b h q k"]:
+    def __call__(
+        self, logits: AttnLogits, read: Bool[Array, "b k"] | None = None
+    ) -> Float[Array, "b h q k"]:
         """Scaled attention logits, float32 -> the logarithm of the predicted map; its rows sum to 1 over the keys.
+
+        read  [b k], the keys that there are: others are as zeros beside the map, and are paid nothing. None: all.
 
         No gradient goes back to the logits: a loss on the prediction does not train the layer that they come from.
         """
         logits = jax.lax.stop_gradient(logits)
+        there = None if read is None else read[:, None, None]
+        if there is not None:
+            logits = jnp.where(there, logits, 0)
         if self.macs_per_entry > _FEW_MACS or self.size > 1:
-            return jax.nn.log_softmax(self._convolve(logits), axis=-1)
-        found = by_platform(logits, cpu=self._mix_heads, default=self._convolve)
+            found = self._convolve(logits)
+        else:
+            found = by_platform(logits, cpu=self._mix_heads, default=self._convolve)
+        found = found if there is None else jnp.where(there, found, NOT_READ)
         return jax.nn.log_softmax(found, axis=-1)
 
     def attention_and_sums(
@@ -133,13 +144,19 @@ class TokenSelector(nnx.Module):
         `ops.attention.attention_and_column_sums`.
         """
 
-        def summarise(logits, attn_map, rows):
+        read = None if key_bias is None else is_read(key_bias)
+
+        def summarise(logits, attn_map, counts):
             # Probabilities are summed, not their logarithms, which would be ruled by the smallest ones.
-            return column_sums(jnp.exp(self(logits)))
+            found = jnp.exp(self(logits, read))
+            return column_sums(found if counts is None else found * counts[:, None, :, None])
 
         def walked(query, key, value, *_):
             rows = query[:, :: self.query_stride]
-            out, sums = walk_map(rows, key, value, summarise, chunk=chunk, key_bias=key_bias)
+            counts = None if read is None else read[:, :: self.query_stride].astype(jnp.float32)
+            out, sums = walk_map(
+                rows, key, value, summarise, rows=counts, chunk=chunk, key_bias=key_bias
+            )
             out = out if self.query_stride == 1 else attention(query, key, value, key_bias)
             return out, jax.lax.stop_gradient(sums)
 

@@ -19,8 +19,16 @@ from tosa_jax.errors import ConfigError
 from tosa_jax.models.layers import UNREAD, AttentionFn, Bias, Block, DropPath, plain_attention
 from tosa_jax.models.options import Options
 from tosa_jax.models.vit_config import ViTConfig
-from tosa_jax.ops.array_types import Indices, Keys, PerExample, Queries, Scores, Tokens
-from tosa_jax.ops.attention import attention, attention_logits
+from tosa_jax.ops.array_types import (
+    Indices,
+    Keys,
+    PerExample,
+    Present,
+    Queries,
+    Scores,
+    Tokens,
+)
+from tosa_jax.ops.attention import NOT_READ, attention, attention_logits
 from tosa_jax.ops.reduction import Reduction, TokenWeights
 from tosa_jax.ops.rotary import Rotary
 
@@ -59,6 +67,8 @@ class TokenState(NamedTuple):
     policy         float [b m], 1 for tokens that later layers read and 0 for others: a choice in training, which a
                    gradient passes through. None: all are read. The tokens stay as many as they were.
     grid_rotary    rotary positions of all n tokens; None: the network has none. `rotary` has those of `tokens`.
+    grid_present   bool [b n], false for those of all n tokens that are padding, which no token reads and no layer
+                   selects before others; None: there is none. `mask` is false for those of `tokens`.
     labels         float [b m 1] in [0, 1], a label of each token, which goes where the token goes and is mixed as
                    attention mixes tokens (`attended`); None: tokens have none.
     """
@@ -74,6 +84,7 @@ class TokenState(NamedTuple):
     attention_map: Float[Array, "b h m m"] | None = None
     policy: Float[Array, "b m"] | None = None
     grid_rotary: Rotary | None = None
+    grid_present: Present | None = None
     labels: Labels | None = None
 
     @property
@@ -96,14 +107,17 @@ class TokenState(NamedTuple):
         """Which of `tokens` attention may read: booleans [b s], or `policy`; None: all."""
         if self.policy is not None:
             return self.policy
-        return self._last.mask if self._last else None
+        return self._last.mask if self._last else self.grid_present
 
     @property
     def weights(self) -> Float[Array, "b s"] | None:
-        """How much each of `tokens` counts in a mean over all: its size, 0 where it is not read; None: all the same."""
+        """How much each of `tokens` counts in a mean over all: its size, 0 where it is not read; None: all the same.
+
+        One that the policy leaves out counts `UNREAD`, for the gradient.
+        """
         if self.mask is None:
             return self.sizes
-        read = self.mask.astype(jnp.float32)
+        read = self.mask.astype(jnp.float32) + (UNREAD if self.policy is not None else 0.0)
         return read if self.sizes is None else self.sizes * read
 
     @property
@@ -111,14 +125,22 @@ class TokenState(NamedTuple):
         """Rotary positions of `tokens`, for the block that runs on them: they go where the tokens go. None: none."""
         return self._last.rotary if self._last else self.grid_rotary
 
+    def past_padding(self, scores: Float[Array, "b m"], value: float) -> Float[Array, "b m"]:
+        """Scores [b m] of `tokens`, with `value` for padding."""
+        return scores if self.grid_present is None else jnp.where(self.mask, scores, value)
+
     def _placed(self, reduction: Reduction) -> Reduction:
-        """The reduction with the rotary positions of its tokens."""
+        """The reduction with the rotary positions of its tokens, and a mask that is false for padding."""
         if self.policy is not None:
             raise ConfigError(
                 "the plan has a layer that reduces tokens after one that masks them in training; use one method alone"
             )
         rotary = None if self.rotary is None else reduction.places(self.rotary)
-        return reduction._replace(rotary=rotary, labels=self.labels)
+        mask = reduction.mask
+        if self.grid_present is not None:
+            present = reduction.present(self.mask)
+            mask = present if mask is None else mask & present
+        return reduction._replace(rotary=rotary, labels=self.labels, mask=mask)
 
     def _merged_labels(self, reduction: Reduction) -> Labels | None:
         """Labels of the new tokens: means, also where the tokens themselves become sums, as EViT's fused one does."""
@@ -195,8 +217,12 @@ class TokenState(NamedTuple):
 
     def cut_off(self) -> "TokenState":
         """The state after a layer that worked out the first tokens alone: no reduction is left to end."""
-        policy = None if self.policy is None else self.policy[:, : self.tokens.shape[1]]
-        return self._replace(open=(), persisting=(), policy=policy)
+        count = self.tokens.shape[1]
+        first = {
+            name: None if values is None else values[:, :count]
+            for name, values in (("policy", self.policy), ("grid_present", self.grid_present))
+        }
+        return self._replace(open=(), persisting=(), **first)
 
     def restored_grid(self) -> "TokenState":
         """The state with all n tokens back in their places: every reduction has ended, persisting ones too."""
@@ -263,7 +289,7 @@ def key_bias(sizes: Float[Array, "b s"] | None, mask: Mask) -> Float[Array, "b s
         read = jnp.log(mask.astype(jnp.float32) + UNREAD)
         return read if bias is None else bias + read
     if mask is not None:
-        bias = jnp.where(mask, 0.0 if bias is None else bias, jnp.finfo(jnp.float32).min)
+        bias = jnp.where(mask, 0.0 if bias is None else bias, NOT_READ)
     return bias
 
 
@@ -326,7 +352,8 @@ class LayerContext(NamedTuple):
             )
         if "key_bias" not in inspect.signature(read).parameters:
             raise ConfigError(
-                "the plan has a layer that reads the attention map of merged tokens; put it before the merging ones"
+                "the plan has a layer that reads the attention map of merged tokens or of padding; put it before the "
+                "merging ones, and give it images without padding"
             )
         fields: dict[str, Any] = {"key_bias": bias}
         return self._replace(attention_fn=functools.partial(read, **fields), key_bias=bias)

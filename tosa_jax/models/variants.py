@@ -43,6 +43,12 @@ def _siglip(size: str, patch: int, image: int) -> dict[str, Any]:
     return _vit(size, patch, image, mlp="gelu_tanh", **form)
 
 
+def _naflex(size: str) -> dict[str, Any]:
+    # Positions of 16x16 patches, and 256 patches an image in the preprocessing of transformers.
+    form = {"max_patches": 256, "pos_resample": "bilinear_antialias"}
+    return _siglip(size, 16, 256) | form
+
+
 def _dinov3(size: str, **fields) -> dict[str, Any]:
     form = {"reg_tokens": 4, "pos_embed": False, "rope": "dinov3", "key_bias": False}
     form |= {"layer_scale": 1e-5, "norm_eps": 1e-5, "num_classes": 0}
@@ -121,6 +127,8 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
         )
         for i in sides
     },
+    # Tschannen et al. 2025 (SigLIP 2, NaFlex): images of any proportion.
+    **{f"naflexvit_{s}_patch16_siglip": _naflex(s) for s in ("base", "so400m")},
     # Simeoni et al. 2025 (DINOv3). timm's files without biases of queries and values are read like those with ("qkvb").
     **{
         f"vit_{s}_patch16_dinov3{biases}": _dinov3(size, **fields)
@@ -187,6 +195,7 @@ HUB_NAMES: Mapping[str, str] = {
                                         ("so400m", "so400m", 14, (224,)), ("so400m", "so400m", 16, (256, 384, 512)),
                                         ("giant-opt", "giantopt", 16, (256, 384)))
        for side in sides},
+    **{f"google/siglip2-{s}-patch16-naflex": f"naflexvit_{s}_patch16_siglip" for s in ("base", "so400m")},
     **{f"facebook/dinov3-vit{size}16-pretrain-lvd1689m": f"vit_{name}_patch16_dinov3"
        for size, name in (("s", "small"), ("splus", "small_plus"), ("b", "base"), ("l", "large"),
                           ("hplus", "huge_plus"))},
@@ -208,7 +217,7 @@ _TAGS = [
         "openai",
     ),  # OpenAI's own, of which these names are; timm has others first for some
     (r"vit_.*clip", "laion2b_ft_in12k_in1k"),
-    (r"vit_.*siglip", "v2_webli"),
+    (r"(naflex)?vit_.*siglip", "v2_webli"),
     (r"vit_.*dinov3", "lvd1689m"),
     (r"eva02_.*_224", "mim_in22k"),
     (r"eva02_.*_336", "mim_in22k_ft_in1k"),
@@ -252,7 +261,8 @@ def variant_config(
 
     A `plan` may also be the name of a layer kind, which then takes every second layer, or all where it needs no other;
     or the path of a plan file (`models/plan_file.py`), whose keep rates and options then come before those in `fields`.
-    With another `num_classes` than its own a CLIP is a classifier: its head is no `projection`.
+    With an `image_size` a network for images of any proportion is one for images of that size, unless `max_patches` is
+    given too. With another `num_classes` than its own a CLIP is a classifier: its head is no `projection`.
     A tag of timm's ("deit_small_patch16_224.fb_in1k") names weights and changes nothing here.
 
     config_class  of a task's network; None: the one in `ARCHITECTURES`.
@@ -260,11 +270,17 @@ def variant_config(
     Raises ConfigError, naming what is known, for an unknown name or field, and as `read_plan`.
     """
     own = variant(name)
-    merged: dict[str, Any] = {**own, **fields}
+    merged = with_given(own, fields)
     if merged.get("projection") and merged["num_classes"] != own.get("num_classes"):
         merged["projection"] = fields.get("projection", False) and name == "vit"
     config_class = config_class or ARCHITECTURES[architecture_of(name, fields)]
     return config_class(**with_plan(merged))
+
+
+def with_given(network: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a network with others that were given: an `image_size` alone ends `max_patches`."""
+    one_size = {"max_patches": 0} if network.get("max_patches") and "image_size" in fields else {}
+    return {**network, **one_size, **fields}
 
 
 def with_plan(fields: Mapping[str, Any]) -> dict[str, Any]:

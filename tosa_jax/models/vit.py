@@ -1,5 +1,6 @@
 """The vision transformer: patches in, a plan of layer kinds, logits out."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -10,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from tosa_jax.errors import ConfigError
+from tosa_jax.models import naflex
 from tosa_jax.models.batch_norm import Running
 from tosa_jax.models.encoder import GatherParams, run_layers, run_scanned
 from tosa_jax.models.layers import (
@@ -22,19 +24,19 @@ from tosa_jax.models.layers import (
 from tosa_jax.models.method import check_key, layer_kinds
 from tosa_jax.models.plan import layer_specs
 from tosa_jax.models.positions import resample_matrix
-from tosa_jax.models.token_state import TokenState
+from tosa_jax.models.token_state import TokenState, key_bias
 from tosa_jax.models.vit_config import STANDARD, ViTConfig
 from tosa_jax.ops.array_types import (
     AttnMap,
+    Grids,
     Images,
     Indices,
-    Keys,
     PerExample,
-    Queries,
+    Present,
     Scores,
     Tokens,
 )
-from tosa_jax.ops.attention import attention_logits
+from tosa_jax.ops.attention import attention_and_map
 from tosa_jax.ops.rotary import Rotary, axial_rotary
 
 PatchLabels = Float[Array, "b patches"]
@@ -51,8 +53,9 @@ class Output(NamedTuple):
               without classes, or `depth` [b height width] at the images' size.
     tokens    [b n d] after the final norm, prefix included, as timm's `forward_features`; that norm comes after the
               mean with `global_pool="avg"`, and they are as the last layer left them. Fewer than n where a method has
-              removed some for good. None where they were not wanted.
-    selected  a tuple with one int32 [b s] a selection: indices into the n tokens, ascending, prefix included.
+              removed some for good. None where they were not wanted. Padding comes last.
+    selected  a tuple with one int32 [b s] a selection: indices into the n tokens, ascending, prefix included. -1 where
+              an image has fewer patches than that (`ViTConfig.max_patches`).
     aux       per-example scalars [b] that layers report, by name.
     scores    one float [b n] a selection: what it chose by, higher is better; a program that does not return them
               does not keep them.
@@ -107,7 +110,6 @@ class VisionTransformer(nnx.Module):
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
         init, dtype = token_init, config.param_dtype
-        positions = config.num_tokens if config.pos_embed_prefix else config.num_patches
         if config.class_token:
             self.cls_token = nnx.Param(init(rngs.params(), (1, 1, config.embed_dim), dtype))
         if config.distilled:
@@ -116,7 +118,8 @@ class VisionTransformer(nnx.Module):
             shape = (1, config.reg_tokens, config.embed_dim)
             self.reg_token = nnx.Param(init(rngs.params(), shape, dtype))
         if config.pos_embed:
-            self.pos_embed = nnx.Param(init(rngs.params(), (1, positions, config.embed_dim), dtype))
+            shape = (1, config.num_positions, config.embed_dim)
+            self.pos_embed = nnx.Param(init(rngs.params(), shape, dtype))
         self.patch_embed = PatchEmbed(config, rngs=rngs)
         if config.pre_norm:
             self.norm_pre = layer_norm(config, rngs)
@@ -192,15 +195,51 @@ class VisionTransformer(nnx.Module):
         moved = moved.reshape(1, math.prod(grid), -1)
         return jnp.concatenate([own[:, :num_prefix], moved], axis=1)
 
+    def positions_of(self, grids: Grids) -> Float[Array, "b m d"]:
+        """The same for strips of patches (`models.naflex`), of which `grids` has the rows and columns."""
+        return naflex.positions_of(self.pos_embed[...][0], grids, self.config)
+
+    def check_images(self, images: Images, grids: Grids | None = None) -> None:
+        """Raise a ConfigError for images of another size or number of channels than the model's."""
+        config = self.config
+        if images.shape[3] != config.in_chans:
+            raise ConfigError(
+                f"images have {images.shape[3]} channels, but the model was made for {config.in_chans}"
+            )
+        size = (images.shape[1], images.shape[2])
+        if grids is not None:
+            if not config.max_patches or size != naflex.strip_shape(config):
+                raise ConfigError(
+                    f"grids belong to strips of max_patches={config.max_patches} patches, and these are {size[0]}x"
+                    f"{size[1]} pixels: models.naflex.to_strips makes both"
+                )
+        elif size != config.image_shape and not config.resizes:
+            raise ConfigError(
+                f"images are {size[0]}x{size[1]}, but the model was made for "
+                f"{'x'.join(map(str, config.image_shape))} (height x width): tosa_jax.with_image_size makes it for "
+                "another size"
+            )
+        elif config.max_patches and math.prod(config.grid_of(size)) != config.num_patches:
+            raise ConfigError(
+                f"the model takes {config.num_patches} patches, and images of {size[0]}x{size[1]} have others: pass "
+                "strips and grids (models.naflex.to_strips), or make it for that size (tosa_jax.with_image_size)"
+            )
+
     @jax.named_scope("embed")
-    def embed(self, images: Images) -> Tokens:
+    def embed(self, images: Images, grids: Grids | None = None) -> Tokens:
         """Normalised images -> tokens [b n d] with positions, prefix first.
+
+        grids  with `ViTConfig.max_patches`: images are strips of patches, and this has rows and columns of each
+               (`models.naflex.to_strips`). None: images are of the model's own size.
 
         Raises ConfigError for images of another size or number of channels than the model's.
         """
         config, dtype = self.config, self.config.dtype
-        self.check_images(images)
-        positions = self.positions((images.shape[1], images.shape[2]))
+        self.check_images(images, grids)
+        if grids is None:
+            positions = self.positions((images.shape[1], images.shape[2]))
+        else:
+            positions = self.positions_of(grids)
         positions = None if positions is None else positions.astype(dtype)
         patches = self.patch_embed(images.astype(dtype))
         prefix = [self.cls_token] if config.class_token else []
@@ -217,21 +256,6 @@ class VisionTransformer(nnx.Module):
             tokens = tokens + positions
         return self.norm_pre(tokens) if config.pre_norm else tokens
 
-    def check_images(self, images: Images) -> None:
-        """Raise a ConfigError for images of another size or number of channels than the model's."""
-        config = self.config
-        if images.shape[3] != config.in_chans:
-            raise ConfigError(
-                f"images have {images.shape[3]} channels, but the model was made for {config.in_chans}"
-            )
-        size = (images.shape[1], images.shape[2])
-        if size != config.image_shape and not config.resizes:
-            raise ConfigError(
-                f"images are {size[0]}x{size[1]}, but the model was made for "
-                f"{'x'.join(map(str, config.image_shape))} (height x width): tosa_jax.with_image_size makes it for "
-                "another size"
-            )
-
     def layers(
         self,
         tokens: Tokens,
@@ -240,6 +264,7 @@ class VisionTransformer(nnx.Module):
         train: bool,
         read: int | None = None,
         grid: tuple[int, int] | None = None,
+        present: Present | None = None,
         after: Sequence[int] = (),
         patch_labels: PatchLabels | None = None,
     ) -> TokenState:
@@ -247,12 +272,14 @@ class VisionTransformer(nnx.Module):
 
         read   how many of the first ones are read afterwards; None: all.
         grid   rows and columns of patches; None: those of the model's image size.
+        present  which tokens are no padding, [b n]; None: all.
         after  layers, counted from 0, whose tokens `TokenState.intermediate` has beside those that the head reads.
         patch_labels  [b patches], labels that travel with the tokens (`TokenState.labels`); prefix tokens start with
                       their mean. None: tokens have none.
         """
         check_key(self.config.plan, key)
-        state = TokenState(tokens, grid_rotary=self.rotary(grid or self.config.grid))
+        rotary = self.rotary(grid or self.config.grid)
+        state = TokenState(tokens, grid_rotary=rotary, grid_present=present)
         if patch_labels is not None:
             mean = patch_labels.mean(axis=1, keepdims=True)
             prefix = jnp.repeat(mean, self.config.num_prefix_tokens, axis=1)
@@ -315,6 +342,7 @@ class VisionTransformer(nnx.Module):
         self,
         images: Images,
         *,
+        grids: Grids | None = None,
         key: jax.Array | None = None,
         train: bool = False,
         tokens: bool = True,
@@ -322,6 +350,7 @@ class VisionTransformer(nnx.Module):
     ) -> Output:
         """images [b height width c], normalised.
 
+        grids   of images that are strips of patches, as in `embed`.
         tokens  whether `Output.tokens` is wanted. Without it, and with a head that reads the class token, the last
                 layer works out keys and values of the other tokens and nothing more: the same logits for less.
         patch_labels  [b patches] in [0, 1], a label a patch, which travels through the layers with the tokens;
@@ -331,37 +360,54 @@ class VisionTransformer(nnx.Module):
         `key` feeds drop path (with `train`) and random selection: one key, or one an example, so that what an
         example draws does not depend on the others in its batch.
         """
-        mean = self.config.global_pool == "avg"
         first = self.config.global_pool == "token"
         read = min(READ_TOGETHER, self.config.num_tokens) if first and not tokens else None
+        present = self._present(grids)
         state = self.layers(
-            self.embed(images), key=key, train=train, read=read, patch_labels=patch_labels
-        )
+            self.embed(images, grids), key=key, train=train, read=read, present=present,
+            patch_labels=patch_labels,
+        )  # fmt: skip
         if patch_labels is not None:
             state = state._replace(aux=state.aux | {"label": self.pool_labels(state)})
-        last = state.tokens if mean else self.norm(state.tokens[:, :read])
+        last = self._normed(state.tokens[:, :read])
         config, weights = self.config, state.weights
         predict = self.classify if config.num_classes else self.pool
         name = "logits" if config.num_classes and not config.projection else "features"
         predictions = {name: predict(last, weights)}
         shown = last if tokens else None
-        return Output(predictions, shown, state.selected, state.aux, state.scores)
+        selected = state.selected
+        if present is not None:
+            selected = tuple(naflex.without_padding(chosen, present) for chosen in selected)
+        return Output(predictions, shown, selected, state.aux, state.scores)
 
-    def forward_features(self, images: Images, *, key: jax.Array | None = None) -> Tokens:
+    def _normed(self, tokens: Tokens) -> Tokens:
+        """Tokens after the final norm, which comes after the mean with `global_pool="avg"`."""
+        return tokens if self.config.global_pool == "avg" else self.norm(tokens)
+
+    def _present(self, grids: Grids | None) -> Present | None:
+        return None if grids is None else naflex.presence(grids, self.config)
+
+    def forward_features(
+        self, images: Images, *, key: jax.Array | None = None, **fields: Any
+    ) -> Tokens:
         """All tokens [b n d] after the last norm, prefix first, as timm's function of this name: `Output.tokens`.
 
-        images and key are those of a call.
+        images, key and further fields (`grids`) are those of a call.
         """
-        tokens = self(images, key=key).tokens
+        tokens = self(images, key=key, **fields).tokens
         assert tokens is not None, "a call returns them unless told otherwise"
         return tokens
 
-    def features(self, images: Images, *, key: jax.Array | None = None) -> Float[Array, "b e"]:
+    def features(
+        self, images: Images, *, grids: Grids | None = None, key: jax.Array | None = None
+    ) -> Float[Array, "b e"]:
         """What the head reads, or would read, of each image: timm's `forward_head(tokens, pre_logits=True)`.
 
         e is d, or 2d with `global_pool="token_avg"`. Depth networks pool as classifiers do.
         """
-        return self.pool(self.forward_features(images, key=key))
+        tokens, present = self.embed(images, grids), self._present(grids)
+        state = self.layers(tokens, key=key, train=False, present=present)
+        return self.pool(self._normed(state.tokens), state.weights)
 
     def intermediate_layers(
         self,
@@ -370,24 +416,30 @@ class VisionTransformer(nnx.Module):
         *,
         norm: bool = True,
         reshape: bool = False,
+        grids: Grids | None = None,
         key: jax.Array | None = None,
     ) -> tuple[Array, ...]:
         """The tokens after some layers, as DINOv2's `get_intermediate_layers` and timm's `forward_intermediates`.
 
         layers   how many of the last ones, or which, counted from 0; negative ones from the end.
         norm     whether they go through the last norm (networks with `global_pool="avg"` have none for tokens).
-        reshape  patches alone, [b rows columns d], instead of all tokens [b n d], prefix first.
+        reshape  patches alone, [b rows columns d], instead of all tokens [b n d], prefix first. Not with grids.
+        grids    of images that are strips of patches, as in `embed`.
 
         Of a layer of reduced tokens these are all tokens, back in their places.
 
-        Raises ConfigError: no such layer.
+        Raises ConfigError: no such layer, or `reshape` with grids, which differ from image to image.
         """
+        if reshape and grids is not None:
+            raise ConfigError("reshape=True needs images of one grid: leave it out with grids")
         depth, size = self.config.depth, (images.shape[1], images.shape[2])
         wanted = _numbered(
             range(depth - layers, depth) if isinstance(layers, int) else layers, depth
         )
         grid = self.config.grid_of(size)
-        state = self.layers(self.embed(images), key=key, train=False, grid=grid, after=wanted)
+        present = self._present(grids)
+        tokens = self.embed(images, grids)
+        state = self.layers(tokens, key=key, train=False, grid=grid, present=present, after=wanted)
         found = [state.intermediate[layer] for layer in wanted]
         if norm and self.config.global_pool != "avg":
             found = [self.norm(tokens) for tokens in found]
@@ -397,9 +449,14 @@ class VisionTransformer(nnx.Module):
         return tuple(found)
 
     def attention_maps(
-        self, images: Images, layers: Sequence[int] = (-1,), *, key: jax.Array | None = None
+        self,
+        images: Images,
+        layers: Sequence[int] = (-1,),
+        *,
+        grids: Grids | None = None,
+        key: jax.Array | None = None,
     ) -> tuple[AttnMap, ...]:
-        """The attention maps [b h n n] of some standard layers, float32; each row sums to 1.
+        """The attention maps [b h n n] of some standard layers, float32; each row sums to 1. Padding is paid nothing.
 
         layers  counted from 0, negative ones from the end. A layer's map is made anew for this, from the tokens that
                 the layer gets: maps do not leave layers otherwise.
@@ -415,20 +472,16 @@ class VisionTransformer(nnx.Module):
                 f"{', '.join(map(str, standard)) or 'none'}"
             )
         grid = config.grid_of((images.shape[1], images.shape[2]))
-        tokens, before = self.embed(images), [layer - 1 for layer in wanted if layer]
-        state = self.layers(tokens, key=key, train=False, grid=grid, after=before)
+        tokens, before = self.embed(images, grids), [layer - 1 for layer in wanted if layer]
+        present = self._present(grids)
+        state = self.layers(tokens, key=key, train=False, grid=grid, present=present, after=before)
+        read = functools.partial(attention_and_map, key_bias=key_bias(None, present))
         maps = []
         for layer in wanted:
             block = self.blocks[layer]
             entering = state.intermediate[layer - 1] if layer else tokens
-            maps.append(block.attn(block.norm1(entering), map_of, rotary=self.rotary(grid))[1])
+            maps.append(block.attn(block.norm1(entering), read, rotary=self.rotary(grid))[1])
         return tuple(maps)
-
-
-def map_of(query: Queries, key: Keys, value: Keys) -> tuple[Queries, AttnMap]:
-    """Attention that reports its whole map [b h q k]."""
-    attn_map = jax.nn.softmax(attention_logits(query, key), axis=-1)
-    return jnp.einsum("bhqk,bkhc->bqhc", attn_map.astype(value.dtype), value), attn_map
 
 
 def _numbered(layers: Sequence[int] | range, depth: int) -> tuple[int, ...]:

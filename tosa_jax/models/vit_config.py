@@ -209,6 +209,7 @@ class ViTConfig(metaclass=_TakesOptions):
     pre_norm: bool = False  # a norm before the layers (`norm_pre`), as in CLIP
     pos_embed: bool = True  # learned positions are added to the tokens
     pos_embed_prefix: bool = True  # positions for the prefix tokens too
+    max_patches: int = 0  # above 0: images of any proportion, of at most so many patches (NaFlex)
     pos_resample: str = "bicubic_antialias"  # positions of another grid: one of `RESAMPLINGS`
     rope: str = ""  # rotary positions of the patches: a key of `ops.rotary.FORMS`, or "" for none
     rope_base: float = 100.0  # the highest frequency over the lowest one, nearly
@@ -310,6 +311,21 @@ class ViTConfig(metaclass=_TakesOptions):
             f"rope={self.rope!r} needs heads whose width 4 divides, not {head_dim}",
         )
         check(self.rope_base > 1, f"rope_base={self.rope_base} must be above 1")
+        self._check_padding()
+
+    def _check_padding(self) -> None:
+        """A network for images of any proportion has positions that are resampled for each image."""
+        given = f"max_patches={self.max_patches}"
+        check(self.max_patches >= 0, f"{given} must be at least 1, or 0 for images of one size")
+        if not self.max_patches:
+            return
+        check(
+            not self.rope and self.pos_embed and self.pos_resample == "bilinear_antialias",
+            f"{given} needs learned positions with pos_resample='bilinear_antialias', and no rotary ones",
+        )
+        check(
+            not self.resizes, f"{given}: networks for {self.task} take images of any size already"
+        )
 
     def _check_image_size(self) -> None:
         """One form for each size (a square is an int), which the network can take."""
@@ -378,7 +394,7 @@ class ViTConfig(metaclass=_TakesOptions):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
+        """Rows and columns of patches; with `max_patches` those of the positions alone."""
         return self.grid_of(self.image_shape)
 
     def grid_of(self, size: tuple[int, int]) -> tuple[int, int]:
@@ -387,8 +403,13 @@ class ViTConfig(metaclass=_TakesOptions):
 
     @property
     def num_patches(self) -> int:
-        """Patches of an image, one token each."""
-        return int(np.prod(self.grid))
+        """Patches of an image, one token each; with `max_patches` padding is among them."""
+        return self.max_patches or int(np.prod(self.grid))
+
+    @property
+    def num_positions(self) -> int:
+        """Learned positions: of the patches of `grid`, and of prefix tokens where those have some."""
+        return int(np.prod(self.grid)) + self.num_prefix_tokens * self.pos_embed_prefix
 
     @property
     def num_prefix_tokens(self) -> int:

@@ -13,7 +13,7 @@
 `Float` is any floating dtype: which one is said by `dtype` (compute) and `param_dtype` (storage).
 """
 
-from jaxtyping import Array, Float, Int32, UInt8
+from jaxtyping import Array, Bool, Float, Int32, UInt8
 
 Images = Float[Array, "b height width c"]
 RawImages = UInt8[Array, "b height width c"]
@@ -25,4 +25,6 @@ AttnLogits = Float[Array, "b h q k"]
 AttnMap = Float[Array, "b h q k"]
 Scores = Float[Array, "b n"]
 Indices = Int32[Array, "b s"]
+Present = Bool[Array, "b n"]  # false for padding
+Grids = Int32[Array, "b 2"]  # rows and columns of the patches of each image
 PerExample = Float[Array, " b"]

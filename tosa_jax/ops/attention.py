@@ -9,11 +9,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from tosa_jax.ops import gpu_attention, tpu_attention
 from tosa_jax.ops.array_types import AttnLogits, AttnMap, Keys, PerExample, Queries, Scores
 from tosa_jax.ops.platforms import by_platform
+
+NOT_READ = float(jnp.finfo(jnp.float32).min)
+"""The bias of a key that no query reads."""
+
+
+def is_read(key_bias: Float[Array, "b k"]) -> Bool[Array, "b k"]:
+    """Which tokens are read as keys, by their bias."""
+    return key_bias > NOT_READ / 2
 
 
 def pool_heads(values: Float[Array, "b h n"], how: str) -> Scores:
@@ -67,6 +75,14 @@ def attention_logits(query: Queries, key: Keys) -> AttnLogits:
     """Scaled attention logits `q k^T / sqrt(dh)` in float32."""
     scale = query.shape[-1] ** -0.5
     return jnp.einsum("bqhc,bkhc->bhqk", query * scale, key, preferred_element_type=jnp.float32)
+
+
+def attention_and_map(
+    query: Queries, key: Keys, value: Keys, key_bias: Float[Array, "b k"] | None = None
+) -> tuple[Queries, AttnMap]:
+    """Attention, and its whole map [b h q k], float32: for people to look at."""
+    attn_map = jax.nn.softmax(_biased(attention_logits(query, key), key_bias), axis=-1)
+    return jnp.einsum("bhqk,bkhc->bqhc", attn_map.astype(value.dtype), value), attn_map
 
 
 def first_row(
@@ -144,15 +160,19 @@ def attention_and_column_sums(
 ) -> tuple[Queries, Float[Array, "b h k"]]:
     """Attention, and how much of it each token is paid, float32 [b h k]; no gradient passes through the sums.
 
-    A kernel where the program is compiled for a TPU or an NVIDIA GPU, the shapes fit, and there is no bias of the keys;
-    else the walk, `chunk` query rows at a time.
+    Tokens that are not read as keys (`is_read`) do not count as queries either. A kernel where the program is compiled
+    for a TPU or an NVIDIA GPU, the shapes fit, and there is no bias of the keys; else the walk, `chunk` query rows at a
+    time.
     """
 
+    def summarise(_, attn_map, counts):
+        return column_sums(attn_map if counts is None else attn_map * counts[:, None, :, None])
+
     def walked(query, key, value):
+        counts = None if key_bias is None else is_read(key_bias).astype(jnp.float32)
         out, sums = walk_map(
-            query, key, value, lambda _, attn_map, __: column_sums(attn_map), chunk=chunk,
-            key_bias=key_bias,
-        )  # fmt: skip
+            query, key, value, summarise, rows=counts, chunk=chunk, key_bias=key_bias
+        )
         return out, jax.lax.stop_gradient(sums)
 
     forms = {}

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from tosa_jax.ops.array_types import Indices, Scores, Tokens
+from tosa_jax.ops.array_types import Indices, Present, Scores, Tokens
 from tosa_jax.ops.rotary import Rotary
 from tosa_jax.ops.token_matching import spread_groups, sum_groups
-from tosa_jax.ops.token_selection import Selection, gather_tokens, scatter_tokens
+from tosa_jax.ops.token_selection import Selection, gather_tokens, scatter_tokens, take
 
 
 class TokenWeights(NamedTuple):
@@ -90,6 +90,15 @@ class Reduction(NamedTuple):
             return rotary.selected(self.source)
         return rotary.at(self.representatives())
 
+    def present(self, before: Present) -> Bool[Array, "b s"]:
+        """Which of the new tokens are there, by which of the old ones are (the others are padding).
+
+        A mean is there if a token of its group is.
+        """
+        if isinstance(self.source, Selection) and self.weights is not None:
+            return group_totals(before.astype(jnp.float32), self.source) > 0
+        return take(before.astype(jnp.int32), self.representatives()) > 0
+
     def spread(self, values: Float[Array, "b s d"]) -> Tokens:
         """values [b s d] of the new tokens -> [b n d]: each old token gets those of the new one that represents it."""
         if isinstance(self.source, Selection):
@@ -128,8 +137,12 @@ class Reduction(NamedTuple):
 
 
 def pooled(selection: Selection, weights: Float[Array, "b n"]) -> Reduction:
-    """A reduction whose selected tokens become the means of their groups; `weights` [b n] of the old tokens."""
-    return Reduction(selection, weights, sizes=group_totals(weights, selection))
+    """A reduction whose selected tokens become the means of their groups; `weights` [b n] of the old tokens.
+
+    A weight is 0 for padding alone. The mean of padding alone is 0.
+    """
+    sizes = jnp.maximum(group_totals(weights, selection), 1e-12)
+    return Reduction(selection, weights, sizes=sizes)
 
 
 def group_totals(weights: Float[Array, "b n"], selection: Selection) -> Float[Array, "b s"]:

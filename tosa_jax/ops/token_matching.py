@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
-from tosa_jax.ops.array_types import Heads, Scores, Tokens
+from tosa_jax.ops.array_types import Heads, Present, Scores, Tokens
 from tosa_jax.ops.platforms import by_platform
 from tosa_jax.ops.token_selection import (
     Selection,
@@ -170,13 +170,20 @@ def two_way_matching(
 
 @jax.named_scope("selection")
 def bipartite_matching(
-    features: Float[Array, "b n f"], count: int, num_prefix_tokens: int, first: int = 0
+    features: Float[Array, "b n f"],
+    count: int,
+    num_prefix_tokens: int,
+    first: int = 0,
+    present: Present | None = None,
 ) -> tuple[Selection, Scores]:
     """Selects `count` tokens and bypasses the `n - count` patches that are most like their representative.
 
     Every second patch may be bypassed, from the one numbered `first`, 0 or 1; its representative is one of the other
     patches. This is the bipartite matching of ToMe (Bolya et al. 2023, "Token Merging: Your ViT But Faster"). `count`
     is at least `least_after_matching(n, num_prefix_tokens, first)`.
+
+    present  [b n], false for padding, which is bypassed before all other patches and represents none of them. None:
+             there is none.
 
     Returns the selection, and scores [b n]: 1 - cosine to the representative, in [0, 2], for patches that may be
     bypassed, and 3 for all other tokens.
@@ -188,8 +195,12 @@ def bipartite_matching(
     number = np.where(may_leave, (places - num_prefix_tokens - first) // 2, 0)
     stay = places[~may_leave]
     similarity = cosines(features[:, places[may_leave]], features[:, stay])
+    if present is not None:
+        similarity = jnp.where(present[:, stay][:, None], similarity, -2.0)
     likeness = similarity[:, :, num_prefix_tokens:].max(axis=-1)
     scores = jnp.where(may_leave[None], 1 - likeness[:, number], 3.0)
+    if present is not None:
+        scores = jnp.where(may_leave[None] & ~present, -1.0, scores)
     selection = select_tokens(scores, count, num_prefix_tokens)
     nearest = jnp.asarray(stay)[_argmax_patch(similarity, num_prefix_tokens)]
     owner = jnp.where(selection.mask, places[None], nearest[:, number])
@@ -207,7 +218,8 @@ def weigh_redundancy(
     weight    share of redundancy in [0, 1]; attention has the rest.
 
     Attention and redundancy count by their rank in the example, so that their scales do not matter. A token is compared
-    with more attended tokens alone: of two tokens that are alike, only the less attended one gets a low score.
+    with more attended tokens alone: of two tokens that are alike, only the less attended one gets a low score. A token
+    whose score is -inf is last in both, and changes nothing for the others.
     """
     scores = jax.lax.stop_gradient(scores)
 
@@ -218,7 +230,7 @@ def weigh_redundancy(
     more = place[:, None, :] < place[:, :, None]
     prefix = jnp.arange(scores.shape[1]) < num_prefix_tokens
     similarity = jnp.where(more & ~prefix[None, None], cosines(features, features), -1.0)
-    redundancy = similarity.max(axis=-1)
+    redundancy = jnp.where(jnp.isneginf(scores), 2.0, similarity.max(axis=-1))
     return -((1 - weight) * place + weight * rank(redundancy)).astype(jnp.float32)
 
 

@@ -10,7 +10,13 @@ from tosa_jax.models.factory import MODEL_CLASSES, build, with_budget
 from tosa_jax.models.method import MAIN, METHODS
 from tosa_jax.models.options import OPTIONS
 from tosa_jax.models.plan_file import SUFFIX
-from tosa_jax.models.variants import ARCHITECTURES, architecture_of, hub_repository, variant_config
+from tosa_jax.models.variants import (
+    ARCHITECTURES,
+    architecture_of,
+    hub_repository,
+    variant_config,
+    with_given,
+)
 from tosa_jax.models.vit import VisionTransformer
 from tosa_jax.models.vit_config import STANDARD, ViTConfig, check, check_choice
 from tosa_jax.models.weights.architecture import network_of
@@ -114,7 +120,8 @@ def create_model(
     file, base = None, name
     if pretrained is not False:
         file = read_weights(f"hf:{hub_repository(name)}" if pretrained is True else pretrained)
-        fields, base = _stated_fields(task, name, file, on_message) | fields, "vit"
+        stated = _stated_fields(task, name, file, on_message)
+        fields, base = with_given(stated, fields), "vit"
     wants_fewer = keep_rate is not None or fields.get("budget_gmacs")
     if plan is None and wants_fewer and set(fields.get("plan") or (STANDARD,)) == {STANDARD}:
         plan = METHODS[MAIN].plan

@@ -40,6 +40,7 @@ METHODS = (
     Method(
         name="class_attention",
         kind=ClassAttention,
+        takes_padding=True,
         label="class token's attention",
         colours=("#2f8a5b", "#6fcf9b"),
     ),

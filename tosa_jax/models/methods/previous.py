@@ -24,6 +24,7 @@ METHODS = (
     Method(
         name="previous",
         kind=Previous,
+        takes_padding=True,
         label="previous layer's map",
         colours=("#8a4fbe", "#bd94ea"),
     ),

@@ -23,6 +23,7 @@ METHODS = (
     Method(
         name="random",
         kind=Random,
+        takes_padding=True,
         label="random selection",
         colours=("#d9730d", "#f2a154"),
         needs_key=True,

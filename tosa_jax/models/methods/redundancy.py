@@ -62,15 +62,21 @@ class Redundancy(SelectiveLayer):
         if self.bypass is None:
             state = Standard.apply(self, block, state, context)
             return state.restored() if self.spec.closes else state
-        bypass, sizes = self.bypass, state.sizes
+        bypass, sizes, before = self.bypass, state.sizes, state
+        present, counted = None, sizes
+        if state.grid_present is not None:
+            present, counted = state.mask, state.weights
 
         def reduce(state, keys):
-            chosen, scores = bipartite_matching(keys, self.spec.count, self.num_prefix_tokens)
+            chosen, scores = bipartite_matching(
+                keys, self.spec.count, self.num_prefix_tokens, present=present
+            )
+            scores = before.past_padding(scores, 0.0)
             if context.read is not None:  # nobody reads what merging would change
                 return state.reporting(Reduction(chosen), scores)
             if self.one_hot:
                 chosen = with_one_hot(chosen, state.tokens.dtype)
-            entered = bypass.open(block, state.tokens, chosen, sizes)
+            entered = bypass.open(block, state.tokens, chosen, counted)
             return state.opened(*entered, scores)
 
         weighing = context.weighing(sizes if self.proportional else None, state.mask)
@@ -97,6 +103,7 @@ METHODS = (
     Method(
         name="redundancy",
         kind=Redundancy,
+        takes_padding=True,
         label="redundancy, every layer",
         short_label="redundancy",
         colours=("#b03a9a", "#e58ad4"),

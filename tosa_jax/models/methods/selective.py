@@ -6,6 +6,7 @@ are gathered once, go through all their blocks, and are scattered back once.
 
 from dataclasses import dataclass
 
+import jax.numpy as jnp
 from flax import nnx
 
 from tosa_jax.models.bypass import BYPASSES, BypassOptions
@@ -78,12 +79,16 @@ class SelectiveLayer(Standard):
         if self.bypass is not None:
             scores = self.scores(state, context)
             if weight := self.redundancy_weight:
+                scores = state.past_padding(scores, -jnp.inf)
                 scores = weigh_redundancy(scores, state.tokens, weight, self.num_prefix_tokens)
+            sizes = state.weights if state.grid_present is not None else None
+            scores = state.past_padding(scores, -jnp.inf)
             chosen = select_tokens(scores, self.spec.count, self.num_prefix_tokens)
             chosen = self.bypass.match(state.tokens, chosen)
             if self.one_hot:
                 chosen = with_one_hot(chosen, state.tokens.dtype)
-            state = state.opened(*self.bypass.open(block, state.tokens, chosen), scores)
+            entered = self.bypass.open(block, state.tokens, chosen, sizes)
+            state = state.opened(*entered, state.past_padding(scores, 0.0))
         state = super().apply(block, state, context)
         return state.restored() if self.spec.closes else state
 

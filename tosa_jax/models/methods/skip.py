@@ -30,6 +30,7 @@ METHODS = (
     Method(
         name="skip",
         kind=Skip,
+        takes_padding=True,
         label="selective layers skipped",
         colours=("#c2334d", "#f07f92"),
         has_budget=False,

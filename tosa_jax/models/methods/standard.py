@@ -46,6 +46,7 @@ METHODS = (
     Method(
         name=DENSE,
         kind=Standard,
+        takes_padding=True,
         plan=STANDARD,
         label="dense, fine-tuned as long",
         short_label="dense",

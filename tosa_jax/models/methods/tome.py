@@ -51,8 +51,11 @@ class ToMe(ReducingLayer):
         self, tokens: Tokens, reported: Float[Array, "b n dh"], state: TokenState
     ) -> tuple[Reduction, Scores]:
         prefix = self.num_prefix_tokens
-        pairs, scores = bipartite_matching(reported, self.spec.count, prefix, first=prefix % 2)
-        return pooled(pairs, sizes_of(state)), scores
+        present = None if state.grid_present is None else state.mask
+        pairs, scores = bipartite_matching(
+            reported, self.spec.count, prefix, first=prefix % 2, present=present
+        )
+        return pooled(pairs, sizes_of(state)), state.past_padding(scores, 0.0)
 
     def own_macs(self, block: Block) -> int:
         if not self.spec.opens:
@@ -67,6 +70,7 @@ METHODS = (
     Method(
         name="tome",
         kind=ToMe,
+        takes_padding=True,
         label="ToMe",
         colours=("#5b6b1f", "#b5c95a"),
         whole_plan=every_layer,

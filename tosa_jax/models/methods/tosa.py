@@ -133,6 +133,7 @@ METHODS = (
     Method(
         name=MAIN,
         kind=Selective,
+        takes_padding=True,
         plan="selective",
         label="ToSA",
         colours=("#2463c4", "#6ea8ff"),

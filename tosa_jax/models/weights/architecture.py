@@ -47,6 +47,8 @@ def network_of(file: WeightFile, name: str = "", say: Say = print) -> tuple[str,
         base = _guessed(file, say)
     variant = dict(VARIANTS.get(base, {}))
     fields = variant | stated | _shapes(file, arrays, variant)
+    if towers.is_naflex(file.arrays):
+        fields["max_patches"] = statements.most_patches(file) or arrays["pos_embed"].shape[1]
     fields |= _positions(file, arrays, fields) | _head(file, arrays, variant, say)
     if fields.get("rope") == "dinov3" and not fields.get("qkv_bias", True):
         fields["qkv_bias"] = True  # timm's files without biases are read as such with zeros
@@ -135,7 +137,9 @@ def _positions(file: WeightFile, arrays: names.Arrays, fields: dict[str, Any]) -
     """
     patch = fields.get("patch_size", 16)
     size = statements.trained_size(file)
-    if "decoder" not in fields:
+    if fields.get("max_patches"):
+        size = None  # of no network that takes images of any proportion
+    elif "decoder" not in fields:
         size = statements.prepared_size(file) or size
     found: dict[str, Any] = {}
     if "pos_embed" in arrays:

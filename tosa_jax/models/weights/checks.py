@@ -27,13 +27,19 @@ _ACTIVATIONS = {
 _DEFAULT_EPS = {"vit": 1e-12, "deit": 1e-12, "vit_mae": 1e-12, "dpt": 1e-12}
 _DEFAULT_EPS |= {"dinov2": 1e-6, "dinov2_with_registers": 1e-6, "dinov3_vit": 1e-5}
 _DEFAULT_EPS |= {"clip_vision_model": 1e-5, "siglip_vision_model": 1e-6}
+_DEFAULT_EPS |= {"siglip2_vision_model": 1e-6}
 # What else a config.json may leave out, where it is not as in ViT.
 _DEFAULTS = {
     "clip_vision_model": {"hidden_act": "quick_gelu", "patch_size": 32},
     "siglip_vision_model": {"hidden_act": "gelu_pytorch_tanh"},
+    "siglip2_vision_model": {"hidden_act": "gelu_pytorch_tanh"},
 }
 # `model_type` of a network for images and texts -> that of its image tower, `vision_config` in its config.json.
-_TOWERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
+_TOWERS = {
+    "clip": "clip_vision_model",
+    "siglip": "siglip_vision_model",
+    "siglip2": "siglip2_vision_model",
+}
 
 
 def check_fit(path: str, arrays: Mapping[str, np.ndarray], own: Mapping[str, Any]) -> None:

@@ -100,6 +100,8 @@ _HF = [
 
 # The original repositories, where they differ from timm.
 _ORIGINAL = [
+    (r"^embeds\.(?=proj\.)", "patch_embed."),  # timm's NaFlex
+    (r"^embeds\.", ""),
     (r"^(?:register|storage)_tokens$", "reg_token"),  # DINOv2, DINOv3
     (r"^linear_head\.", "head."),  # DINOv2 with its linear head
     (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),  # DINOv2: chunk, then the number among all blocks
@@ -168,6 +170,8 @@ def resampling_of(arrays: Arrays, fields: Mapping[str, Any]) -> tuple[str, str] 
     if not fields["pos_embed"]:
         return None
     if tower := towers.whose(arrays):
+        if towers.is_naflex(arrays):
+            return "bilinear_antialias", tower
         return ("bicubic" if tower == "transformers" else "bicubic_antialias"), tower
     if "dpt.embeddings.position_embeddings" in arrays:
         return "bilinear", "transformers"
@@ -190,6 +194,10 @@ def to_timm(arrays: Arrays) -> tuple[Arrays, list[str]]:
         if _BUFFER.match(name):
             continue
         renamed[rename(name, rules)] = array
+    if "embeds.pos_embed" in arrays:  # a square there
+        renamed["pos_embed"] = arrays["embeds.pos_embed"].reshape(
+            1, -1, arrays["embeds.pos_embed"].shape[-1]
+        )
     return fuse(with_key_biases(renamed)), sorted(unused)
 
 

@@ -22,7 +22,7 @@ class Preprocessing(NamedTuple):
     mean, std      of each channel's pixels in [0, 1]; one value serves all channels.
     crop_pct       share in (0, 1] of the resized short side that the central crop keeps.
     interpolation  of the resize: "bicubic" or "bilinear".
-    resize         "crop", or "squash": both sides are resized, whatever the aspect ratio, before the crop.
+    resize         not read of a network for images of any proportion (`ViTConfig.max_patches`), nor `crop_pct`: "crop", or "squash": both sides are resized, whatever the aspect ratio, before the crop.
     """
 
     mean: tuple[float, ...] = IMAGENET_MEAN
@@ -39,7 +39,7 @@ class Family:
     names      regular expression of the variants.
     crop_pct   by the smallest image side from which it holds, pixels.
     mean, std  as in `Preprocessing`; the defaults are ImageNet's.
-    resize     as there.
+    resize, interpolation   as there.
     """
 
     names: str
@@ -47,6 +47,7 @@ class Family:
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     resize: str = "crop"
+    interpolation: str = "bicubic"
 
 
 CLIP_MEAN, CLIP_STD = (
@@ -67,6 +68,8 @@ FAMILIES = {
     # openai/CLIP, `clip.py`: the short side to the image size, then the centre. timm 1.0 has .9 for some.
     "clip": Family(r"vit_.*clip", {0: 1.0}, CLIP_MEAN, CLIP_STD),
     # timm 1.0: pixels in [-1, 1]. big_vision and transformers squeeze the whole image into the square.
+    # transformers, `Siglip2ImageProcessor`; timm 1.0 has "bicubic".
+    "naflex": Family(r"naflexvit", {0: 1.0}, (0.5,), (0.5,), interpolation="bilinear"),
     "siglip": Family(r"vit_.*siglip", {0: 1.0}, (0.5,), (0.5,)),
     # timm 1.0, `eva.py`. facebookresearch/dinov3 and transformers squeeze the whole image into the square.
     "dinov3": Family(r"vit_.*dinov3", {0: 1.0}),
@@ -100,7 +103,7 @@ def preprocessing_of(name: str, image_size: int, file: WeightFile | None = None)
     if file is not None and family is FAMILIES["augreg"] and _is_mae(file):
         family = FAMILIES["mae"]
     crop_pct = family.crop_pct[max(side for side in family.crop_pct if side <= image_size)]
-    found = Preprocessing(family.mean, family.std, crop_pct, resize=family.resize)
+    found = Preprocessing(family.mean, family.std, crop_pct, family.interpolation, family.resize)
     return found._replace(**(stated(file) if file is not None else {}))
 
 
@@ -180,6 +183,8 @@ def _of_transformers(file: WeightFile) -> dict[str, Any]:
     fields: dict[str, Any] = {"mean": (0.0,), "std": (1.0,)}
     if said.get("do_normalize", True):
         fields = {"mean": said.get("image_mean"), "std": said.get("image_std")}
+    if "max_num_patches" in said:
+        return fields | {"interpolation": _PIL_FILTERS.get(said.get("resample", 2))}
     if kept is None or not said.get("do_resize", True):
         return fields
     size = said.get("size")

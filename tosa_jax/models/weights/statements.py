@@ -96,7 +96,7 @@ def architecture(file: WeightFile) -> str:
 _FAMILIES = {
     "vit": "vit_augreg", "vit_mae": "mae", "deit": "deit_", "dinov2": "vit_dinov2", "clip": "vit_clip",
     "dinov2_with_registers": "vit_dinov2", "clip_vision_model": "vit_clip", "siglip": "vit_siglip",
-    "siglip_vision_model": "vit_siglip", "dinov3_vit": "vit_dinov3", "depth_anything": "vit_dinov2",
+    "siglip_vision_model": "vit_siglip", "siglip2": "naflexvit", "siglip2_vision_model": "naflexvit", "dinov3_vit": "vit_dinov3", "depth_anything": "vit_dinov2",
 }  # fmt: skip
 
 
@@ -121,6 +121,17 @@ def prepared_size(file: WeightFile) -> tuple[int, int] | None:
     said = file.preprocessor
     cropped = said.get("do_center_crop") and said.get("crop_size")
     return _sides(cropped or (said.get("size") if said.get("do_resize", True) else None))
+
+
+def most_patches(file: WeightFile) -> int:
+    """Patches that an image of any proportion becomes, as the files of transformers' SigLIP 2 state it; 0: they do not.
+
+    Raises WeightsError: what they state is of an unknown form.
+    """
+    for said, name in ((file.preprocessor, "max_num_patches"), (vision_config(file), "num_patches")):
+        if name in said:
+            return _of_kind(file, name, said[name], int)
+    return 0
 
 
 def stated_grid(file: WeightFile, patch_size: int) -> tuple[int, int] | None:

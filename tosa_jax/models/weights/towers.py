@@ -60,6 +60,14 @@ def whose(arrays: Mapping[str, np.ndarray]) -> str:
     return "OpenCLIP" if "visual.class_embedding" in arrays else ""
 
 
+def is_naflex(arrays: Mapping[str, np.ndarray]) -> bool:
+    """Whether it is the tower of transformers' `Siglip2Model`, which takes patches and projects them by a matrix."""
+    return any(
+        name.endswith("embeddings.patch_embedding.weight") and x.ndim == 2
+        for name, x in arrays.items()
+    )
+
+
 def tower_to_timm(arrays: Arrays) -> tuple[Arrays, list[str]]:
     """The image tower's arrays under timm's names, and the names of the parts left out.
 

@@ -4,6 +4,7 @@ from typing import ClassVar
 
 import jax
 from flax import nnx
+from jaxtyping import Array, Float
 
 from tosa_jax.models.vit import Output, VisionTransformer
 from tosa_jax.models.vit_config import ViTConfig
@@ -28,6 +29,9 @@ class DepthTransformer(VisionTransformer):
 
     def head_macs(self) -> int:
         return self.decoder.macs(self.config.grid)
+
+    def features(self, images: Images, *, key: jax.Array | None = None) -> Float[Array, "b e"]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self.pool(self.forward_features(images, key=key))
 
     def __call__(
         self, images: Images, *, key: jax.Array | None = None, train: bool = False

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from tosa_jax.models.layers import UNREAD, AttentionFn, Block, layer_norm, linear, token_init
+from tosa_jax.models.layers import AttentionFn, Block, layer_norm, linear, log_counts, token_init
 from tosa_jax.models.plan import layer_specs
 from tosa_jax.models.vit import Output, VisionTransformer
 from tosa_jax.models.vit_config import ViTConfig, check
@@ -124,7 +124,7 @@ class TextDecoder(nnx.Module):
 
     def read_image(self, tokens: Tokens, weights: Scores | None) -> Prefix:
         """The prefix of image tokens [b n e]; `weights` [b n], how often each one counts, None: once."""
-        bias = None if weights is None else jnp.log(weights + UNREAD)
+        bias = None if weights is None else log_counts(weights)
 
         def attend(query: Queries, key: Keys, value: Keys) -> tuple[Queries, tuple[Keys, Keys]]:
             return attention(query, key, value, bias), (key, value)
