@@ -13,7 +13,8 @@ from trained import CLASSES, make_pictures, make_workdir
 from tosa_jax.data.decoding import BadImageError, Preprocess
 from tosa_jax.distributed import memory
 from tosa_jax.errors import ConfigError, DeviceError, WeightsError, WorkdirError
-from tosa_jax.inference.predictor import Predictor, split_batch
+from tosa_jax.inference.batches import split_batch
+from tosa_jax.inference.predictor import Predictor
 from tosa_jax.models.params import get_params, set_params, split
 from tosa_jax.models.weights.load import save_selectors, save_weights
 from tosa_jax.tasks.predictions import Prediction

@@ -4,8 +4,8 @@ pip install "torch>=2.6" "transformers>=5" "timm>=1.0.31" && PYTHONPATH=.:tests 
 
 Float32, on the CPU, with random weights: a minute. What is measured is in results/naflex_exactness.json. A case of the
 golden file has its config.json, the names and shapes of its weights, and of a batch of images of several proportions
-the pooled token of each ("head") and all tokens, those of padding too. Of transformers' image processor it has the sizes
-that images are resized to, and the patches of one picture.
+the pooled token of each ("head") and all tokens, those of padding too. Of transformers' image processor it has the
+sizes that images are resized to, and the patches of one picture.
 """
 
 import argparse
@@ -42,7 +42,9 @@ from tosa_jax.models.params import set_params, split
 HERE = Path(__file__).parent
 
 
-def computed(model: Any, patches: np.ndarray, grids: tuple[tuple[int, int], ...]) -> dict[str, np.ndarray]:
+def computed(
+    model: Any, patches: np.ndarray, grids: tuple[tuple[int, int], ...]
+) -> dict[str, np.ndarray]:
     """The pooled tokens [b d], and the tokens [b n d] after the last norm."""
     most = patches.shape[1]
     counts = np.prod(grids, axis=1)
@@ -101,8 +103,8 @@ def measure() -> None:
             "tokens": float(np.abs(out.tokens[i] - expected["tokens"][i])[:count].max()),
         }
     result = {
-        "what": "max |difference| to transformers of SigLIP 2's NaFlex, base, float32, CPU, random weights; four images "
-        "in one batch of 256 patches each; keys are rows x columns of patches (tests/golden/naflex_cases.py)",
+        "what": "max |difference| to transformers of SigLIP 2's NaFlex, base, float32, CPU, random weights; four "
+        "images in one batch of 256 patches each; keys are rows x columns of patches (tests/golden/naflex_cases.py)",
         "command": "PYTHONPATH=.:tests python tests/golden/make_naflex.py",
         "versions": {m.__name__: m.__version__ for m in (jax, torch, transformers, np)},
         "limit": 2e-5,

@@ -27,7 +27,9 @@ WHOLE_GRIDS = ((16, 16), (9, 28), (32, 8), (1, 200))
 SIZES_OF_IMAGES = [
     (480, 640), (640, 480), (333, 500), (17, 1000), (1, 1), (16, 16), (4000, 30), (224, 224), (75, 1)
 ]  # fmt: skip
-SEARCHES = [(*size, *limit) for size in SIZES_OF_IMAGES for limit in ((16, 256), (16, 1024), (14, 49))]
+SEARCHES = [
+    (*size, *limit) for size in SIZES_OF_IMAGES for limit in ((16, 256), (16, 1024), (14, 49))
+]
 """Height and width of an image, patch size, most patches."""
 
 

@@ -70,10 +70,15 @@ def export(
     name       of the model, for the statement; "": the folder's.
 
     Raises ConfigError: the folder exists or is in a bucket, an unknown platform, a batch below 1, a float16 network
-    for a CPU.
+    for a CPU, a model for images of any proportion (`ViTConfig.max_patches`).
     """
     predictor = model if isinstance(model, Predictor) else Predictor(model)
     names = (platforms,) if isinstance(platforms, str) else tuple(platforms)
+    check(
+        not predictor.config.max_patches,
+        "a program is for images of one size, and this model takes images of any proportion: load it with "
+        "image_size=(height, width) (--image_size)",
+    )
     target = _new_folder(folder)
     _check_platforms(names, predictor.config)
     size = None if batch is None else _at_least_one(batch)

@@ -20,7 +20,7 @@ from tosa_jax.errors import ConfigError, UserError, WeightsError, WorkdirError
 from tosa_jax.models.factory import abstract_model, build, structure, with_budget
 from tosa_jax.models.method import MAIN, METHODS, is_fitted, method_of
 from tosa_jax.models.params import Params, get_params, set_params
-from tosa_jax.models.variants import variant_config, with_plan
+from tosa_jax.models.variants import variant_config, with_given, with_plan
 from tosa_jax.models.vit import VisionTransformer
 from tosa_jax.models.vit_config import STANDARD, ViTConfig, check_fields
 from tosa_jax.models.weights import statements
@@ -72,8 +72,7 @@ def from_workdir(
     config = _with_fields(run.model, keep_rate, fields)
     config = on_this_device(config, on_message)
     form = form_of(config, Preprocessing()) if config.resizes else run.data.preprocess
-    if fields.get("image_size"):
-        form = dataclasses.replace(form, image_size=config.image_size)
+    form = _form_with(form, config, fields)
     if has_checkpoint(workdir):
         params = _load(config, workdir, None, on_message)
     elif run.init_from:
@@ -152,8 +151,9 @@ def load(
         known = "how its family is" if family else "ImageNet's mean and DeiT's crop are"
         on_message(f"{file.path}: nothing states how images are prepared; {known} a guess")
     return _from_file(
-        file, "vit", selectors, keep_rate, class_names, on_message, task, network | fields, family
-    )
+        file, "vit", selectors, keep_rate, class_names, on_message, task,
+        with_given(network, fields), family,
+    )  # fmt: skip
 
 
 def is_workdir(path: Path) -> bool:
@@ -223,11 +223,21 @@ def _with_fields(config: ViTConfig, keep_rate: KeepRate, fields: dict[str, Any])
     if not fields:
         return with_keep_rate(config, keep_rate)
     check_fields(config, fields)
+    fields = with_given({"max_patches": config.max_patches}, fields)
     changed = with_plan({"plan": config.plan, **fields, "depth": config.depth})
     del changed["depth"]
     changed |= {} if keep_rate is None else {"keep_rate": keep_rate}
     config = dataclasses.replace(config, **changed)
     return with_budget(config, config.budget_gmacs) if fields.get("budget_gmacs") else config
+
+
+def _form_with(form: Preprocess, config: ViTConfig, fields: dict[str, Any]) -> Preprocess:
+    """The preprocessing of a model that was made with other values for some fields of its configuration."""
+    if form.max_patches and config.max_patches:
+        return dataclasses.replace(form, max_patches=config.max_patches)
+    if form.max_patches or fields.get("image_size"):
+        return dataclasses.replace(form, image_size=config.image_size, max_patches=0, patch_size=0)
+    return form
 
 
 def _from_statement(
@@ -241,8 +251,7 @@ def _from_statement(
         ) from error
     config = _with_fields(said.pop("config"), keep_rate, fields)
     config = on_this_device(config, on_message)
-    if fields.get("image_size"):
-        said["form"] = dataclasses.replace(said["form"], image_size=config.image_size)
+    said["form"] = _form_with(said["form"], config, fields)
     params = _load(config, file, None, on_message)
     return LoadedModel(model=_model(config, params), **said)
 
@@ -279,8 +288,18 @@ def save(network: LoadedModel, path: str | Path) -> None:
 def form_of(config: ViTConfig, published: Preprocessing) -> Preprocess:
     """How images become a model's arrays: they are resized and cropped as `published` says.
 
-    A model that accepts images of any size gets them in their own.
+    A model that accepts images of any size gets them in their own, one with `max_patches` in their own proportion.
     """
+    if config.max_patches:
+        return Preprocess(
+            image_size=None,
+            channels=config.in_chans,
+            resize=published.resize,
+            crop_pct=published.crop_pct,
+            interpolation=published.interpolation,
+            max_patches=config.max_patches,
+            patch_size=config.patch_size,
+        )
     if config.resizes:
         return Preprocess(image_size=None, channels=config.in_chans)
     return Preprocess(

@@ -18,8 +18,10 @@ from tosa_jax.distributed.devices import check_dtype
 from tosa_jax.distributed.memory import check_fits
 from tosa_jax.errors import NonFiniteOutputError
 from tosa_jax.inference import loading
+from tosa_jax.inference.batches import by_shape, checked_sizes, split_batch
 from tosa_jax.inference.loading import KeepRate, OnMessage
 from tosa_jax.inference.pictures import Picture, open_picture
+from tosa_jax.models import naflex
 from tosa_jax.models.factory import with_image_size
 from tosa_jax.models.params import Params, set_params, split
 from tosa_jax.models.vit import Output, VisionTransformer
@@ -39,7 +41,8 @@ class Predictor:
 
     Programs are compiled only for `batch_sizes`, each at its first use or by `warm_up`. Other batches are split and
     padded to these sizes. A model that accepts images of any size, such as a depth model, compiles a program for each
-    image size that occurs, and then also for batch size 1.
+    image size that occurs, and then also for batch size 1. One with `max_patches` takes images of all proportions in
+    the same batch, by one program a batch size.
 
     `from_workdir`, `from_pretrained` and `from_weights` load a model; a model in memory works too:
 
@@ -77,7 +80,7 @@ class Predictor:
         batch_sizes: Sequence[int] = (1, 8, 64),
     ) -> None:
         config = model.config
-        batch_sizes = _batch_sizes(batch_sizes)
+        batch_sizes = checked_sizes(batch_sizes)
         check_dtype("dtype", config.dtype)
         num_classes = 0 if "num_classes" in config.unused else config.num_classes
         names = tuple(default_names(num_classes) if class_names is None else class_names)
@@ -201,7 +204,8 @@ class Predictor:
         )
 
     def prepare(self, image: Picture) -> np.ndarray:
-        """Makes an input array of a `Picture`: uint8 [s, s, c]; for a depth model [height, width, c] at its own size.
+        """Makes an input array of a `Picture`: uint8 [s, s, c]; for a depth model [height, width, c] at its own size,
+        and for a model with `max_patches` in its own proportion, of whole patches.
 
         Raises BadImageError (a ValueError) if it is no image or incomplete, OSError if the file cannot be read,
         ConfigError if the model takes neither grey nor RGB images.
@@ -224,23 +228,35 @@ class Predictor:
         """
         images = np.asarray(images)
         self._check(images)
-        shape = images.shape[1:]
         if not len(images):
-            return _rows(self(np.zeros((1, *shape), np.uint8)), slice(0))
-        parts, start = [], 0
-        for size in split_batch(len(images), self.batch_sizes):
-            part = images[start : start + size]
-            padded = np.concatenate([part, np.zeros((size - len(part), *shape), np.uint8)])
-            parts.append((len(part), self.program(size, shape[:2])(self._params, padded)))
+            return _rows(self(np.zeros((1, *images.shape[1:]), np.uint8)), slice(0))
+        if self.config.max_patches:
+            return self._in_batches(*naflex.to_strips(images, self.config))
+        return self._in_batches(images)
+
+    def _in_batches(self, *arrays: np.ndarray) -> Prediction:
+        """The rows of arrays, which belong together, through the programs of the batch sizes."""
+        parts, count, start = [], len(arrays[0]), 0
+        for size in split_batch(count, self.batch_sizes):
+            places = np.minimum(np.arange(start, start + size), count - 1)  # the last row pads
+            program = self.program(size, arrays[0].shape[1:3])
+            out = program(self._params, *(x[places] for x in arrays))
+            parts.append((min(size, count - start), out))
             start += size
         parts = [_rows(out, slice(n)) for n, out in jax.device_get(parts)]
         return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
 
     def each(self, images: Sequence[np.ndarray]) -> list[Prediction]:
-        """Runs the model on images of different sizes, each uint8 [height, width, c]; those of one size in one batch.
+        """Runs the model on images of different sizes, each uint8 [height, width, c]; those of one size in one batch,
+        and all in one with `max_patches`.
 
         Returns a `Prediction` of one row for each image. Raises the errors of a call.
         """
+        if self.config.max_patches and len(images):
+            for image in images:
+                self._check(np.asarray(image)[None])
+            out = self._in_batches(*naflex.to_strips(images, self.config))
+            return [_rows(out, slice(i, i + 1)) for i in range(len(images))]
         found: dict[int, Prediction] = {}
         for places in by_shape(images):
             out = self(np.stack([images[place] for place in places]))
@@ -265,8 +281,8 @@ class Predictor:
     def classify(self, images: Iterable[Picture], k: int = 5) -> list[list[Guess]]:
         """The `k` classes of highest probability for each image: `prepare`, a call and `top`, with their errors."""
         self._check_classes()
-        arrays = [self.prepare(image) for image in _several(images)]
-        return self.top(self(np.stack(arrays)), k) if arrays else []
+        predictions = self.each([self.prepare(image) for image in _several(images)])
+        return [self.top(out, k)[0] for out in predictions]
 
     def depth(self, images: Iterable[Picture]) -> list[np.ndarray]:
         """The depth of each image at its own size, float32 [height, width] as `Output.depth`: `prepare` and `each`.
@@ -282,8 +298,8 @@ class Predictor:
     @functools.cached_property
     def num_selections(self) -> int:
         """Number of times the model selects tokens; 0: it is dense."""
-        images = self._abstract_images(1, self.config.image_shape)
-        return len(jax.eval_shape(self._run, self._params, images).selected)
+        arrays = self._abstract_arrays(1, self._own_shape)
+        return len(jax.eval_shape(self._run, self._params, *arrays).selected)
 
     def warm_up(self) -> None:
         """Compiles the programs of all batch sizes, for images of the model's own size."""
@@ -293,13 +309,14 @@ class Predictor:
     def program(
         self, batch_size: int, image_size: tuple[int, int] | None = None
     ) -> jax.stages.Compiled:
-        """The compiled program `(params, images) -> Prediction` of a batch size.
+        """The compiled program `(params, images) -> Prediction` of a batch size; of a model with `max_patches`
+        `(params, strips, grids)`, as `models.naflex.to_strips` makes them.
 
         image_size  height and width; None: the model's own.
 
         Raises DeviceError if the program does not fit the device.
         """
-        size = image_size or self.config.image_shape
+        size = image_size or self._own_shape
         with self._lock:
             if (batch_size, *size) not in self._programs:
                 self._programs[batch_size, *size] = self._compile(batch_size, size)
@@ -309,8 +326,8 @@ class Predictor:
             return self._programs[batch_size, *size]
 
     def _compile(self, batch_size: int, size: tuple[int, int]) -> jax.stages.Compiled:
-        images = self._abstract_images(batch_size, size)
-        program = jax.jit(self._run).lower(self._params, images).compile()
+        arrays = self._abstract_arrays(batch_size, size)
+        program = jax.jit(self._run).lower(self._params, *arrays).compile()
         check_fits(
             program,
             f"a batch of {batch_size} images of {size[0]}x{size[1]} pixels",
@@ -319,24 +336,44 @@ class Predictor:
         )
         return program
 
-    def _abstract_images(self, batch_size: int, size: tuple[int, int]) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((batch_size, *size, self.config.in_chans), np.uint8)
+    @property
+    def _own_shape(self) -> tuple[int, int]:
+        """Height and width of what programs take."""
+        config = self.config
+        return naflex.strip_shape(config) if config.max_patches else config.image_shape
 
-    def _run(self, params: Params, images: jax.Array) -> Prediction:
-        out: Any = self.output(params, images)
+    def _abstract_arrays(
+        self, batch_size: int, size: tuple[int, int]
+    ) -> tuple[jax.ShapeDtypeStruct, ...]:
+        images = jax.ShapeDtypeStruct((batch_size, *size, self.config.in_chans), np.uint8)
+        grids = jax.ShapeDtypeStruct((batch_size, 2), np.int32)
+        return (images, grids) if self.config.max_patches else (images,)
+
+    def _run(self, params: Params, *arrays: jax.Array) -> Prediction:
+        out: Any = self.output(params, *arrays)
         return Prediction(out.predictions, out.selected, out.scores)
 
-    def output(self, params: Params, images: jax.Array, *, tokens: bool = False) -> Output:
+    def output(
+        self,
+        params: Params,
+        images: jax.Array,
+        grids: jax.Array | None = None,
+        *,
+        tokens: bool = False,
+    ) -> Output:
         """What the network gives for images, uint8 [b, height, width, c]: a pure function, to be compiled or exported.
 
         params  of `model`, by path.
+        grids   of images that are strips of patches, as in a call of the model.
         tokens  whether `Output.tokens` is wanted of a classifier too.
 
         Predictions are float32, whatever the network computes in.
         """
-        model = with_image_size(
-            set_params(self._graphdef, params), (images.shape[1], images.shape[2])
-        )
+        model: Any = set_params(self._graphdef, params)
+        if grids is None:
+            model = with_image_size(model, (images.shape[1], images.shape[2]))
+        else:
+            model = functools.partial(model, grids=grids)
 
         def all_of_it(images: jax.Array, key: jax.Array, **_: Any) -> Output:
             return model(images, key=key)
@@ -349,10 +386,11 @@ class Predictor:
 
     def _check(self, images: np.ndarray) -> None:
         config = self.config
-        size = ("height", "width") if config.resizes else config.image_shape
+        any_size = config.resizes or config.max_patches > 0
+        size = ("height", "width") if any_size else config.image_shape
         fits = images.ndim == 4 and images.shape[3] == config.in_chans and min(images.shape[1:]) > 0
         check(
-            images.dtype == np.uint8 and fits and (config.resizes or images.shape[1:3] == size),
+            images.dtype == np.uint8 and fits and (any_size or images.shape[1:3] == size),
             f"images are {images.dtype} {list(images.shape)}, but must be uint8 [b, {size[0]}, {size[1]}, "
             f"{config.in_chans}]: Predictor.prepare makes them",
         )
@@ -444,18 +482,6 @@ def check_finite(prediction: Prediction) -> None:
             )
 
 
-def _batch_sizes(sizes: Any) -> tuple[int, ...]:
-    """Checked batch sizes. Raises ConfigError for none, or one below 1."""
-    try:
-        found = tuple(plain_value("batch_sizes", size, int) for size in sizes)
-    except TypeError:
-        found = ()
-    check(
-        len(found) > 0 and min(found) >= 1, f"batch_sizes={sizes!r} must be numbers of at least 1"
-    )
-    return found
-
-
 def _a_channel(name: str, values: Any, channels: int) -> tuple[float, ...]:
     """One value a channel; a single value is repeated."""
     given = values if are_many(values) else (values,)
@@ -466,31 +492,3 @@ def _a_channel(name: str, values: Any, channels: int) -> tuple[float, ...]:
         f"{name}={found} is not one value for each of {channels} channels: pass {name} with as many",
     )
     return found
-
-
-def split_batch(count: int, sizes: Sequence[int]) -> list[int]:
-    """Splits `count` images into batches of the given ascending sizes: few batches, at most half of one is padding.
-
-    >>> split_batch(70, (1, 8, 64)), split_batch(9, (1, 8, 64))
-    ([64, 8], [8, 1])
-    """
-    chosen = []
-    while count > 0:
-        fitting = [size for size in sizes if size <= count]
-        padded = next((size for size in sizes if size >= count), sizes[-1])
-        size = padded if padded <= 2 * count or not fitting else fitting[-1]
-        chosen.append(size)
-        count -= size
-    return chosen
-
-
-def by_shape(images: Sequence[np.ndarray]) -> list[list[int]]:
-    """Groups the indices of images by shape, in the order in which the shapes first occur.
-
-    >>> by_shape([np.zeros(2), np.zeros(3), np.zeros(2)])
-    [[0, 2], [1]]
-    """
-    places: dict[tuple[int, ...], list[int]] = {}
-    for place, image in enumerate(images):
-        places.setdefault(image.shape, []).append(place)
-    return list(places.values())

@@ -1,5 +1,6 @@
 """Figures of a model's selections and depth: chooses grid and titles by its configuration; `figures` draws them."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,8 +25,14 @@ def draw_tokens(
     scores    one float [b, n] a selection, as in a model's `Output`; None: no score maps.
     labels    one text an image.
 
+    Of a model with `max_patches` the images of one call have one size: all have as much padding, which is not drawn.
+
     Returns uint8 [rows, columns, 3].
     """
+    if config.max_patches:
+        config = dataclasses.replace(config, image_size=images.shape[1:3], max_patches=0)
+        selected = [x[:, np.asarray(x[0]) >= 0] for x in selected]
+        scores = None if scores is None else [x[:, : config.num_tokens] for x in scores]
     return figures.selected_tokens_figure(
         np.asarray(images),
         tuple(map(np.asarray, selected)),

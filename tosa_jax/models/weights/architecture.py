@@ -47,8 +47,9 @@ def network_of(file: WeightFile, name: str = "", say: Say = print) -> tuple[str,
         base = _guessed(file, say)
     variant = dict(VARIANTS.get(base, {}))
     fields = variant | stated | _shapes(file, arrays, variant)
-    if towers.is_naflex(file.arrays):
-        fields["max_patches"] = statements.most_patches(file) or arrays["pos_embed"].shape[1]
+    if towers.is_naflex(file.arrays) or variant.get("max_patches"):
+        stated_most = statements.most_patches(file) or variant.get("max_patches")
+        fields["max_patches"] = stated_most or arrays["pos_embed"].shape[1]
     fields |= _positions(file, arrays, fields) | _head(file, arrays, variant, say)
     if fields.get("rope") == "dinov3" and not fields.get("qkv_bias", True):
         fields["qkv_bias"] = True  # timm's files without biases are read as such with zeros

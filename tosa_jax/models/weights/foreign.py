@@ -4,6 +4,7 @@ The inverse of `translation`, by the same tables, for the networks that both sid
 """
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,7 +53,11 @@ def to_timm(
         raise WeightsError("no architecture of timm is this network; leave names out to save it")
     args: dict[str, Any] = {name: getattr(config, name) for name in _SIZES}
     # timm makes the last norm by the pool when it builds the network, before it reads `global_pool` beside these.
-    args |= {"img_size": list(config.image_shape), "global_pool": config.global_pool}
+    args["global_pool"] = config.global_pool
+    if config.max_patches:
+        args["pos_embed_grid_size"] = list(config.grid)
+    else:
+        args["img_size"] = list(config.image_shape)
     if config.layer_scale:
         args["init_values"] = config.layer_scale
     if config.rope:
@@ -71,8 +76,10 @@ def to_timm(
     }
     stated |= {"label_names": list(class_names)} if class_names else {}
     stated |= {"projection": True} if config.projection else {}  # only read here: timm has no word
+    stated |= {"max_patches": config.max_patches} if config.max_patches else {}  # as well
     arrays = _plain(params, config)
     arrays = _as_eva(arrays, config) if config.rope else arrays
+    arrays = _as_naflex(arrays, config) if config.max_patches else arrays
     return arrays, {"config.json": stated}
 
 
@@ -83,6 +90,7 @@ def _architecture(config: ViTConfig) -> str | None:
         return (
             *(getattr(of, name) for name in _FORM),
             bool(of.layer_scale),
+            bool(of.max_patches),
             of.key_bias or not of.rope,  # without rotary positions it changes nothing
             of.global_pool == "map",
         )
@@ -120,11 +128,20 @@ def _plain(params: Arrays, config: ViTConfig) -> Arrays:
         if path.startswith("kinds/"):
             continue
         name = re.sub(r"(kernel|scale)$", "weight", path).replace("/", ".")
-        if name == "patch_embed.proj.weight":
+        if name == "patch_embed.proj.weight" and not config.max_patches:
             side = config.patch_size
             x = x.reshape(side, side, config.in_chans, -1).transpose(3, 2, 0, 1)
         arrays[name] = x.T if x.ndim == 2 else x
     return arrays
+
+
+def _as_naflex(arrays: Arrays, config: ViTConfig) -> Arrays:
+    """A network for images of any proportion under the names of timm's `naflexvit.py`."""
+    out = dict(arrays)
+    for part in ("weight", "bias"):
+        out[f"embeds.proj.{part}"] = out.pop(f"patch_embed.proj.{part}")
+    out["embeds.pos_embed"] = out.pop("pos_embed").reshape(1, *config.grid, -1)
+    return out
 
 
 def _as_eva(arrays: Arrays, config: ViTConfig) -> Arrays:
@@ -167,6 +184,7 @@ class _Kind(NamedTuple):
 _FORM_OF_ALL: dict[str, tuple[Any, ...]] = {
     "class_token": (True,), "distilled": (False,), "reg_tokens": (False,), "layer_scale": (False,),
     "pre_norm": (False,), "patch_bias": (True,), "pos_embed": (True,), "pos_embed_prefix": (True,), "rope": (False,),
+    "max_patches": (False,),
     "mlp": ("gelu", "gelu_tanh", "quick_gelu"), "qkv_bias": (True, False),
 }  # fmt: skip
 _FEATURES = {("token", "features"): "Model"}
@@ -202,6 +220,17 @@ _KINDS = (
         "SiglipVision",
         {("map", "features"): "Model"},
         {"class_token": (False,), "pos_embed_prefix": (True, False), "qkv_bias": (True,)},
+    ),
+    _Kind(
+        "siglip2_vision_model",
+        "Siglip2Vision",
+        {("map", "features"): "Model"},
+        {
+            "class_token": (False,),
+            "pos_embed_prefix": (True, False),
+            "qkv_bias": (True,),
+            "max_patches": (True,),
+        },
     ),
     _Kind(
         "dinov3_vit",
@@ -271,7 +300,7 @@ def to_hf(
     class_names: tuple[str, ...],
 ) -> tuple[Arrays, dict[str, dict[str, Any]]]:
     """transformers' arrays, config.json and preprocessor_config.json: of a ViT, a distilled DeiT, a DINOv2 or DINOv3,
-    and of the image towers of CLIP and SigLIP.
+    and of the image towers of CLIP, SigLIP and SigLIP 2's NaFlex.
 
     Raises WeightsError for any other network, and for a projection with a bias.
     """
@@ -335,6 +364,9 @@ def _hf_config(config: ViTConfig, kind: _Kind, class_names: tuple[str, ...]) -> 
         "image_size": height if height == width else [height, width],
         "hidden_act": "silu" if gated else _ACTIVATIONS[config.mlp],
     }  # fmt: skip
+    if config.max_patches:
+        del stated["image_size"]
+        stated["num_patches"] = math.prod(config.grid)
     if kind.model_type.startswith("dinov2"):
         stated |= {"mlp_ratio": _dinov2_ratio(config), "use_swiglu_ffn": gated}
     else:
@@ -358,8 +390,15 @@ def _hf_config(config: ViTConfig, kind: _Kind, class_names: tuple[str, ...]) -> 
 
 
 def _processor(config: ViTConfig, known: Preprocessing) -> dict[str, Any]:
-    """transformers' preprocessor_config.json of an image processor that crops."""
+    """transformers' preprocessor_config.json: of an image processor that crops, or of one for any proportion."""
     height, width = config.image_shape
+    if config.max_patches:
+        return {
+            "image_processor_type": "Siglip2ImageProcessor", "do_resize": True, "do_rescale": True,
+            "do_normalize": True, "do_convert_rgb": True, "rescale_factor": 1 / 255,
+            "resample": _FILTERS[known.interpolation], "patch_size": config.patch_size,
+            "max_num_patches": config.max_patches, "image_mean": list(known.mean), "image_std": list(known.std),
+        }  # fmt: skip
     before = int(height / known.crop_pct)
     squash = {"height": before, "width": int(width / known.crop_pct)}
     return {

@@ -194,10 +194,8 @@ def to_timm(arrays: Arrays) -> tuple[Arrays, list[str]]:
         if _BUFFER.match(name):
             continue
         renamed[rename(name, rules)] = array
-    if "embeds.pos_embed" in arrays:  # a square there
-        renamed["pos_embed"] = arrays["embeds.pos_embed"].reshape(
-            1, -1, arrays["embeds.pos_embed"].shape[-1]
-        )
+    if "embeds.pos_embed" in arrays:  # rows and columns are two axes there
+        renamed["pos_embed"] = renamed["pos_embed"].reshape(1, -1, renamed["pos_embed"].shape[-1])
     return fuse(with_key_biases(renamed)), sorted(unused)
 
 

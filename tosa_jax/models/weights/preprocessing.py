@@ -22,7 +22,9 @@ class Preprocessing(NamedTuple):
     mean, std      of each channel's pixels in [0, 1]; one value serves all channels.
     crop_pct       share in (0, 1] of the resized short side that the central crop keeps.
     interpolation  of the resize: "bicubic" or "bilinear".
-    resize         not read of a network for images of any proportion (`ViTConfig.max_patches`), nor `crop_pct`: "crop", or "squash": both sides are resized, whatever the aspect ratio, before the crop.
+    resize         "crop", or "squash": both sides are resized, whatever the aspect ratio, before the crop.
+
+    A network for images of any proportion (`ViTConfig.max_patches`) reads neither `crop_pct` nor `resize`.
     """
 
     mean: tuple[float, ...] = IMAGENET_MEAN

@@ -96,7 +96,8 @@ def architecture(file: WeightFile) -> str:
 _FAMILIES = {
     "vit": "vit_augreg", "vit_mae": "mae", "deit": "deit_", "dinov2": "vit_dinov2", "clip": "vit_clip",
     "dinov2_with_registers": "vit_dinov2", "clip_vision_model": "vit_clip", "siglip": "vit_siglip",
-    "siglip_vision_model": "vit_siglip", "siglip2": "naflexvit", "siglip2_vision_model": "naflexvit", "dinov3_vit": "vit_dinov3", "depth_anything": "vit_dinov2",
+    "siglip_vision_model": "vit_siglip", "siglip2": "naflexvit", "siglip2_vision_model": "naflexvit",
+    "dinov3_vit": "vit_dinov3", "depth_anything": "vit_dinov2",
 }  # fmt: skip
 
 
@@ -124,11 +125,16 @@ def prepared_size(file: WeightFile) -> tuple[int, int] | None:
 
 
 def most_patches(file: WeightFile) -> int:
-    """Patches that an image of any proportion becomes, as the files of transformers' SigLIP 2 state it; 0: they do not.
+    """Patches that an image of any proportion becomes at most, as the files of transformers' SigLIP 2 state it, and
+    those that this project writes for timm; 0: they do not.
 
     Raises WeightsError: what they state is of an unknown form.
     """
-    for said, name in ((file.preprocessor, "max_num_patches"), (vision_config(file), "num_patches")):
+    for said, name in (
+        (file.preprocessor, "max_num_patches"),
+        (vision_config(file), "num_patches"),
+        (file.config, "max_patches"),
+    ):
         if name in said:
             return _of_kind(file, name, said[name], int)
     return 0
@@ -136,6 +142,8 @@ def most_patches(file: WeightFile) -> int:
 
 def stated_grid(file: WeightFile, patch_size: int) -> tuple[int, int] | None:
     """Rows and columns of the patches that the file's positions are for; None if nothing states them."""
+    if (square := file.arrays.get("embeds.pos_embed")) is not None and square.ndim == 4:
+        return square.shape[1], square.shape[2]  # timm's NaFlex
     size = trained_size(file)
     return None if size is None else (size[0] // patch_size or 1, size[1] // patch_size or 1)
 
