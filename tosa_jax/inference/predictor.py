@@ -231,7 +231,7 @@ class Predictor:
         if not len(images):
             return _rows(self(np.zeros((1, *images.shape[1:]), np.uint8)), slice(0))
         if self.config.max_patches:
-            return self._in_batches(*naflex.to_strips(images, self.config))
+            return self._in_batches(*naflex.to_strips(list(images), self.config))
         return self._in_batches(images)
 
     def _in_batches(self, *arrays: np.ndarray) -> Prediction:

@@ -21,8 +21,8 @@ def strip_shape(config: ViTConfig) -> tuple[int, int]:
 
 
 def to_strips(
-    images: Sequence[UInt8[np.ndarray, "height width c"]], config: ViTConfig
-) -> tuple[UInt8[np.ndarray, "b height width c"], Int32[np.ndarray, "b 2"]]:
+    images: Sequence[UInt8[np.ndarray, "_ _ c"]], config: ViTConfig
+) -> tuple[UInt8[np.ndarray, "b strip p c"], Int32[np.ndarray, "b 2"]]:
     """Images of several sizes, uint8 [height width c] each -> their strips of patches, zeros below, and their grids.
 
     Raises ConfigError: patches do not divide an image, or there are more of them than `max_patches`.
