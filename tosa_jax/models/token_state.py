@@ -68,7 +68,7 @@ class TokenState(NamedTuple):
                    gradient passes through. None: all are read. The tokens stay as many as they were.
     grid_rotary    rotary positions of all n tokens; None: the network has none. `rotary` has those of `tokens`.
     grid_present   bool [b n], false for those of all n tokens that are padding, which no token reads and no layer
-                   selects before others; None: there is none. `mask` is false for those of `tokens`.
+                   selects before others; None: there is none. `present` has those of `tokens`.
     labels         float [b m 1] in [0, 1], a label of each token, which goes where the token goes and is mixed as
                    attention mixes tokens (`attended`); None: tokens have none.
     """
@@ -125,9 +125,24 @@ class TokenState(NamedTuple):
         """Rotary positions of `tokens`, for the block that runs on them: they go where the tokens go. None: none."""
         return self._last.rotary if self._last else self.grid_rotary
 
+    @property
+    def present(self) -> Present | None:
+        """Which of `tokens` are no padding, [b s]; None: there is none."""
+        if self.grid_present is None or not self._last:
+            return self.grid_present
+        return self._last.mask
+
+    @property
+    def counts(self) -> Float[Array, "b s"] | None:
+        """`sizes`, and 0 for padding; None: one each."""
+        if self.present is None:
+            return self.sizes
+        sizes = jnp.ones(self.present.shape) if self.sizes is None else self.sizes
+        return self.past_padding(sizes, 0.0)
+
     def past_padding(self, scores: Float[Array, "b m"], value: float) -> Float[Array, "b m"]:
         """Scores [b m] of `tokens`, with `value` for padding."""
-        return scores if self.grid_present is None else jnp.where(self.mask, scores, value)
+        return scores if self.present is None else jnp.where(self.present, scores, value)
 
     def _placed(self, reduction: Reduction) -> Reduction:
         """The reduction with the rotary positions of its tokens, and a mask that is false for padding."""
@@ -137,8 +152,8 @@ class TokenState(NamedTuple):
             )
         rotary = None if self.rotary is None else reduction.places(self.rotary)
         mask = reduction.mask
-        if self.grid_present is not None:
-            present = reduction.present(self.mask)
+        if self.present is not None:
+            present = reduction.present(self.present)
             mask = present if mask is None else mask & present
         return reduction._replace(rotary=rotary, labels=self.labels, mask=mask)
 
@@ -218,11 +233,9 @@ class TokenState(NamedTuple):
     def cut_off(self) -> "TokenState":
         """The state after a layer that worked out the first tokens alone: no reduction is left to end."""
         count = self.tokens.shape[1]
-        first = {
-            name: None if values is None else values[:, :count]
-            for name, values in (("policy", self.policy), ("grid_present", self.grid_present))
-        }
-        return self._replace(open=(), persisting=(), **first)
+        policy = None if self.policy is None else self.policy[:, :count]
+        present = None if self.grid_present is None else self.grid_present[:, :count]
+        return self._replace(open=(), persisting=(), policy=policy, grid_present=present)
 
     def restored_grid(self) -> "TokenState":
         """The state with all n tokens back in their places: every reduction has ended, persisting ones too."""

@@ -360,6 +360,10 @@ class VisionTransformer(nnx.Module):
         `key` feeds drop path (with `train`) and random selection: one key, or one an example, so that what an
         example draws does not depend on the others in its batch.
         """
+        if grids is not None and patch_labels is not None:
+            raise ConfigError(
+                "labels travel with the tokens of images of one size: leave out grids"
+            )
         first = self.config.global_pool == "token"
         read = min(READ_TOGETHER, self.config.num_tokens) if first and not tokens else None
         present = self._present(grids)

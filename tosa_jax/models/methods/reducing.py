@@ -218,5 +218,4 @@ def class_scores(query: Heads, key: Heads, value: Heads, bias: Bias) -> Scores:
 
 def sizes_of(state: TokenState) -> Float[Array, "b n"]:
     """How many of the original tokens each of the state's tokens stands for, float32; 0 for padding."""
-    sizes = jnp.ones(state.tokens.shape[:2]) if state.sizes is None else state.sizes
-    return state.past_padding(sizes, 0.0)
+    return jnp.ones(state.tokens.shape[:2]) if state.counts is None else state.counts

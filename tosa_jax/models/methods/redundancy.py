@@ -63,20 +63,17 @@ class Redundancy(SelectiveLayer):
             state = Standard.apply(self, block, state, context)
             return state.restored() if self.spec.closes else state
         bypass, sizes, before = self.bypass, state.sizes, state
-        present, counted = None, sizes
-        if state.grid_present is not None:
-            present, counted = state.mask, state.weights
 
         def reduce(state, keys):
             chosen, scores = bipartite_matching(
-                keys, self.spec.count, self.num_prefix_tokens, present=present
+                keys, self.spec.count, self.num_prefix_tokens, present=before.present
             )
             scores = before.past_padding(scores, 0.0)
             if context.read is not None:  # nobody reads what merging would change
                 return state.reporting(Reduction(chosen), scores)
             if self.one_hot:
                 chosen = with_one_hot(chosen, state.tokens.dtype)
-            entered = bypass.open(block, state.tokens, chosen, counted)
+            entered = bypass.open(block, state.tokens, chosen, before.counts)
             return state.opened(*entered, scores)
 
         weighing = context.weighing(sizes if self.proportional else None, state.mask)

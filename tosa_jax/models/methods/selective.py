@@ -81,13 +81,12 @@ class SelectiveLayer(Standard):
             if weight := self.redundancy_weight:
                 scores = state.past_padding(scores, -jnp.inf)
                 scores = weigh_redundancy(scores, state.tokens, weight, self.num_prefix_tokens)
-            sizes = state.weights if state.grid_present is not None else None
             scores = state.past_padding(scores, -jnp.inf)
             chosen = select_tokens(scores, self.spec.count, self.num_prefix_tokens)
             chosen = self.bypass.match(state.tokens, chosen)
             if self.one_hot:
                 chosen = with_one_hot(chosen, state.tokens.dtype)
-            entered = self.bypass.open(block, state.tokens, chosen, sizes)
+            entered = self.bypass.open(block, state.tokens, chosen, state.counts)
             state = state.opened(*entered, state.past_padding(scores, 0.0))
         state = super().apply(block, state, context)
         return state.restored() if self.spec.closes else state

@@ -51,9 +51,8 @@ class ToMe(ReducingLayer):
         self, tokens: Tokens, reported: Float[Array, "b n dh"], state: TokenState
     ) -> tuple[Reduction, Scores]:
         prefix = self.num_prefix_tokens
-        present = None if state.grid_present is None else state.mask
         pairs, scores = bipartite_matching(
-            reported, self.spec.count, prefix, first=prefix % 2, present=present
+            reported, self.spec.count, prefix, first=prefix % 2, present=state.present
         )
         return pooled(pairs, sizes_of(state)), state.past_padding(scores, 0.0)
 
