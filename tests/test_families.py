@@ -32,6 +32,7 @@ MODELS = {
     "DINOv3ViTModel": ("vit_small_patch16_dinov3", SMALL | {"mlp_ratio": 2.5}),
     "DINOv3ViTModel/gated": ("vit_small_plus_patch16_dinov3",
                              SMALL | {"mlp_ratio": 5.0, "rope_base": 30.0}),
+    "DINOv3ViTModel/7b": ("vit_7b_patch16_dinov3", SMALL | {"mlp_ratio": 4.0}),
     "Dinov2ForImageClassification": ("vit_small_patch14_dinov2", DINOV2 | {"pos_resample": "bicubic"}),
     "Dinov2WithRegistersForImageClassification": ("vit_small_patch14_reg4_dinov2", DINOV2),
     "eva02_tiny_patch14_224": ("eva02_tiny_patch14_224", EVA02),
@@ -162,6 +163,7 @@ def as_facebook(params: dict) -> dict[str, np.ndarray]:
                 f"blocks.{i}.attn.qkv.bias_mask": (np.arange(96) // 32 != 1).astype(np.float32)}  # fmt: skip
     return out | {
         "rope_embed.periods": np.ones(4, np.float32),
+        "local_cls_norm.weight": np.ones(32, np.float32),  # of the 7B's training
         "mask_token": np.ones((1, 32), np.float32),
     }
 
@@ -338,6 +340,9 @@ def test_every_name_of_the_hub_leads_to_a_variant_with_its_own_preprocessing() -
     assert preprocessing_of("vit_base_patch16_dinov3", 256)[1:3] == ((0.229, 0.224, 0.225), 1.0)
     assert variant_config("vit_so400m_patch14_siglip_224").mlp_dim == 4304
     assert variant_config("vit_huge_plus_patch16_dinov3").mlp_dim == 2 * 5120
+    assert variant_config("facebook/dinov3-vit7b16-pretrain-lvd1689m").mlp_dim == 2 * 8192
+    naflex = preprocessing_of("google/siglip2-base-patch16-naflex", 256)
+    assert (naflex.mean, naflex.interpolation) == ((0.5,), "bilinear")
     widths = {"tiny": 512, "small": 1024, "base": 2048, "large": 2730}
     for size, width in widths.items():
         assert variant_config(f"eva02_{size}_patch14_224").mlp_dim == 2 * width

@@ -25,6 +25,8 @@ CASES = {
     "SiglipVisionModel": VISION,
     "DINOv3ViTModel": DINOV3,
     "DINOv3ViTModel/gated": DINOV3 | {"use_gated_mlp": True, "hidden_act": "silu", "rope_theta": 30.0},
+    "DINOv3ViTModel/7b": DINOV3 | {"use_gated_mlp": True, "hidden_act": "silu", "intermediate_size": 64,
+                                   "query_bias": False, "value_bias": False},
     "Dinov2ForImageClassification": SIZES | {"image_size": 32, "patch_size": 8, "num_labels": 5},
     "Dinov2WithRegistersForImageClassification": SIZES | {"image_size": 32, "patch_size": 8, "num_labels": 5},
 }  # fmt: skip

@@ -19,6 +19,7 @@ def _vit(size: str, patch: int = 16, image: int = 224, **fields) -> dict[str, An
         "so400m": {"embed_dim": 1152, "depth": 27, "num_heads": 16, "mlp_ratio": 3.7362},
         "huge": {"embed_dim": 1280, "depth": 32, "num_heads": 16},
         "giant": {"embed_dim": 1536, "depth": 40, "num_heads": 24},
+        "7b": {"embed_dim": 4096, "depth": 40, "num_heads": 32},
         "giantopt": {"embed_dim": 1536, "depth": 40, "num_heads": 16},
     }
     return sizes[size] | {"patch_size": patch, "image_size": image} | fields
@@ -138,8 +139,10 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
             ("base", "base", {}),
             ("large", "large", {}),
             ("huge_plus", "huge", _GATED | {"num_heads": 20}),
+            ("7b", "7b", {"mlp": "swiglu", "mlp_ratio": 4.0}),
         )
         for biases in ("", "_qkvb")
+        if s != "7b" or not biases  # it has none of queries, keys and values
     },
     # Fang et al. 2023 (EVA-02).
     **{
@@ -198,10 +201,11 @@ HUB_NAMES: Mapping[str, str] = {
     **{f"google/siglip2-{s}-patch16-naflex": f"naflexvit_{s}_patch16_siglip" for s in ("base", "so400m")},
     **{f"facebook/dinov3-vit{size}16-pretrain-lvd1689m": f"vit_{name}_patch16_dinov3"
        for size, name in (("s", "small"), ("splus", "small_plus"), ("b", "base"), ("l", "large"),
-                          ("hplus", "huge_plus"))},
+                          ("hplus", "huge_plus"), ("7b", "7b"))},
     # Of 384 pixels the patches of 14 cover 378.
     "google/siglip2-so400m-patch14-384": "vit_so400m_patch14_siglip_378",
     "facebook/dinov3-vitl16-pretrain-sat493m": "vit_large_patch16_dinov3",
+    "facebook/dinov3-vit7b16-pretrain-sat493m": "vit_7b_patch16_dinov3",
 }  # fmt: skip
 """The name of a repository on Hugging Face's hub -> timm's name of the network that it holds."""
 

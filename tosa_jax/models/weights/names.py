@@ -28,7 +28,7 @@ Arrays = dict[str, np.ndarray]
 # other parameter that is left over is an error.
 _UNUSED = re.compile(
     r"(?:embeddings\.)?(mask_token)$|(dino_head|ibot_head|decoder)\.|(pooler)\.dense\."
-    r"|(lm_head)\.|(decoder)_(?:embed|pos_embed|blocks|norm|pred)\b|(head)\.(?:mlp|last_layer)\.|(pre_logits)[./]"
+    r"|(lm_head)\.|(local_cls_norm)\.|(decoder)_(?:embed|pos_embed|blocks|norm|pred)\b|(head)\.(?:mlp|last_layer)\.|(pre_logits)[./]"
 )
 
 # Rotary positions, which the model works out.
