@@ -13,6 +13,7 @@ from tosa_jax.models.lemevit import LeMeViT
 from tosa_jax.models.method import MAIN, METHODS, control_plan, layer_kinds
 from tosa_jax.models.params import Params, get_params, set_params, split
 from tosa_jax.models.plan import layer_specs
+from tosa_jax.models.tracing import abstract
 from tosa_jax.models.vit import VisionTransformer
 from tosa_jax.models.vit_config import ViTConfig
 
@@ -31,9 +32,9 @@ def build(config: ViTConfig, *, rngs: nnx.Rngs) -> VisionTransformer:
 def abstract_model(config: ViTConfig) -> VisionTransformer:
     """The model with shapes for arrays: nothing is allocated. Raises ConfigError as `build`.
 
-    All callers share it, because making one takes about half a second. Do not change it.
+    All callers share it, because making one takes a while. Do not change it.
     """
-    return nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0)))
+    return abstract(lambda rngs: build(config, rngs=rngs))
 
 
 class Structure(NamedTuple):
@@ -70,7 +71,7 @@ def with_image_size(model: VisionTransformer, size: int | tuple[int, int]) -> Vi
     if config == model.config:
         return model
     positions = model.positions(config.image_shape)
-    graphdef, _ = split(nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0))))
+    graphdef, _ = split(abstract(lambda rngs: build(config, rngs=rngs)))
     moved = {} if positions is None else {"pos_embed": positions}
     resized = set_params(graphdef, get_params(model) | moved)
     resized.gather_params, resized.preprocessing = model.gather_params, model.preprocessing
@@ -126,8 +127,7 @@ def _gmacs(config: ViTConfig) -> float:
     model = abstract_model(dataclasses.replace(config, keep_rate=1.0))
     specs, known = layer_specs(config), layer_kinds()
 
-    def make() -> Any:
-        rngs = nnx.Rngs(0)
+    def make(rngs: nnx.Rngs):
         parts = zip(config.plan, specs, strict=True)
         return nnx.List(known[name](config, spec, rngs=rngs) for name, spec in parts)
 
@@ -135,4 +135,4 @@ def _gmacs(config: ViTConfig) -> float:
         parts = zip(kinds, model.blocks, strict=True)
         return sum(kind.block_macs(block) + kind.own_macs(block) for kind, block in parts)
 
-    return (model.macs() - macs(model.kinds) + macs(nnx.eval_shape(make))) / 1e9
+    return (model.macs() - macs(model.kinds) + macs(abstract(make))) / 1e9

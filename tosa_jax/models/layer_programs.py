@@ -17,6 +17,7 @@ from tosa_jax.models.method import check_key, layer_kinds
 from tosa_jax.models.params import Params, set_params, split
 from tosa_jax.models.plan import layer_specs
 from tosa_jax.models.token_state import LayerContext, LayerSpec, TokenState
+from tosa_jax.models.tracing import abstract
 from tosa_jax.models.vit import VisionTransformer
 from tosa_jax.models.vit_config import ViTConfig
 from tosa_jax.ops.array_types import AttnMap, Images, Tokens
@@ -127,12 +128,11 @@ class LayerPrograms:
         if (step, after) not in self._parts:
             kinds = layer_kinds()
 
-            def make():
-                rngs = nnx.Rngs(0)
+            def make(rngs: nnx.Rngs):
                 found = [kinds[x.kind](self._config, x.spec, rngs=rngs) for x in (step, after) if x]
                 return nnx.List([kinds[step.kind].build_block(self._config, rngs=rngs), *found])
 
-            modules = nnx.eval_shape(make)
+            modules = abstract(make)
             block: Any = modules[0]
             kind: Any = modules[1]
             graphdef, params = split(modules)

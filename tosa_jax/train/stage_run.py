@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
 from tosa_jax.config import RunConfig, StageConfig
@@ -20,6 +19,7 @@ from tosa_jax.models.method import DENSE
 from tosa_jax.models.optim import learning_rate, make_optimizer, split_trainable
 from tosa_jax.models.params import Params, get_params
 from tosa_jax.models.plan import layer_specs
+from tosa_jax.models.tracing import rngs_of
 from tosa_jax.models.vit_config import ViTConfig
 from tosa_jax.paths import AnyPath
 from tosa_jax.tasks import TASKS
@@ -187,7 +187,7 @@ def first_state(
     """
     own, params = structure(model).shapes, start
     if own.keys() - start.keys():
-        rngs = nnx.Rngs(params=jax.random.key(setup.seed))
+        rngs = rngs_of(jax.random.key(setup.seed))
         params = get_params(build(model, rngs=rngs)) | start
     return init_state(setup, *split_trainable(params, trainable), teacher)
 
