@@ -2,6 +2,7 @@
 
 import gc
 import os
+import threading
 from pathlib import Path
 
 # Tests compile many small programs and run each a few times: optimising them costs more than it brings.
@@ -17,7 +18,9 @@ os.environ["XLA_FLAGS"] = " ".join(
 
 import jax
 import pytest
+from _pytest import runner
 from absl import flags
+from jax._src.interpreters import mlir
 from jaxtyping import install_import_hook
 
 ROOT = Path(__file__).parents[1]
@@ -34,8 +37,20 @@ jax.config.update("jax_compilation_cache_dir", str(ROOT / ".pytest_cache/jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 flags.FLAGS.mark_as_parsed()
 # Tracing makes many objects that stay: the collector has little to find, and a tenth of the time to lose.
-gc.freeze()
-gc.set_threshold(50_000, 20, 20)
+gc.set_threshold(200_000, 20, 20)
+
+# JAX makes an MLIR context for each program, which takes as long as lowering a small one. One a thread does.
+_contexts = threading.local()
+_make_ir_context = mlir.make_ir_context
+
+
+def _ir_context():
+    if not hasattr(_contexts, "own"):
+        _contexts.own = _make_ir_context()
+    return _contexts.own
+
+
+mlir.make_ir_context = _ir_context
 
 # Checks shapes and dtypes of arrays in every function of the modules that annotate them, at run time. In all modules it
 # would take a seventh of the time of a test that traces; their other types are pyright's.
@@ -47,6 +62,26 @@ install_import_hook(
     ],
     "type_checker.check",
 )
+
+
+def pytest_collection_finish():
+    """Leaves what was imported out of all collections."""
+    gc.freeze()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item, nextitem):
+    """Runs a test, whose calls all find room in one chunk of Python's stack."""
+    return _with_room(lambda: runner.pytest_runtest_protocol(item, nextitem))
+
+
+def _with_room(work):
+    return work()
+
+
+# Python keeps frames in chunks of 16 KiB, mapped when a call does not fit and unmapped when it returns. A loop at the
+# edge of one maps memory at each call: most page faults were that. A frame of 1 MiB makes its chunk one of 2 MiB.
+_with_room.__code__ = _with_room.__code__.replace(co_stacksize=2**17)
 
 
 @pytest.fixture(scope="session")
@@ -65,4 +100,13 @@ def one_device():
     from small import runs_on_one_device
 
     with runs_on_one_device():
+        yield
+
+
+@pytest.fixture(scope="module")
+def kept_programs():
+    """The runs of a file share programs that are made of equal parts (`programs.kept_programs`)."""
+    import programs
+
+    with programs.kept_programs():
         yield

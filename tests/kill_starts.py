@@ -94,7 +94,7 @@ class Start:
                 os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
                 os.dup2(file.fileno(), 1)
                 os.dup2(file.fileno(), 2)
-                _end(lambda: _run(argv, workdir, kill_at))
+                end_process(lambda: _run(argv, workdir, kill_at))
 
     def poll(self) -> int | None:
         """The exit status, negative for a signal; None while it runs."""
@@ -152,7 +152,7 @@ def _run(argv: list[str], workdir: Path, kill_at: int) -> int:
     return main.main(argv)
 
 
-def _end(work: Callable[[], int]) -> None:
+def end_process(work: Callable[[], int]) -> None:
     """Ends this fork with the status that `work` returns, as Python ends: threads, then what is due at exit."""
     import atexit
     import threading
@@ -209,7 +209,7 @@ def in_fork(work: Callable[[], Any]) -> Any:
                 json.dump(work(), file)
             return 0
 
-        _end(write)
+        end_process(write)
     os.close(writer)
     with os.fdopen(reader) as file:
         text = file.read()

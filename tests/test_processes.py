@@ -1,6 +1,5 @@
 """Several processes on loopback: one network, one report; they start, stop and fail together."""
 
-import contextlib
 import json
 import os
 import re
@@ -9,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import ClassVar
@@ -17,11 +17,14 @@ import jax
 import pytest
 from small import SIZES
 
+from tests import forks
+from tests.forks import Fork
 from tosa_jax.cli.command import run_command
 from tosa_jax.cli.flags import parse, parse_cluster
 from tosa_jax.config import make_run_config
 from tosa_jax.distributed import coordination
-from tosa_jax.distributed.initialisation import join
+from tosa_jax.distributed.coordination import end_all
+from tosa_jax.distributed.initialisation import Cluster, join
 from tosa_jax.distributed.preemption import Stopped, StopRequest
 from tosa_jax.errors import ConfigError
 from tosa_jax.models.weights.run_checkpoints import saved_steps
@@ -61,9 +64,12 @@ PATIENCE = 400  # seconds; none of the tests waits for it unless it fails
 
 
 class Run:
-    """Two processes of one run, a CPU device each: with more, the threads of a small machine starve each other."""
+    """Two processes of one run, a CPU device each: with more, the threads of a small machine starve each other.
 
-    started: ClassVar[list[list[subprocess.Popen]]] = []
+    trees  the checkout that each one runs, in a Python of its own; where none is given, both are forks.
+    """
+
+    started: ClassVar[list[list[Fork | subprocess.Popen]]] = []
 
     def __init__(
         self, folder: Path, *args: str, each: tuple[tuple[str, ...], ...] = ((), ()), trees=()
@@ -74,20 +80,22 @@ class Run:
         folder.mkdir(exist_ok=True)
         (folder / "tiny.py").write_text(RECIPE)
         self.outputs = [(folder / f"out{i}", folder / f"err{i}") for i in range(2)]
-        self.children: list[subprocess.Popen] = []
+        self.children: list[Fork | subprocess.Popen] = []
         self.started.append(self.children)
         for i, (out, err) in enumerate(self.outputs):
-            command = [
-                sys.executable, "-m", "tosa_jax.main", f"--config={folder}/tiny.py",
-                f"--workdir={folder}/run", "--multihost", f"--coordinator=localhost:{port}",
-                "--num_processes=2", f"--process_id={i}", *args, *each[i],
+            argv = [
+                f"--config={folder}/tiny.py", f"--workdir={folder}/run", "--multihost",
+                f"--coordinator=localhost:{port}", "--num_processes=2", f"--process_id={i}",
+                *args, *each[i],
             ]  # fmt: skip
-            tree = trees[i] if trees else ROOT
-            with out.open("w") as stdout, err.open("w") as stderr, ctrl_c_counts():
+            if not trees:
+                self.children.append(Fork(forks.main, argv, out=out, err=err))
+                continue
+            command = [sys.executable, "-m", "tosa_jax.main", *argv]
+            env = os.environ | forks.ENVIRONMENT | {"PYTHONPATH": str(trees[i])}
+            with out.open("w") as stdout, err.open("w") as stderr:
                 self.children.append(
-                    subprocess.Popen(
-                        command, cwd=tree, env=environment(tree), stdout=stdout, stderr=stderr
-                    )
+                    subprocess.Popen(command, cwd=trees[i], env=env, stdout=stdout, stderr=stderr)
                 )
 
     def wait_for(self, pattern: str) -> None:
@@ -111,27 +119,6 @@ def no_orphans():
         for child in Run.started.pop():
             child.kill()
             child.wait()
-
-
-@contextlib.contextmanager
-def ctrl_c_counts():
-    """Processes that are started here heed Ctrl-C, which a shell ignores for what runs in the background."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def environment(tree: Path) -> dict[str, str]:
-    return os.environ | {
-        "PYTHONPATH": str(tree),
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": "1",
-        "JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "0",
-        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache/jax"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-    }
 
 
 def own_lines(text: str) -> list[str]:
@@ -198,60 +185,52 @@ def test_what_differs_is_told_before_anything_is_trained(digits_dir, tmp_path):
 @pytest.mark.subprocess
 def test_who_cannot_join_stops_with_one_line(tmp_path):
     (tmp_path / "tiny.py").write_text(RECIPE)
-    command = [sys.executable, "-m", "tosa_jax.main", f"--config={tmp_path}/tiny.py"]
+    argv = [f"--config={tmp_path}/tiny.py", "--multihost", f"--workdir={tmp_path}/run"]
     alone = ["--coordinator=localhost:1", "--num_processes=2", "--process_id=1", "--join_timeout=3"]
-    children = [
-        subprocess.Popen(
-            [*command, "--multihost", f"--workdir={tmp_path}/run", *more],
-            cwd=ROOT, env=environment(ROOT), stderr=subprocess.PIPE, text=True,
-        )
-        for more in (alone, [])
-    ]  # fmt: skip
-    said = [own_lines(child.communicate(timeout=PATIENCE)[1]) for child in children]
-    assert [child.returncode for child in children] == [2, 2], said
+    said = []
+    for more in (alone, []):
+        err = tmp_path / "err"
+        child = Fork(forks.main, [*argv, *more], out=tmp_path / "out", err=err)
+        assert child.wait(PATIENCE) == 2, err.read_text()
+        said.append(own_lines(err.read_text()))
     assert said[0] == ["error: the processes did not join at localhost:1 in 3 s; start all of them"]
     (line,) = said[1]
     assert line.startswith("error: --multihost: this process cannot join others")
     assert not (tmp_path / "run").exists()
 
 
-JOINED = """
-import os, sys, threading, time
-from tosa_jax.distributed.coordination import end_all
-from tosa_jax.distributed.initialisation import Cluster, join
-own = int(sys.argv[2])
-join(Cluster(multihost=True, coordinator=sys.argv[1], num_processes=2, process_id=own))
-print("joined", flush=True)
-if own == 0:
-    if sys.stdin.readline() == "abort\\n":
+def join_then(way: str, address: str, own: int, folder: Path) -> int:
+    """A process that joins another, then waits; number 0 ends in this way when `folder/go` is there."""
+    join(Cluster(multihost=True, coordinator=address, num_processes=2, process_id=own))
+    (folder / f"joined{own}").touch()
+    while own or not (folder / "go").exists():
+        time.sleep(0.02)
+    if way == "abort":
         os.abort()
     threading.Timer(0.5, os.abort).start()  # as JAX does when it notices that another one has died
-    end_all(3, "an error")
-time.sleep(600)
-"""
+    return end_all(3, "an error")
 
 
 @pytest.mark.subprocess
 @pytest.mark.parametrize(("way", "status"), [("abort", -signal.SIGABRT), ("error", 3)])
-def test_the_end_of_process_0_is_a_line_of_the_others(way, status):
+def test_the_end_of_process_0_is_a_line_of_the_others(way, status, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    pipe = subprocess.PIPE
-    first, second = (
-        subprocess.Popen(
-            [sys.executable, "-c", JOINED, address, str(i)],
-            env=environment(ROOT), stdin=pipe, stdout=pipe, stderr=pipe, text=True,
-        )
-        for i in range(2)
-    )  # fmt: skip
-    Run.started.append([first, second])
-    for child in (first, second):
-        while "joined" not in (line := child.stdout.readline()):
-            assert line, child.communicate()[1]
-    first.communicate(f"{way}\n", timeout=PATIENCE)
-    said = second.communicate(timeout=PATIENCE)[1]
-    assert (first.returncode, second.returncode) == (status, 1), said
+    errors = [tmp_path / f"err{i}" for i in range(2)]
+    children = [
+        Fork(join_then, way, address, i, tmp_path, out=tmp_path / f"out{i}", err=err)
+        for i, err in enumerate(errors)
+    ]
+    Run.started.append(children)
+    end = time.monotonic() + PATIENCE
+    while not all((tmp_path / f"joined{i}").exists() for i in range(2)):
+        assert time.monotonic() < end and not any(x.poll() for x in children), errors[0].read_text()
+        time.sleep(0.02)
+    (tmp_path / "go").touch()
+    statuses = [child.wait(PATIENCE) for child in children]
+    said = errors[1].read_text()
+    assert statuses == [status, 1], said
     last = said.rstrip().splitlines()[-1]
     assert last.startswith("error: another process of this run has stopped (process 0: ")
 
