@@ -31,6 +31,8 @@ from tosa_jax.train.metric_writer import MetricWriter
 from tosa_jax.train.runner import Runner
 from tosa_jax.train.stages import plan_stages
 
+pytestmark = pytest.mark.usefixtures("kept_programs")
+
 STEPS = 4
 
 
