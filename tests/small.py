@@ -5,12 +5,14 @@ import functools
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
 from tosa_jax.config import RunConfig, default_config, make_run_config
 from tosa_jax.distributed.mesh import make_mesh
-from tosa_jax.models.params import set_params, split
+from tosa_jax.models.params import Params, set_params, split
 from tosa_jax.models.vit import Output, VisionTransformer
 from tosa_jax.tasks import create_model
 from tosa_jax.train import runner
@@ -45,6 +47,17 @@ def _forward(graphdef, params, images, key):
 
 def random_images(batch: int = 4, seed: int = 0) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), (batch, 8, 8, 1))
+
+
+def with_noise(params: Params, seed: int = 9, scale: float = 0.1) -> Params:
+    """Every parameter moved, so that nothing is zero or one by initialisation. NumPy adds: nothing is to compile."""
+    keys = jax.random.split(jax.random.key(seed), len(params))
+    return {
+        name: jnp.asarray(
+            np.asarray(x) + np.float32(scale) * np.asarray(jax.random.normal(k, x.shape))
+        )
+        for k, (name, x) in zip(keys, params.items(), strict=True)
+    }
 
 
 def die_after_saving(checkpoints: Checkpoints, step: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import forward, random_images, small_model
+from small import forward, random_images, small_model, with_noise
 
 from tosa_jax.errors import ConfigError
 from tosa_jax.models.bypass_fit import Moments, fit_bypass, solve
@@ -14,12 +14,7 @@ from tosa_jax.models.plan import layer_specs
 
 
 def noisy_params(model, scale=0.1):
-    params = get_params(model)
-    keys = jax.random.split(jax.random.key(9), len(params))
-    return {
-        name: x + scale * jax.random.normal(k, x.shape)
-        for k, (name, x) in zip(keys, sorted(params.items()), strict=True)
-    }
+    return with_noise(dict(sorted(get_params(model).items())), scale=scale)
 
 
 def layers(model, params, tokens):

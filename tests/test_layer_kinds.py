@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from small import forward, random_images, small_model
+from small import forward, random_images, small_model, with_noise
 
 from tosa_jax.errors import ConfigError
 from tosa_jax.models.factory import abstract_model
@@ -35,12 +35,7 @@ TASK = Classification(num_classes=10, mean=(0.0,), std=(1.0,))
 def noisy(model):
     """The model with every parameter moved, so that nothing is zero or one by initialisation."""
     graphdef, params = split(model)
-    keys = jax.random.split(jax.random.key(9), len(params))
-    moved = {
-        name: x + 0.1 * jax.random.normal(k, x.shape)
-        for k, (name, x) in zip(keys, params.items(), strict=True)
-    }
-    return set_params(graphdef, moved)
+    return set_params(graphdef, with_noise(params))
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())

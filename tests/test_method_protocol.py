@@ -4,6 +4,7 @@ Three of them reduce tokens for good, by merging or in clusters. Each of the oth
 may do.
 """
 
+import functools
 import io
 import re
 
@@ -84,12 +85,16 @@ def test_each_kind_owns_its_counts(added):
 
 def test_fused_tokens_stay_fused_and_are_copied_back(added):
     model = small_model(plan="fuse")
-    state = model.layers(model.embed(random_images()), key=None, train=False)
-    assert state.tokens.shape == (4, 6, 16) == forward(model, random_images()).tokens.shape
-    grid = np.asarray(model.kinds[3].restore(state).tokens)
+
+    @jax.jit
+    def run(model, images):
+        state = model.layers(model.embed(images), key=None, train=False)
+        weights = [reduction.source.weights for reduction in state.persisting]
+        return state.tokens, model.kinds[3].restore(state).tokens, *weights
+
     # Every token is a copy of one of the six, the prefix of itself, and the last fused one has the most copies.
-    six, first = np.asarray(state.tokens), np.asarray(state.persisting[0].source.weights)
-    second = np.asarray(state.persisting[1].source.weights)
+    six, grid, first, second = map(np.asarray, run(model, random_images()))
+    assert six.shape == (4, 6, 16) == forward(model, random_images()).tokens.shape
     for image in range(4):
         owner = (second[image] > 0).argmax(0)[(first[image] > 0).argmax(0)]
         np.testing.assert_allclose(grid[image], six[image][owner], atol=1e-5)
@@ -98,40 +103,53 @@ def test_fused_tokens_stay_fused_and_are_copied_back(added):
 
 def test_merged_pairs_are_averaged_weigh_in_attention_and_come_back(added):
     model = small_model(plan=("merge", "merge", "standard", "standard"))
-    tokens = model.embed(random_images())
     out = np.asarray(forward(model, random_images()).tokens)
-    x, sizes, owners = tokens, np.ones(tokens.shape[:2]), []
-    for layer in range(2):
-        block, keys = model.blocks[layer], None
 
-        def attend(query, key, value, sizes=sizes):
-            return attention(query, key, value, jnp.log(jnp.asarray(sizes))), key.mean(axis=2)
+    @functools.partial(jax.jit, static_argnums=3)
+    def attended(block, x, sizes, count):
+        def attend(query, key, value):
+            return attention(query, key, value, jnp.log(sizes)), key.mean(axis=2)
 
         update, keys = block.attn_branch(x, attend)
-        x, count = np.asarray(x + update), [13, 10][layer]
-        slot = np.asarray(bipartite_matching(keys, count, PREFIX)[0].slot)
+        return x + update, bipartite_matching(keys, count, PREFIX)[0].slot
+
+    x = jax.jit(lambda model, images: model.embed(images))(model, random_images())
+    sizes, owners = np.ones(x.shape[:2]), []
+    for layer in range(2):
+        block, count = model.blocks[layer], [13, 10][layer]
+        x, slot = map(np.asarray, attended(block, x, sizes, count))
         merged, new = np.zeros((4, count, 16)), np.zeros((4, count))
         for b in range(4):
             np.add.at(merged[b], slot[b], x[b] * sizes[b][:, None])
             np.add.at(new[b], slot[b], sizes[b])
-        x, sizes = jnp.asarray(merged / new[..., None], jnp.float32), new
-        x = x + block.mlp_branch(x)
+        x, sizes = (merged / new[..., None]).astype(np.float32), new
+        x = np.asarray(jax.jit(lambda block, x: x + block.mlp_branch(x))(block, x))
         owners.append(slot)
-    grid = jnp.stack([x[b][owners[1][b]][owners[0][b]] for b in range(4)])
+    grid = np.stack([x[b][owners[1][b]][owners[0][b]] for b in range(4)])
     assert sizes.sum(axis=1).tolist() == [17.0] * 4 and sizes.max() > 1
-    for block in list(model.blocks)[2:]:
-        grid, _ = block(grid)
-    np.testing.assert_allclose(out, model.norm(grid), atol=1e-5)
+
+    @jax.jit
+    def rest(model, x):
+        for block in list(model.blocks)[2:]:
+            x, _ = block(x)
+        return model.norm(x)
+
+    np.testing.assert_allclose(out, rest(model, grid), atol=1e-5)
 
 
 def test_clusters_are_means_and_rebuild_the_grid(added):
     model = small_model(plan=("standard", "cluster", "cluster", "standard"))
-    x, _ = model.blocks[0](model.embed(random_images()))
-    few = jnp.concatenate([x[:, :1], x[:, 1:].reshape(4, 4, 4, 16).mean(axis=2)], axis=1)
-    for block in list(model.blocks)[1:3]:
-        few, _ = block(few)
-    x = jnp.concatenate([few[:, :1], jnp.repeat(few[:, 1:], 4, axis=1)], axis=1)
-    expected = model.norm(model.blocks[3](x)[0])
+
+    @jax.jit
+    def run(model, images):
+        x, _ = model.blocks[0](model.embed(images))
+        few = jnp.concatenate([x[:, :1], x[:, 1:].reshape(4, 4, 4, 16).mean(axis=2)], axis=1)
+        for block in list(model.blocks)[1:3]:
+            few, _ = block(few)
+        x = jnp.concatenate([few[:, :1], jnp.repeat(few[:, 1:], 4, axis=1)], axis=1)
+        return model.norm(model.blocks[3](x)[0])
+
+    expected = run(model, random_images())
     np.testing.assert_allclose(forward(model, random_images()).tokens, expected, atol=1e-5)
 
 

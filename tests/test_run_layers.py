@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import forward, random_images, small_model
+from small import forward, random_images, small_model, with_noise
 
 from tosa_jax.errors import ConfigError
 from tosa_jax.models.encoder import repeated_part
@@ -28,12 +28,7 @@ def loss_and_grads(model, params, images, **call):
 
 
 def noisy(model):
-    params = get_params(model)
-    keys = jax.random.split(jax.random.key(5), len(params))
-    return {
-        k: x + 0.1 * jax.random.normal(key, x.shape)
-        for key, (k, x) in zip(keys, params.items(), strict=True)
-    }
+    return with_noise(get_params(model), seed=5)
 
 
 SHARED = {"keep_rate": 0.5, "drop_path_rate": 0.2}

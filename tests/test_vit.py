@@ -15,6 +15,7 @@ from tosa_jax.models.encoder import drop_path_rates
 from tosa_jax.models.factory import abstract_model
 from tosa_jax.models.layers import DropPath
 from tosa_jax.models.params import get_params, set_params, split
+from tosa_jax.models.tracing import rngs_of
 from tosa_jax.models.variants import variant_config
 from tosa_jax.models.vit_config import alternate
 from tosa_jax.tasks import create_model
@@ -189,3 +190,13 @@ def test_a_selector_computes_the_same_in_either_form(monkeypatch):
     monkeypatch.setattr(selector, "_FEW_MACS", 0)
     by_matrix = jax.jit(lambda p: jax.grad(loss, has_aux=True)(p))(params)
     chex.assert_trees_all_close(by_entry, by_matrix, rtol=1e-5, atol=1e-5)
+
+
+def test_keys_counted_in_python_are_those_of_flax():
+    key = jax.random.key(7)
+    ours, theirs = rngs_of(key), nnx.Rngs(params=key)
+    for _ in range(3):
+        assert (
+            jax.random.key_data(ours.params()).tolist()
+            == jax.random.key_data(theirs.params()).tolist()
+        )
