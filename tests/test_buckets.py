@@ -24,7 +24,7 @@ from tosa_jax.train.metric_writer import MetricWriter
 from tosa_jax.train.runner import run_stages
 from tosa_jax.train.workdir import lease, open_workdir
 
-pytestmark = pytest.mark.usefixtures("one_device", "kept_programs")
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 class FakeBucket(DirFileSystem):

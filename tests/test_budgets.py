@@ -14,7 +14,7 @@ from tosa_jax.train.loop import compile_fitting, draw_keep_rate
 from tosa_jax.train.runner import run_stages
 from tosa_jax.train.stages import plan_stages
 
-pytestmark = pytest.mark.usefixtures("one_device", "kept_programs")
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,6 @@ from tosa_jax.train.metric_writer import MetricWriter
 from tosa_jax.train.runner import Runner
 from tosa_jax.train.stages import plan_stages
 
-pytestmark = pytest.mark.usefixtures("kept_programs")
-
 TRAIN_BATCHES = Dataset.train_batches
 
 STEPS, MIDDLE = 10, 5

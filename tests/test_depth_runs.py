@@ -21,7 +21,7 @@ from tosa_jax.train import runner
 from tosa_jax.train.checkpoints import Checkpoints
 from tosa_jax.train.stages import plan_stages
 
-pytestmark = pytest.mark.usefixtures("one_device", "kept_programs")
+pytestmark = pytest.mark.usefixtures("one_device")
 
 SMALL = ["--config.model.embed_dim=16", "--config.model.num_heads=2", "--config.model.depth=2",
          "--config.model.decoder_dim=4", "--config.batch_size=8", "--config.eval.batch_size=8",

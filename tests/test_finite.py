@@ -22,8 +22,6 @@ from tosa_jax.train.metric_writer import MetricWriter
 from tosa_jax.train.runner import Runner
 from tosa_jax.train.stages import plan_stages
 
-pytestmark = pytest.mark.usefixtures("kept_programs")
-
 BAD_STEP = 2
 """The update from this step has a loss that goes wrong."""
 

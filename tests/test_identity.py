@@ -16,8 +16,6 @@ from tosa_jax.train import workdir as workdirs
 from tosa_jax.train.runner import run_stages
 from tosa_jax.train.workdir import lease, lock, open_workdir
 
-pytestmark = pytest.mark.usefixtures("kept_programs")
-
 BEAT = 0.05
 
 

@@ -269,8 +269,7 @@ def run_of(data_dir, **fields):
     return make_run_config(config)
 
 
-@pytest.mark.usefixtures("one_device", "kept_programs")
-def test_a_run_resumes_exactly_and_is_scored(tmp_path, monkeypatch):
+def test_a_run_resumes_exactly_and_is_scored(tmp_path, monkeypatch, one_device):
     runner = Runner(run_of(str(tmp_path), model=SHALLOW), tmp_path, StopRequest())
     stage_run = runner.stage_run(plan_stages(runner.run)[0][0])
 

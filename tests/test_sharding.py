@@ -23,7 +23,6 @@ from tosa_jax.models.params import split
 from tosa_jax.performance.collectives import collectives, totals
 from tosa_jax.tasks.classification import Classification
 from tosa_jax.tasks.mixing import MixingConfig
-from tosa_jax.train.checkpoints import with_shardings
 from tosa_jax.train.loop import jit_step
 from tosa_jax.train.step import StepSetup, init_state
 
@@ -66,41 +65,25 @@ def batches(count=20, size=16):
     yield from [batch] * count
 
 
-@functools.cache
-def first_state(**fields):
-    """Makes the state at step 0; selectors are frozen, as in fine-tuning."""
+def start(mesh, **fields):
+    """A new state and its shardings; selectors are frozen, as in fine-tuning."""
     step_setup, params = setup(**fields)
     trained, frozen = split_trainable(params, r"^(?!kinds/\d+/selector/)")
-    return functools.partial(init_state, step_setup, trained, frozen)
-
-
-@functools.cache
-def abstract_state(name, **fields):
-    """Its shapes, with their shardings."""
-    abstract = jax.eval_shape(first_state(**fields))
-    return with_shardings(abstract, tree_shardings(abstract, mesh_of(name)))
-
-
-def start(name, **fields):
-    """A new state."""
-    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(name, **fields))
-    return jax.jit(first_state(**fields), out_shardings=shardings)()
-
-
-@functools.cache
-def compiled_step(name, size=16, **fields):
-    """The step for batches of so many images. It takes no state but one of its own shapes and shardings."""
-    mesh, state = mesh_of(name), abstract_state(name, **fields)
-    step = jit_step(setup(**fields)[0], jax.tree.map(lambda x: x.sharding, state), mesh)
-    return step.lower(state, to_global(next(batches(size=size)), mesh)).compile()
+    init = functools.partial(init_state, step_setup, trained, frozen)
+    shardings = tree_shardings(jax.eval_shape(init), mesh)
+    return jax.jit(init, out_shardings=shardings)(), shardings
 
 
 @functools.cache
 def losses(name):
-    mesh, state, step, values = mesh_of(name), start(name), compiled_step(name), []
+    mesh = mesh_of(name)
+    state, shardings = start(mesh)
+    step = jit_step(setup()[0], shardings, mesh)
+    values = []
     for batch in batches():
         state, metrics = step(state, to_global(batch, mesh))
         values.append(float(metrics["loss"]))
+    assert step._cache_size() == 1, "the step was traced more than once"
     return values
 
 
@@ -111,7 +94,7 @@ def test_the_same_losses_on_every_mesh(name):
 
 
 def test_state_is_born_sharded_with_its_moments_and_average():
-    state = start("all")
+    state, _ = start(mesh_of("all"))
     shapes = {
         "blocks/0/attn/qkv/kernel": (8, 24),  # [16, 48] over fsdp x model
         "blocks/0/mlp/fc1/bias": (16,),
@@ -187,10 +170,12 @@ def test_batches_that_do_not_fit():
 
 @pytest.mark.compiler
 def test_a_batch_in_parts_gives_the_same_update_and_moves_no_more_examples():
-    batch, results, found = to_global(next(batches(size=32)), mesh_of("data")), [], []
+    mesh, results, found = mesh_of("data"), [], []
     for parts in (1, 2):
         fields = {"mixing": MixingConfig(mixup=0.8), "accumulate": parts}
-        state, step = start("data", **fields), compiled_step("data", size=32, **fields)
+        state, shardings = start(mesh, **fields)
+        batch = to_global(next(batches(size=32)), mesh)
+        step = jit_step(setup(**fields)[0], shardings, mesh).lower(state, batch).compile()
         for _ in range(3):
             state, metrics = step(state, batch)
         results.append(jax.device_get((metrics, state.params, state.ema)))
@@ -208,16 +193,16 @@ def test_a_batch_in_parts_gives_the_same_update_and_moves_no_more_examples():
 
 @functools.cache
 def sent(name, **fields):
-    return tuple(collectives(compiled_step(name, **fields).as_text()))
+    mesh = mesh_of(name)
+    state, shardings = start(mesh, **fields)
+    step = jit_step(setup(**fields)[0], shardings, mesh)
+    batch = to_global(next(batches()), mesh)
+    return tuple(collectives(step.lower(state, batch).compile().as_text()))
 
 
 def parameter_bytes(name, sharded, **fields):
-    params = abstract_state(name, **fields).params.values()
-    return sum(bytes_of(x) for x in params if sharded != x.sharding.is_fully_replicated)
-
-
-def bytes_of(x):
-    return x.size * x.dtype.itemsize
+    state, _ = start(mesh_of(name), **fields)
+    return sum(x.nbytes for x in state.params.values() if sharded != x.sharding.is_fully_replicated)
 
 
 @pytest.mark.compiler
@@ -261,8 +246,11 @@ def test_a_layer_is_gathered_when_it_runs(scan_layers):
 def test_memory_of_scanned_layers_does_not_hold_whole_layers():
     def temporaries_and_parameters(depth):
         fields = {"width": 64, "depth": depth, "scan_layers": True, "remat": "full"}
-        compiled = compiled_step("fsdp", size=8, **fields)
-        parameters = sum(map(bytes_of, abstract_state("fsdp", **fields).params.values()))
+        mesh = mesh_of("fsdp")
+        state, shardings = start(mesh, **fields)
+        step = jit_step(setup(**fields)[0], shardings, mesh)
+        compiled = step.lower(state, to_global(next(batches(size=8)), mesh)).compile()
+        parameters = sum(x.nbytes for x in state.params.values())
         return np.array([compiled.memory_analysis().temp_size_in_bytes, parameters])
 
     temporaries, parameters = temporaries_and_parameters(8) - temporaries_and_parameters(4)

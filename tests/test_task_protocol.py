@@ -28,8 +28,6 @@ from tosa_jax.train.metric_writer import MetricWriter
 from tosa_jax.train.runner import Runner, run_stages
 from tosa_jax.train.stages import Stage, plan_stages
 
-pytestmark = pytest.mark.usefixtures("kept_programs")
-
 STEPS = 4
 
 

@@ -23,11 +23,8 @@ from tosa_jax.train.runner import Runner, run_stages
 from tosa_jax.train.stages import plan_stages
 from tosa_jax.train.step import saved_tree
 
-pytestmark = pytest.mark.usefixtures("kept_programs")
-
 TRAIN_BATCHES = Dataset.train_batches
 
-ONE = {"data": -1, "fsdp": 1, "model": 1}  # with the fixture `one_device`
 STEPS = {"steps": 20, "ema_decay": 0.9, "warmup_steps": 2, "checkpoint_steps": 10}
 
 
@@ -80,7 +77,7 @@ def test_killed_and_resumed_is_bit_identical_to_straight(
     mesh = {"data": 2, "fsdp": 2, "model": 2}
     if kind != "finetune":  # eight devices once
         request.getfixturevalue("one_device")
-        mesh = ONE
+        mesh = {"data": -1, "fsdp": 1, "model": 1}
     runner = Runner(run_of(digits_dir, mesh=mesh), tmp_path, StopRequest())
     stage = next(s for s in plan_stages(runner.run)[0] if s.kind == kind)
     make_start(runner, stage)
@@ -122,7 +119,7 @@ def test_a_whole_run_with_controls_reports_and_then_only_prints(
     short = {"steps": 4}
     run = run_of(
         digits_dir,
-        mesh=ONE,
+        mesh={"data": -1, "fsdp": 1, "model": 1},
         pretrain=short,
         selector=short,
         finetune=short | {"distill_weight": 0.5},
@@ -155,9 +152,9 @@ def test_a_whole_run_with_controls_reports_and_then_only_prints(
 
 
 def test_a_step_that_does_not_fit_the_device_is_told_before_it_runs(
-    digits_dir, tmp_path, monkeypatch, one_device
+    digits_dir, tmp_path, monkeypatch
 ):
-    run = run_of(digits_dir, mesh=ONE, selector={"steps": 0}, finetune={"steps": 0})
+    run = run_of(digits_dir, selector={"steps": 0}, finetune={"steps": 0})
     monkeypatch.setattr(memory, "device_bytes", lambda device: 2**10)
     with pytest.raises(
         DeviceError, match=r"a training step of batch_size=16 .*--config\.batch_size"
@@ -167,9 +164,9 @@ def test_a_step_that_does_not_fit_the_device_is_told_before_it_runs(
 
 
 def test_an_evaluation_that_does_not_fit_is_told_at_the_first_step(
-    digits_dir, tmp_path, monkeypatch, one_device
+    digits_dir, tmp_path, monkeypatch
 ):
-    run = run_of(digits_dir, mesh=ONE, selector={"steps": 0}, finetune={"steps": 0})
+    run = run_of(digits_dir, selector={"steps": 0}, finetune={"steps": 0})
     limits = iter([2**40, 2**10])  # what training sees, and what the evaluation does
     monkeypatch.setattr(memory, "device_bytes", lambda device: next(limits))
     with pytest.raises(DeviceError, match=r"an evaluation step of eval\.batch_size=120 needs"):
@@ -177,10 +174,8 @@ def test_an_evaluation_that_does_not_fit_is_told_at_the_first_step(
     assert not (tmp_path / "metrics.jsonl").read_text()  # not one interval of training was over
 
 
-def test_a_signal_saves_and_stops_and_the_next_start_goes_on(
-    digits_dir, tmp_path, monkeypatch, one_device
-):
-    run = run_of(digits_dir, mesh=ONE, selector={"steps": 0}, finetune={"steps": 0})
+def test_a_signal_saves_and_stops_and_the_next_start_goes_on(digits_dir, tmp_path, monkeypatch):
+    run = run_of(digits_dir, selector={"steps": 0}, finetune={"steps": 0})
 
     def send_at_step_5(*args, **kwargs):
         for i, batch in enumerate(TRAIN_BATCHES(*args, **kwargs)):
@@ -197,10 +192,8 @@ def test_a_signal_saves_and_stops_and_the_next_start_goes_on(
     assert run_stages(run, tmp_path)["stages"]["pretrain"]["steps"] == 20
 
 
-def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_checkpoint(
-    digits_dir, tmp_path, one_device
-):
-    run = run_of(digits_dir, mesh=ONE, selector={"steps": 0}, finetune={"steps": 0})
+def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_checkpoint(digits_dir, tmp_path):
+    run = run_of(digits_dir, selector={"steps": 0}, finetune={"steps": 0})
     run = dataclasses.replace(run, log_steps=2)
     runner = Runner(run, tmp_path, StopRequest())
     (stage,) = plan_stages(run)[0]
