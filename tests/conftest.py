@@ -101,12 +101,3 @@ def one_device():
 
     with runs_on_one_device():
         yield
-
-
-@pytest.fixture(scope="module")
-def kept_programs():
-    """The runs of a file share programs that are made of equal parts (`programs.kept_programs`)."""
-    import programs
-
-    with programs.kept_programs():
-        yield

@@ -244,7 +244,7 @@ def run_of(data_dir, **fields):
     return make_run_config(config)
 
 
-@pytest.mark.usefixtures("one_device", "kept_programs")
+@pytest.mark.usefixtures("one_device")
 def test_a_run_resumes_exactly(digits_dir, tmp_path, monkeypatch):
     runner = Runner(run_of(digits_dir), tmp_path, StopRequest())
     stage_run = runner.stage_run(plan_stages(runner.run)[0][0])
