@@ -144,6 +144,20 @@ def test_the_task_says_what_is_minimised(monkeypatch):
     assert float(one.run()[1]) == pytest.approx(7)
 
 
+def test_a_training_candidate_runs_the_network_as_training_does(monkeypatch):
+    """DynamicViT masks patches in training and drops them at inference; its loss of shares tells which it was."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Counted(Classification):
+        def loss(self, out, batch):
+            return sum(x.startswith("loss/pruning/") for x in out.aux) + 0 * out.logits[:, 0]
+
+    monkeypatch.setitem(TASKS, "counted", Counted)
+    config = variant_config("vit", plan="dynamicvit", keep_rate=0.7, **(SIZES | {"depth": 4}))
+    one = candidate("dynamicvit", 0.7, config, 4, train=True, task="counted")
+    assert float(one.run()[1]) >= config.plan.count("dynamicvit") > 0
+
+
 def test_weights_are_stored_as_they_compute_unless_they_are_trained(clock, monkeypatch):
     stored = []
 

@@ -58,7 +58,7 @@ def _train(config, workdir: AnyPath, begin: flags.Begin) -> None:
         if coordination.is_main():
             say(table, sys.stdout)
             say(
-                f"\nreport, metrics, checkpoints and the figure of selected tokens: {workdir}",
+                f"\nreport, metrics and checkpoints: {workdir}",
                 sys.stdout,
             )
 

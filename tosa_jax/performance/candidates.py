@@ -160,8 +160,8 @@ def mean_loss(
     """The mean of the task's loss over a batch, a scalar; a teacher is the model itself, for what it costs."""
     teacher = set_params(graphdef, jax.lax.stop_gradient(params)) if task.teacher else None
     keys = jax.random.split(key, len(batch["image"]))
-    model = set_params(graphdef, params)
-    return task.training_loss(model, batch, keys, teacher, task.init_state()).values.mean()
+    forward = functools.partial(set_params(graphdef, params), train=True)
+    return task.training_loss(forward, batch, keys, teacher, task.init_state()).values.mean()
 
 
 def _gmacs_by_xla(program: jax.stages.Compiled, batch_size: int) -> float | None:
