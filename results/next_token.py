@@ -26,7 +26,7 @@ from tosa_jax.config import make_run_config
 from tosa_jax.data.pipeline import DataConfig, open_dataset
 from tosa_jax.distributed.devices import describe_device, versions
 from tosa_jax.distributed.preemption import StopRequest
-from tosa_jax.reporting.intervals import over_seeds
+from tosa_jax.reporting.intervals import seeds_record
 from tosa_jax.tasks.label_sets import set_scores
 from tosa_jax.train.metric_writer import MetricWriter
 from tosa_jax.train.runner import Runner
@@ -105,12 +105,6 @@ def majority(args: argparse.Namespace) -> dict:
     ]
 
 
-def interval(values: list[float]) -> dict:
-    """Mean and 95 % interval of few values; of one alone there is no interval."""
-    mean, bounds = over_seeds(values)
-    return {"mean": mean} | (dict(zip(("low", "high"), bounds, strict=True)) if bounds else {})
-
-
 def record(runs: list[dict], args: argparse.Namespace) -> dict:
     by_name = {name: [row for row in runs if row["network"] == name] for name in VARIANTS}
     scores = ("f1", "recall", "precision", "r_precision")
@@ -122,11 +116,13 @@ def record(runs: list[dict], args: argparse.Namespace) -> dict:
         "versions": versions(),
         "majority": majority(args),
         "summary": {
-            name: {score: interval([row[score] for row in rows]) for score in scores}
+            name: {score: seeds_record([row[score] for row in rows]) for score in scores}
             for name, rows in by_name.items()
         },
         "paired": {
-            score: interval([a[score] - b[score] for a, b in zip(*by_name.values(), strict=True)])
+            score: seeds_record(
+                [a[score] - b[score] for a, b in zip(*by_name.values(), strict=True)]
+            )
             for score in scores
         },
         "runs": runs,

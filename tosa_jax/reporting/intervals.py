@@ -47,6 +47,12 @@ def over_seeds(values: Sequence[float]) -> tuple[float, Interval | None]:
     return mean, (mean - half, mean + half)
 
 
+def seeds_record(values: Sequence[float]) -> dict[str, float]:
+    """`over_seeds` for a record: "mean", "low" and "high"; of one value only the mean."""
+    mean, bounds = over_seeds(values)
+    return {"mean": mean} | (dict(zip(("low", "high"), bounds, strict=True)) if bounds else {})
+
+
 def is_level(bounds: Interval) -> bool:
     """Whether the interval of a difference has 0 in it."""
     return bounds[0] <= 0 <= bounds[1]
