@@ -5,7 +5,7 @@
 
 Both mix every batch by cutmix and draw the same boxes. `:mixing` takes the share of an image's pixels as the share of
 its label; `:plain` mixes nothing. The dense network is trained, then ToSA and the dense network are fine-tuned.
-No study of it has been run to its end yet.
+`results/label_alignment.json` has the three side by side, three seeds.
 """
 
 from tosa_jax.config import default_config
