@@ -1,6 +1,6 @@
 """Trains a tiny network for many steps, with evaluations and checkpoints, and tells whether memory grows.
 
-    python -m tests.long_run [--steps=20000] [--out=results/long_run.json]
+    python -m tests.long_run [--steps=20000] [--parts run unsaved orbax] [--out=results/long_run.json]
 
 Resident memory, the bytes that are allocated of it, the blocks that Python holds, open files and threads are read at
 each record, after glibc gave back what is free. What is allocated grows by a leak alone; resident memory also by gaps
@@ -168,19 +168,20 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=20000)
     parser.add_argument("--out", default="")
-    parser.add_argument("--part", choices=PARTS, help="in this process; without it, all of them")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--part", choices=PARTS, help="this one alone, in this process")
     args, began = parser.parse_args(), time.monotonic()
     if args.part:
         print(json.dumps(part(args.part, args.steps)))
         return 0
     found: dict[str, object] = {
-        "command": f"python -m tests.long_run --steps={args.steps}",
+        "command": f"python -m tests.long_run --steps={args.steps} --parts {' '.join(args.parts)}",
         "device": "cpu",
         "versions": {name: version(name) for name in ("jax", "orbax-checkpoint", "tensorstore")},
         "state_arrays": STATE_ARRAYS,
         "save_steps": SAVE_STEPS,
     }
-    for name in PARTS:
+    for name in args.parts:
         command = [
             sys.executable,
             "-m",

@@ -11,7 +11,8 @@ and of the patches, with 95 % intervals by resampling pictures. With a recipe, t
 each seed, every method is fine-tuned from it as long as the dense network is, and the task's score is compared, with
 95 % intervals over seeds. Runs are in OUT/NAME/seed<N>; a recipe's own plan, keep rates and controls do not count.
 It writes OUT/NAME.json after each row, then OUT/NAME.md and OUT/NAME.png. The same command goes on where it stopped;
-more methods, targets and seeds may be added to it. Exit status: 0 done, 2 bad input, 130 stopped by SIGINT.
+more methods, targets and seeds may be added to it. Exit status: 0 done, 2 bad input, 130 stopped by SIGINT; with a
+recipe 128 + the number of each signal that stops `tosa_jax.main`.
 """
 
 import argparse

@@ -61,11 +61,9 @@ def _about_untrained(record: Mapping[str, Any]) -> str:
 
 
 def _about_trained(record: Mapping[str, Any]) -> str:
-    dense = record.get("dense", {})
     better = "lower is better" if record["lower_is_better"] else "higher is better"
     return (
-        f"{record['metric']} ({better}) of {dense.get('count', 'the')} examples of the split {dense.get('split', '')}. "
-        "For each seed every method is fine-tuned from the same dense network, as long as that network itself. In "
+        f"{record['metric']} ({better}). For each seed every method is fine-tuned from the same dense network, as long as that network itself. In "
         "brackets are 95 % intervals over seeds (Student's t). Beside them stand the differences to the best row of "
         "the table and to the dense network that was fine-tuned as long, seed by seed; "
         '"level" where the interval has 0 in it.'
@@ -73,12 +71,13 @@ def _about_trained(record: Mapping[str, Any]) -> str:
 
 
 def _dense_table(record: Mapping[str, Any]) -> list[str]:
-    """The dense network, before and after fine-tuning."""
+    """What is scored, and the dense network before and after fine-tuning."""
     names = {"pretrained": "dense, as pretrained", "finetuned": "dense, fine-tuned as long"}
-    lines = [_line(["network", record["metric"]]), _line([":--", "--:"])]
+    dense = record["dense"]
+    lines = [f"{dense['count']} examples of the split {dense['split']}.", ""]
+    lines += [_line(["network", record["metric"]]), _line([":--", "--:"])]
     return lines + [
-        _line([title, _over_seeds(scores(record["dense"][name], record))])
-        for name, title in names.items()
+        _line([title, _over_seeds(scores(dense[name], record))]) for name, title in names.items()
     ]
 
 
@@ -112,6 +111,7 @@ def _over_seeds(values: Sequence[float]) -> str:
 
 def _paired(ours: Sequence[float], theirs: Sequence[float]) -> str:
     """The mean difference, seed by seed, with its interval; "level" where that has 0 in it."""
+    # A row whose training failed at a later seed has fewer.
     pairs = [a - b for a, b in zip(ours, theirs, strict=False)]
     mean, bounds = over_seeds(pairs)
     if bounds is None:

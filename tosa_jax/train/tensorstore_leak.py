@@ -45,19 +45,22 @@ def leaks() -> bool:
 
 
 def asked_once(to_json: Callable[..., Any]) -> Callable[..., Any]:
-    """`to_json`, which keeps its last 16 answers, by what is printed of the specification (it cannot be hashed)."""
-    answers: dict[tuple[str, str], Any] = {}
+    """`to_json`, which keeps its last 16 answers. Several threads may ask."""
+    asked = functools.lru_cache(maxsize=16)(lambda question: question.ask())
 
     @functools.wraps(to_json)
     def answer(self, *args, **options):
-        key = repr(self), repr((args, options))
-        if key not in answers:
-            if len(answers) >= 16:
-                answers.pop(next(iter(answers)))
-            answers[key] = to_json(self, *args, **options)
-        return copy.deepcopy(answers[key])
+        question = _Question(repr((self, args, options)))
+        question.ask = functools.partial(to_json, self, *args, **options)
+        return copy.deepcopy(asked(question))
 
     return answer
+
+
+class _Question(str):
+    """What is printed of a specification, which has no hash of its own, and the call that answers."""
+
+    ask: Callable[[], Any]
 
 
 def without_kvstores(collect: Callable[..., Any]) -> Callable[..., Any]:
