@@ -63,9 +63,9 @@ def _about_untrained(record: Mapping[str, Any]) -> str:
 def _about_trained(record: Mapping[str, Any]) -> str:
     better = "lower is better" if record["lower_is_better"] else "higher is better"
     return (
-        f"{record['metric']} ({better}). For each seed every method is fine-tuned from the same dense network, as long as "
-        "that network itself. In brackets are 95 % intervals over seeds (Student's t). Beside them stand the differences "
-        "to the best row of the table and to the dense network that was fine-tuned as long, seed by seed; "
+        f"{record['metric']} ({better}). For each seed every method is fine-tuned from the same dense network, as long "
+        "as that network itself. In brackets are 95 % intervals over seeds (Student's t). Beside them stand the "
+        "differences to the best row of the table and to the dense network that was fine-tuned as long, seed by seed; "
         '"level" where the interval has 0 in it.'
     )
 
