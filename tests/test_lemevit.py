@@ -44,20 +44,27 @@ PIXELS = np.random.default_rng(1).normal(size=(3, 1, *SIDES)).astype(np.float32)
 
 @functools.cache
 def forward(network, train):
-    """Its output for `PIXELS`."""
+    """Its output for `PIXELS`, and but for training `features`."""
     graphdef, params = split(network)
     pixels = jnp.asarray(PIXELS.transpose(0, 2, 3, 1))
-    return jax.jit(lambda params: set_params(graphdef, params)(pixels, train=train))(params)
+
+    def run(params):
+        network = set_params(graphdef, params)
+        return network(pixels, train=train), None if train else network.features(pixels)
+
+    return jax.jit(run)(params)
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
 def test_the_network_is_its_repositorys(train):
     reference = Network(ARRAYS, head_dim=8, train=train)
     logits, of_image, of_meta = reference(PIXELS.astype(np.float64))
-    out = forward(model(), train)
+    out, features = forward(model(), train)
     np.testing.assert_allclose(out.logits, logits, atol=1e-5)
     tokens = np.concatenate([of_meta, of_image], axis=1)
     np.testing.assert_allclose(out.tokens, tokens, atol=1e-5, rtol=1e-5)
+    if not train:
+        np.testing.assert_allclose(features, of_image.mean(1) + of_meta.mean(1), atol=1e-5)
     places = {
         "downsample_layers.0.1": "stem/0/norm",
         "downsample_layers.0.4": "stem/1/norm",

@@ -89,6 +89,23 @@ def linear(config: ViTConfig, in_dim: int, out_dim: int, rngs: nnx.Rngs, **field
     )
 
 
+def convolution(
+    config: ViTConfig, in_dim: int, out_dim: int, size: int, rngs: nnx.Rngs, **fields
+) -> nnx.Conv:
+    """A square convolution with zero padding and the configuration's dtypes."""
+    return nnx.Conv(
+        in_dim, out_dim, (size, size), dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs,
+        **fields,
+    )  # fmt: skip
+
+
+def fan_in_init(fan_in: int) -> Callable[..., jax.Array]:
+    """PyTorch's default for the weights and the bias of a convolution: uniform within +-1 / sqrt(fan_in)."""
+    bound = fan_in**-0.5
+    uniform = nnx.initializers.uniform(2 * bound)
+    return lambda *args: uniform(*args) - bound
+
+
 def layer_norm(
     config: ViTConfig, rngs: nnx.Rngs, width: int = 0, epsilon: float = 0.0
 ) -> nnx.LayerNorm:
@@ -110,12 +127,7 @@ class PatchEmbed(nnx.Module):
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs) -> None:
         fan_in = config.patch_size**2 * config.in_chans
-        bound = fan_in**-0.5
-        uniform = nnx.initializers.uniform(2 * bound)
-
-        def init(*args):
-            return uniform(*args) - bound
-
+        init = fan_in_init(fan_in)
         self.patch_size = config.patch_size
         fields = {"kernel_init": init, "bias_init": init, "use_bias": config.patch_bias}
         self.proj = linear(config, fan_in, config.embed_dim, rngs, **fields)
@@ -300,7 +312,7 @@ def quick_gelu(x: Tokens) -> Tokens:
     return x * jax.nn.sigmoid(1.702 * x)
 
 
-def gelu(x: Tokens) -> Tokens:
+def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """GELU, `x` times the normal distribution's function of `x`; in bfloat16 an error of 3e-5 is added.
 
     A TPU has no instruction for erf and takes long to work it out. `x` times the sigmoid of this polynomial was fitted

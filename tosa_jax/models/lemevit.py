@@ -5,19 +5,29 @@ the grid is fine, image tokens read only the meta tokens and meta tokens only th
 their number. In the last two stages each of the two groups attends to itself.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, NoReturn
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
 from tosa_jax.errors import ConfigError
 from tosa_jax.models.batch_norm import EPSILON, BatchNorm, Running, below
 from tosa_jax.models.encoder import drop_path_rates, rematerialised
-from tosa_jax.models.layers import DropPath, Mlp, fold_key, layer_norm, linear
+from tosa_jax.models.layers import (
+    Attention,
+    DropPath,
+    Mlp,
+    convolution,
+    fan_in_init,
+    fold_key,
+    gelu,
+    layer_norm,
+    linear,
+)
 from tosa_jax.models.lemevit_config import STAGES, STRIDES, LeMeViTConfig
 from tosa_jax.models.vit import Output, PatchLabels, VisionTransformer
 from tosa_jax.models.vit_config import ViTConfig
@@ -41,15 +51,9 @@ def conv(
     groups: int = 1,
 ) -> nnx.Conv:
     """A 3x3 convolution with PyTorch's padding of 1 and its default initialisation."""
-    bound = (9 * in_dim // groups) ** -0.5
-
-    def init(key, shape, dtype=jnp.float32, out_sharding=None):
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return nnx.Conv(
-        in_dim, out_dim, kernel_size=(3, 3), strides=stride, padding=1, feature_group_count=groups,
-        kernel_init=init, bias_init=init, dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs,
-    )  # fmt: skip
+    init = fan_in_init(9 * in_dim // groups)
+    fields = {"strides": stride, "padding": 1, "feature_group_count": groups}
+    return convolution(config, in_dim, out_dim, 3, rngs, kernel_init=init, bias_init=init, **fields)
 
 
 class Halving(nnx.Module):
@@ -77,7 +81,7 @@ class MetaMlp(nnx.Module):
         self.weights = 4 * in_dim * (in_dim + out_dim)
 
     def __call__(self, meta: Meta) -> Float[Array, "b m e"]:
-        return self.norm2(self.fc2(jax.nn.gelu(self.norm1(self.fc1(meta)), approximate=False)))
+        return self.norm2(self.fc2(gelu(self.norm1(self.fc1(meta)))))
 
 
 class CrossAttention(nnx.Module):
@@ -120,7 +124,7 @@ class DualCrossAttention(nnx.Module):
         meta_query, meta_key, meta_value = _heads(self.meta_qkv(meta), 3, self.num_heads)
         # `attention` divides by the root of a head's width.
         scale = self.num_heads**-0.5
-        of_image = scale * float(np.log(meta.shape[1]) / np.log(image.shape[1]))
+        of_image = scale * math.log(meta.shape[1], image.shape[1])
         read = _joined(attention(query * of_image, meta_key, meta_value))
         meta_read = _joined(attention(meta_query * scale, key, value))
         return self.image_proj(read), self.meta_proj(meta_read)
@@ -130,28 +134,21 @@ class DualCrossAttention(nnx.Module):
         return 4 * (n + m) * self.width**2 + 4 * n * m * self.width
 
 
-class StandardAttention(nnx.Module):
-    """Image tokens attend to themselves, and meta tokens to themselves, by the same weights."""
-
-    def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs) -> None:
-        d, self.num_heads = config.embed_dim, config.num_heads
-        self.qkv = linear(config, d, 3 * d, rngs)
-        self.proj = linear(config, d, d, rngs)
-        self.width = d
+class StandardAttention(Attention):
+    """Image tokens attend to themselves, and meta tokens to themselves, by the same weights, as in a ViT."""
 
     def __call__(self, image: Tokens, meta: Meta) -> Updates:
-        found = (attention(*_heads(self.qkv(x), 3, self.num_heads)) for x in (image, meta))
-        of_image, of_meta = (self.proj(_joined(x)) for x in found)
-        return of_image, of_meta
+        return super().__call__(image)[0], super().__call__(meta)[0]
 
     def macs(self, n: int, m: int) -> int:
         """Multiply-adds for n tokens of an image and m meta tokens."""
-        return 4 * (n + m) * self.width**2 + 2 * (n * n + m * m) * self.width
+        width = self.qkv.in_features
+        return 4 * (n + m) * width**2 + 2 * (n * n + m * m) * width
 
 
-Attention = CrossAttention | DualCrossAttention | StandardAttention
+StageAttention = CrossAttention | DualCrossAttention | StandardAttention
 
-ATTENTION: dict[str, type[Attention]] = {
+ATTENTION: dict[str, type[StageAttention]] = {
     "cross": CrossAttention,
     "dual": DualCrossAttention,
     "standard": StandardAttention,
@@ -186,7 +183,7 @@ class LeMeBlock(nnx.Module):
         d = config.embed_dim
         self.pos_embed = conv(config, d, d, rngs, groups=d)
         self.norm1 = layer_norm(config, rngs)
-        self.attn: Attention = ATTENTION[kind](config, rngs=rngs)
+        self.attn: StageAttention = ATTENTION[kind](config, rngs=rngs)
         self.norm2 = layer_norm(config, rngs)
         self.mlp = Mlp(config, rngs=rngs)
         self.width, self.mlp_weights, self.keeps_image = d, config.mlp_weights, kind == "cross"
@@ -200,7 +197,7 @@ class LeMeBlock(nnx.Module):
         return self._finished(tokens, update, drop, 0).reshape(image.shape), meta
 
     def _finished(self, x: Tokens, update: Tokens, drop: DropPath | None, branch: int) -> Tokens:
-        """x after the update of its attention and the MLP; `branch` is that of the former, the latter's is the next."""
+        """x after the update of its attention, and after the MLP; drop path counts them as `branch` and the next."""
         x = x + (drop(update, branch) if drop else update)
         update = self.mlp(self.norm2(x))
         return x + (drop(update, branch + 1) if drop else update)
@@ -256,22 +253,17 @@ class LeMeViT(VisionTransformer):
         self.blocks, self.kinds = nnx.List([]), nnx.List([])  # it has no layers of a plan
         self.norm = BatchNorm(config.embed_dim, config)
         self.norm_meta = layer_norm(last, rngs, epsilon=EPSILON)
-        if config.num_classes:
-            self.head = linear(config, config.embed_dim, config.num_classes, rngs)
-
-    def head_macs(self) -> int:
-        return self.config.embed_dim * self.config.num_classes
+        self.add_head(rngs)
 
     def macs(self) -> int:
         """Multiply-adds of one example's forward pass: convolutions, linear layers, attention."""
         config, (height, width) = self.config, self.config.image_shape
         halved = -(-height // 2) * -(-width // 2)
-        total = halved * self.stem[0].weights
-        for i, stage in enumerate(self.stages):
-            rows, columns = config.stage_grid(i)
-            total += stage.macs(rows * columns, config.meta_tokens)
-            total += rows * columns * self.stem[1].weights if i == 0 else 0
-        return total + self.head_macs()
+        counts = [math.prod(config.stage_grid(i)) for i in range(len(STAGES))]
+        stem = halved * self.stem[0].weights + counts[0] * self.stem[1].weights
+        parts = zip(self.stages, counts, strict=True)
+        stages = sum(stage.macs(n, config.meta_tokens) for stage, n in parts)
+        return stem + stages + self.head_macs()
 
     def __call__(
         self,
@@ -310,7 +302,7 @@ class LeMeViT(VisionTransformer):
         image = images.astype(config.dtype)
         for i, halving in enumerate(self.stem):
             image, moved = halving(image, train=train)
-            image = jax.nn.gelu(image, approximate=False) if i == 0 else image
+            image = gelu(image) if i == 0 else image
             running |= below(f"stem/{i}", moved)
         meta = self.meta_tokens[...].astype(config.dtype)
         meta = jnp.broadcast_to(meta[None], (images.shape[0], *meta.shape))
@@ -329,6 +321,10 @@ class LeMeViT(VisionTransformer):
         """What the head classifies of `Output.tokens` [b n d]: two means, added. There are no `weights`."""
         count = self.config.meta_tokens
         return tokens[:, :count].mean(axis=1) + tokens[:, count:].mean(axis=1)
+
+    def features(self, images: Images, *, key: jax.Array | None = None) -> Float[Array, "b e"]:
+        """What the head reads, or would read, of each image."""
+        return self.pool(self.forward_features(images, key=key))
 
     def embed(self, images: Images) -> NoReturn:
         self._refuse("tokens before its layers")

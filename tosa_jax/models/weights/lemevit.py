@@ -7,15 +7,11 @@ checkpoints that its `main.py` writes (by timm's `CheckpointSaver`).
 import re
 from typing import Any
 
-import numpy as np
-
 from tosa_jax.models.lemevit_config import STAGES, LeMeViTConfig
+from tosa_jax.models.weights.names import WRAPPER_PREFIX, Arrays
 from tosa_jax.models.weights.renaming import rename
 
-Arrays = dict[str, np.ndarray]
-
 _RULES = [
-    (r"^(?:module\.|_orig_mod\.|backbone\.)+", ""),
     (r"^downsample_layers\.0\.0\.", "stem.0.conv."),
     (r"^downsample_layers\.0\.1\.", "stem.0.norm."),
     (r"^downsample_layers\.0\.3\.", "stem.1.conv."),
@@ -56,7 +52,7 @@ def to_ours(arrays: Arrays) -> Arrays:
     for name, array in arrays.items():
         if _UNUSED.search(name):
             continue
-        *parents, last = rename(name, _RULES).split(".")
+        *parents, last = rename(WRAPPER_PREFIX.sub("", name), _RULES).split(".")
         if last == "weight":
             last = "scale" if array.ndim == 1 else "kernel"
             array = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T

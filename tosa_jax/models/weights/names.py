@@ -34,7 +34,9 @@ _UNUSED = re.compile(
 # Rotary positions, which the model works out.
 _BUFFER = re.compile(r"(?:.*\.)?rope(?:_embed)?\.(?:periods|freqs_cos|freqs_sin)$")
 
-_WRAPPER_PREFIX = re.compile(r"^(module\.|_orig_mod\.|_fsdp_wrapped_module\.|backbone\.)+")
+WRAPPER_PREFIX = re.compile(r"^(module\.|_orig_mod\.|_fsdp_wrapped_module\.|backbone\.)+")
+"""What wrappers of modules put before every name."""
+
 _HF_PREFIX = re.compile(
     r"^(vit|deit|dinov2_with_registers|dinov2|dpt)\."
     r"(?=embeddings\.|encoder\.|layers\.|layernorm\.|pooler\.)"
@@ -187,7 +189,7 @@ def to_timm(arrays: Arrays) -> tuple[Arrays, list[str]]:
     rules = _HF if is_hugging_face(arrays) else _ORIGINAL
     renamed, unused = {}, set()
     for name, array in arrays.items():
-        name = _HF_PREFIX.sub("", _WRAPPER_PREFIX.sub("", name))
+        name = _HF_PREFIX.sub("", WRAPPER_PREFIX.sub("", name))
         if match := _UNUSED.match(name):
             unused.update(filter(None, match.groups()))
             continue

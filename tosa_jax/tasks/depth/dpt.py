@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from tosa_jax.models.layers import linear
+from tosa_jax.models.layers import convolution, linear
 from tosa_jax.ops.array_types import Tokens
 from tosa_jax.tasks.depth.config import DepthConfig
 from tosa_jax.tasks.depth.layers import (
@@ -21,7 +21,6 @@ from tosa_jax.tasks.depth.layers import (
     AnyMap,
     FeatureMap,
     ResidualUnit,
-    convolution,
     map_shape,
     resize,
     resize_corners,

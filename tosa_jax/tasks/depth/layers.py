@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from tosa_jax.models.layers import convolution
 from tosa_jax.tasks.depth.config import DepthConfig
 
 FeatureMap = Float[Array, "b rows columns f"]
@@ -18,16 +19,6 @@ SCALES = (4.0, 2.0, 1.0, 0.5)
 
 START = 0.25
 """Depth of an untrained network over `max_depth`: near the mean of NYU's rooms (of 10 m) and KITTI's roads (80 m)."""
-
-
-def convolution(
-    config: DepthConfig, into: int, out_of: int, size: int, rngs: nnx.Rngs, **fields
-) -> nnx.Conv:
-    """A square convolution with zero padding and the configuration's dtypes."""
-    return nnx.Conv(
-        into, out_of, (size, size), dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs,
-        **fields,
-    )  # fmt: skip
 
 
 def start_bias(config: DepthConfig) -> nnx.Param:

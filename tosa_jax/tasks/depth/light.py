@@ -23,14 +23,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from tosa_jax.models.layers import linear
+from tosa_jax.models.layers import convolution, linear
 from tosa_jax.ops.array_types import Tokens
 from tosa_jax.tasks.depth.config import DepthConfig
 from tosa_jax.tasks.depth.layers import (
     SCALES,
     FeatureMap,
     ResidualUnit,
-    convolution,
     map_shape,
     resize,
     start_bias,
