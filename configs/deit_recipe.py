@@ -16,17 +16,23 @@ from tosa_jax.config import default_config
 
 VARIANTS = ("", "scratch", "eval", "384")
 
+REGULARISED = {
+    "drop_path_rate": 0.1,
+    "label_smoothing": 0.1,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "erase_prob": 0.25,
+    "learning_rate_batch": 512,
+    "checkpoint_epochs": 1.0,
+    "eval_epochs": 5.0,
+}
+"""What every stage that trains on ImageNet has."""
 
-def deit(size: str, variant: str = ""):
-    """The recipe for a size ("tiny", "small", "base"): "" fine-tunes ToSA from `init_from`; see VARIANTS."""
-    if variant not in VARIANTS:
-        raise ValueError(f"unknown variant {variant!r}; known: {', '.join(filter(None, VARIANTS))}")
-    large = variant == "384"
-    native = large and size == "base"
-    config = default_config(f"deit_{size}_patch16_{384 if native else 224}")
-    config.batch_size = 1024
+
+def on_imagenet(config):
+    """Sets DeiT's data and augmentation, and what goes with them."""
     config.log_steps = 100
-    config.model.update(dtype="bfloat16", image_size=384 if large else 224)
+    config.model.dtype = "bfloat16"
     config.data.update(
         name="imagenet2012",
         eval_split="validation",
@@ -36,16 +42,18 @@ def deit(size: str, variant: str = ""):
         workers="threads:16",
     )
     config.eval.batch_size = 1024
-    regularised = {
-        "drop_path_rate": 0.1,
-        "label_smoothing": 0.1,
-        "mixup": 0.8,
-        "cutmix": 1.0,
-        "erase_prob": 0.25,
-        "learning_rate_batch": 512,
-        "checkpoint_epochs": 1.0,
-        "eval_epochs": 5.0,
-    }
+
+
+def deit(size: str, variant: str = ""):
+    """The recipe for a size ("tiny", "small", "base"): "" fine-tunes ToSA from `init_from`; see VARIANTS."""
+    if variant not in VARIANTS:
+        raise ValueError(f"unknown variant {variant!r}; known: {', '.join(filter(None, VARIANTS))}")
+    large = variant == "384"
+    native = large and size == "base"
+    config = default_config(f"deit_{size}_patch16_{384 if native else 224}")
+    config.batch_size = 1024
+    config.model.image_size = 384 if large else 224
+    on_imagenet(config)
     if variant == "scratch":
         config.pretrain.update(
             epochs=300.0,
@@ -55,7 +63,7 @@ def deit(size: str, variant: str = ""):
             min_learning_rate=1e-5,
             weight_decay=0.05,
             ema_decay=0.99996,
-            **regularised,
+            **REGULARISED,
         )
     if variant != "eval":
         config.selector.update(steps=1000, warmup_steps=100, learning_rate=3e-3, weight_decay=0.0)
@@ -65,6 +73,6 @@ def deit(size: str, variant: str = ""):
             min_learning_rate=5e-7 if large else 2e-6,
             weight_decay=1e-8 if large else 1e-6,
             ema_decay=0.9996,
-            **regularised,
+            **REGULARISED,
         )
     return config

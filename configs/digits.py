@@ -12,15 +12,20 @@
 from tosa_jax.config import default_config
 
 
-def get_config():
-    config = default_config()
+def on_digits(config):
+    """Sets the data, and what goes with them."""
     config.batch_size = 64
-    config.log_steps = 100
-    config.model.update(
-        image_size=8, patch_size=2, in_chans=1, num_classes=10, embed_dim=64, depth=6, num_heads=4
-    )
+    config.model.update(in_chans=1, num_classes=10)
     config.data.update(name="digits", augment="shift", in_memory=True)
     config.inputs.update(mean=(0.30,), std=(0.37,))
+    config.eval.batch_size = 120
+
+
+def get_config():
+    config = default_config()
+    on_digits(config)
+    config.log_steps = 100
+    config.model.update(image_size=8, patch_size=2, embed_dim=64, depth=6, num_heads=4)
     config.pretrain.update(
         epochs=80.0,
         warmup_epochs=5.0,
@@ -41,5 +46,5 @@ def get_config():
         label_smoothing=0.1,
         drop_path_rate=0.1,
     )
-    config.eval.update(batch_size=120, controls=("dense",))
+    config.eval.controls = ("dense",)
     return config

@@ -8,6 +8,8 @@ its label; `:plain` mixes nothing. The dense network is trained, then ToSA and t
 `results/label_alignment.json` has the three side by side, three seeds.
 """
 
+from digits import on_digits
+
 from tosa_jax.config import default_config
 
 VARIANTS = ("", "mixing", "plain")
@@ -19,13 +21,9 @@ def get_config(variant: str = ""):
             f"configs/label_alignment.py has no variant {variant!r}; known: mixing, plain"
         )
     config = default_config()
-    config.batch_size = 64
+    on_digits(config)
     config.log_steps = 100
-    config.model.update(
-        image_size=8, patch_size=2, in_chans=1, num_classes=10, embed_dim=48, depth=4, num_heads=4
-    )
-    config.data.update(name="digits", augment="shift", in_memory=True)
-    config.inputs.update(mean=(0.30,), std=(0.37,))
+    config.model.update(image_size=8, patch_size=2, embed_dim=48, depth=4, num_heads=4)
     training = {
         "clip_norm": 1.0,
         "label_smoothing": 0.1,
@@ -39,5 +37,5 @@ def get_config(variant: str = ""):
     config.finetune.update(
         epochs=8.0, warmup_epochs=1.0, learning_rate=1e-3, ema_decay=0.98, **training
     )
-    config.eval.update(batch_size=120, controls=("dense",), figure_images=0)
+    config.eval.update(controls=("dense",), figure_images=0)
     return config

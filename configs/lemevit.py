@@ -11,6 +11,9 @@ Differences: theirs has 280 epochs of a cosine and 20 more at the lowest learnin
 scores the network and its average, this one the average.
 """
 
+from deit_recipe import REGULARISED, on_imagenet
+from digits import on_digits
+
 from tosa_jax.config import default_config
 
 
@@ -22,14 +25,15 @@ def get_config(variant: str = ""):
 
 def digits():
     config = default_config("lemevit_tiny")
-    config.batch_size = 64
+    on_digits(config)
     config.log_steps = 20
-    config.model.update(image_size=32, in_chans=1, num_classes=10)
     config.model.update(
-        widths=(16, 16, 32, 32, 64), depths=(1, 1, 1, 1, 1), head_dim=16, meta_tokens=8
+        image_size=32,
+        widths=(16, 16, 32, 32, 64),
+        depths=(1, 1, 1, 1, 1),
+        head_dim=16,
+        meta_tokens=8,
     )
-    config.data.update(name="digits", augment="shift", in_memory=True)
-    config.inputs.update(mean=(0.30,), std=(0.37,))
     config.pretrain.update(
         epochs=20.0,
         warmup_epochs=2.0,
@@ -38,39 +42,22 @@ def digits():
         ema_decay=0.98,
         label_smoothing=0.1,
     )
-    config.eval.update(batch_size=120)
     return config
 
 
 def imagenet(size: str):
     config = default_config(f"lemevit_{size}")
     config.batch_size = 2048
-    config.log_steps = 100
-    config.model.update(dtype="bfloat16")
-    config.data.update(
-        name="imagenet2012",
-        eval_split="validation",
-        augment="deit",
-        repeats=3,
-        eval_resize="crop",
-        workers="threads:16",
-    )
-    config.eval.batch_size = 1024
+    on_imagenet(config)
+    config.pretrain.update(REGULARISED)
     config.pretrain.update(
         epochs=300.0,
         learning_rate=5e-4,
-        learning_rate_batch=512,
         warmup_epochs=5.0,
         warmup_learning_rate=4e-6,
         min_learning_rate=2e-5,
         weight_decay=0.05,
         ema_decay=0.996,
         drop_path_rate=0.15,
-        label_smoothing=0.1,
-        mixup=0.8,
-        cutmix=1.0,
-        erase_prob=0.25,
-        checkpoint_epochs=1.0,
-        eval_epochs=5.0,
     )
     return config
