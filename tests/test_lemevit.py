@@ -11,20 +11,30 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from lemevit_reference import Network, state_dict
-from trained import CLASSES, leave_run
+from trained import CLASSES, leave_run, write_run
 from weight_samples import assert_refused, same, tiny_weights, write
 
 import tosa_jax
 from tosa_jax.config import default_config, from_json, make_run_config
-from tosa_jax.distributed.mesh import MeshConfig, make_mesh, spec_for
+from tosa_jax.distributed.mesh import MeshConfig, make_mesh, spec_for, to_global, tree_shardings
 from tosa_jax.errors import ConfigError, WeightsError
 from tosa_jax.models import cost
 from tosa_jax.models.factory import abstract_model, build
-from tosa_jax.models.optim import decay_mask
+from tosa_jax.models.optim import (
+    OptimConfig,
+    decay_mask,
+    learning_rate,
+    make_optimizer,
+    split_trainable,
+)
 from tosa_jax.models.params import get_params, set_params, split
 from tosa_jax.models.variants import variant_config
 from tosa_jax.performance.candidates import networks
+from tosa_jax.tasks.classification import Classification
+from tosa_jax.train.checkpoints import Checkpoints, with_shardings
+from tosa_jax.train.loop import jit_step
 from tosa_jax.train.stages import plan_stages
+from tosa_jax.train.step import StepSetup, init_state, saved_tree, trained_params
 
 SIZES = {"widths": (8, 8, 16, 16, 24), "depths": (1, 1, 1, 2, 1)}
 ARRAYS = state_dict(np.random.default_rng(0), meta=4, **SIZES)
@@ -167,6 +177,57 @@ def test_a_run_states_its_network_and_its_checkpoint_has_the_running_statistics(
     leave_run(tmp_path / "run", run, CLASSES, left)
     assert from_json(json.loads((tmp_path / "run/config.json").read_text())) == run
     assert same(tosa_jax.load(tmp_path / "run").model, left)
+
+
+def test_a_predictor_gives_its_repositorys_logits():
+    images = np.random.default_rng(4).integers(0, 256, (3, *SIDES, 1), np.uint8)
+    found = tosa_jax.Predictor(model(), mean=0.5, std=0.25, batch_sizes=(3,))(images)
+    np.testing.assert_allclose(found.logits, reference_logits(images), atol=1e-5)
+
+
+def reference_logits(images, **fields):
+    pixels = (images / 255 - 0.5).transpose(0, 3, 1, 2) / 0.25
+    return Network(ARRAYS, head_dim=8, **fields)(pixels)[0]
+
+
+def test_training_on_a_mesh_is_its_repositorys_goes_on_exactly_and_leaves_a_run(tmp_path):
+    graphdef, params = split(model())
+    # The fewer are trained, the less there is to compile: all statistics, the first and a middle stage.
+    trained, frozen = split_trainable(params, "running_|^stem/|^stages/2/|^norm/")
+    optim = OptimConfig(steps=4, learning_rate=1e-2, ema_decay=0.5)
+    task = Classification(num_classes=7, mean=(0.5,), std=(0.25,))
+    setup = StepSetup(graphdef, task, make_optimizer(optim), learning_rate(optim), 0.5, 1, 1)
+    mesh = make_mesh(MeshConfig(fsdp=2, model=2), jax.devices()[:4])
+    first = jax.tree.map(np.array, init_state(setup, trained, frozen))
+    shardings = tree_shardings(first, mesh)
+    images = np.random.default_rng(3).integers(0, 256, (4, *SIDES, 1), np.uint8)
+    batch = to_global({"image": images, "label": np.arange(4, dtype=np.int32)}, mesh)
+    step = jit_step(setup, shardings, mesh).lower(first, batch).compile()
+
+    state, metrics = step(jax.device_put(first, shardings), batch)
+    logits = reference_logits(images, train=True)
+    likelihoods = logits[range(4), range(4)] - np.log(np.exp(logits).sum(1))
+    np.testing.assert_allclose(metrics["loss"], -likelihoods.mean(), atol=1e-5)
+    with Checkpoints(tmp_path / "checkpoints/pretrain", task.best_metric) as checkpoints:
+        checkpoints.save(1, saved_tree(jax.device_get(state)), {"steps": 1})
+        checkpoints.wait()
+        abstract = saved_tree(with_shardings(jax.eval_shape(lambda: first), shardings))
+        tree, _ = checkpoints.restore(abstract)
+        straight, resumed = (
+            jax.device_get(step(x, batch)[0]) for x in (state, first._replace(**tree))
+        )
+        checkpoints.save(2, saved_tree(resumed), {"steps": 2})
+        checkpoints.wait()
+    jax.tree.map(np.testing.assert_array_equal, straight, resumed)
+
+    config = recipe()
+    config.model.update(num_classes=7, image_size=16, meta_tokens=4)
+    write_run(tmp_path, make_run_config(config), tuple("abcdefg"))
+    loaded = get_params(tosa_jax.load(tmp_path).model)
+    jax.tree.map(np.testing.assert_array_equal, loaded, trained_params(resumed))
+    start = first.frozen | first.params
+    moved = [name for name, x in loaded.items() if (np.asarray(x) != start[name]).any()]
+    assert sorted(moved) == sorted(trained)
 
 
 def test_bfloat16_measures_in_float32():

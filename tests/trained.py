@@ -56,15 +56,20 @@ def leave_run(
     path: Path, run: RunConfig, class_names: tuple[str, ...], model: VisionTransformer
 ) -> VisionTransformer:
     """Writes the configuration, class names and a checkpoint of `model`, which is returned."""
-    path.mkdir(parents=True, exist_ok=True)
-    (path / "config.json").write_text(json.dumps(to_json(run)))
-    write_names(path, class_names)
+    write_run(path, run, class_names)
     state = TrainState(jnp.zeros((), jnp.int32), split(model)[1], {}, {}, {}, {})
     checkpoints = Checkpoints(path / "checkpoints/finetune", TASKS[run.task].best_metric)
     checkpoints.save(7, saved_tree(state), {"steps": 7})
     checkpoints.wait()
     checkpoints.close()
     return model
+
+
+def write_run(path: Path, run: RunConfig, class_names: tuple[str, ...]) -> None:
+    """Writes the configuration and class names alone."""
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(to_json(run)))
+    write_names(path, class_names)
 
 
 def make_pictures(folder: Path, count: int = 3, size: tuple[int, int] = (11, 9)) -> list[Path]:
