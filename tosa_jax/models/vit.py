@@ -54,8 +54,8 @@ class Output(NamedTuple):
     tokens    [b n d] after the final norm, prefix included, as timm's `forward_features`; that norm comes after the
               mean with `global_pool="avg"`, and they are as the last layer left them. Fewer than n where a method has
               removed some for good. None where they were not wanted. Padding comes last.
-    selected  a tuple with one int32 [b s] a selection: indices into the n tokens, ascending, prefix included. -1 where
-              an image has fewer patches than that (`ViTConfig.max_patches`).
+    selected  a tuple with one int32 [b s] a selection: indices into the n tokens, ascending, prefix included. -1 for
+              padding (`ViTConfig.max_patches`), which is selected where an image has fewer patches than s.
     aux       per-example scalars [b] that layers report, by name.
     scores    one float [b n] a selection: what it chose by, higher is better; a program that does not return them
               does not keep them.
@@ -270,10 +270,11 @@ class VisionTransformer(nnx.Module):
     ) -> TokenState:
         """Runs the plan on tokens [b n d].
 
-        read   how many of the first ones are read afterwards; None: all.
-        grid   rows and columns of patches; None: those of the model's image size.
-        present  which tokens are no padding, [b n]; None: all.
-        after  layers, counted from 0, whose tokens `TokenState.intermediate` has beside those that the head reads.
+        read          how many of the first ones are read afterwards; None: all.
+        grid          rows and columns of patches; None: those of the model's image size.
+        present       which tokens are no padding, [b n]; None: all.
+        after         layers, counted from 0, whose tokens `TokenState.intermediate` has beside those that the head
+                      reads.
         patch_labels  [b patches], labels that travel with the tokens (`TokenState.labels`); prefix tokens start with
                       their mean. None: tokens have none.
         """
@@ -350,9 +351,10 @@ class VisionTransformer(nnx.Module):
     ) -> Output:
         """images [b height width c], normalised.
 
-        grids   of images that are strips of patches, as in `embed`.
-        tokens  whether `Output.tokens` is wanted. Without it, and with a head that reads the class token, the last
-                layer works out keys and values of the other tokens and nothing more: the same logits for less.
+        grids         of images that are strips of patches, as in `embed`.
+        tokens        whether `Output.tokens` is wanted. Without it, and with a head that reads the class token, the
+                      last layer works out keys and values of the other tokens and nothing more: the same logits for
+                      less.
         patch_labels  [b patches] in [0, 1], a label a patch, which travels through the layers with the tokens;
                       `Output.aux["label"]` then has that of the token or mean that the head classifies. No gradient
                       passes through it.
