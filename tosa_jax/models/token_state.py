@@ -16,7 +16,15 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from tosa_jax.errors import ConfigError
-from tosa_jax.models.layers import UNREAD, AttentionFn, Bias, Block, DropPath, plain_attention
+from tosa_jax.models.layers import (
+    UNREAD,
+    AttentionFn,
+    Bias,
+    Block,
+    DropPath,
+    log_counts,
+    plain_attention,
+)
 from tosa_jax.models.options import Options
 from tosa_jax.models.vit_config import ViTConfig
 from tosa_jax.ops.array_types import (
@@ -28,7 +36,7 @@ from tosa_jax.ops.array_types import (
     Scores,
     Tokens,
 )
-from tosa_jax.ops.attention import NOT_READ, attention, attention_logits
+from tosa_jax.ops.attention import attention, attention_logits
 from tosa_jax.ops.reduction import Reduction, TokenWeights
 from tosa_jax.ops.rotary import Rotary
 
@@ -111,14 +119,8 @@ class TokenState(NamedTuple):
 
     @property
     def weights(self) -> Float[Array, "b s"] | None:
-        """How much each of `tokens` counts in a mean over all: its size, 0 where it is not read; None: all the same.
-
-        One that the policy leaves out counts `UNREAD`, for the gradient.
-        """
-        if self.mask is None:
-            return self.sizes
-        read = self.mask.astype(jnp.float32) + (UNREAD if self.policy is not None else 0.0)
-        return read if self.sizes is None else self.sizes * read
+        """How much each of `tokens` counts in a mean over all, as `how_often` says; None: all the same."""
+        return how_often(self.sizes, self.mask)
 
     @property
     def rotary(self) -> Rotary | None:
@@ -135,10 +137,7 @@ class TokenState(NamedTuple):
     @property
     def counts(self) -> Float[Array, "b s"] | None:
         """`sizes`, and 0 for padding; None: one each."""
-        if self.present is None:
-            return self.sizes
-        sizes = jnp.ones(self.present.shape) if self.sizes is None else self.sizes
-        return self.past_padding(sizes, 0.0)
+        return how_often(self.sizes, self.present)
 
     def past_padding(self, scores: Float[Array, "b m"], value: float) -> Float[Array, "b m"]:
         """Scores [b m] of `tokens`, with `value` for padding."""
@@ -291,19 +290,25 @@ class LayerSpec(NamedTuple):
     count_out: int
 
 
+def how_often(sizes: Float[Array, "b s"] | None, mask: Mask) -> Float[Array, "b s"] | None:
+    """How often each token counts beside others, float32: its size, 0 where the mask leaves it out; None: once.
+
+    One that a mask with a gradient leaves out counts `UNREAD`. Arguments are those of `LayerContext.weighing`.
+    """
+    if mask is None:
+        return sizes
+    read = mask.astype(jnp.float32) + (0.0 if mask.dtype == bool else UNREAD)
+    return read if sizes is None else sizes * read
+
+
 def key_bias(sizes: Float[Array, "b s"] | None, mask: Mask) -> Float[Array, "b s"] | None:
     """What is added to the attention logits of tokens as keys, float32; None: nothing.
 
     A token that stands for several counts as often as a key (ToMe's proportional attention), one that the mask leaves
     out not at all. Arguments are those of `LayerContext.weighing`.
     """
-    bias = None if sizes is None else jnp.log(sizes)
-    if mask is not None and mask.dtype != bool:
-        read = jnp.log(mask.astype(jnp.float32) + UNREAD)
-        return read if bias is None else bias + read
-    if mask is not None:
-        bias = jnp.where(mask, 0.0 if bias is None else bias, NOT_READ)
-    return bias
+    counts = how_often(sizes, mask)
+    return None if counts is None else log_counts(counts)
 
 
 class LayerContext(NamedTuple):
