@@ -148,8 +148,7 @@ class TokenSelector(nnx.Module):
 
         def summarise(logits, attn_map, counts):
             # Probabilities are summed, not their logarithms, which would be ruled by the smallest ones.
-            found = jnp.exp(self(logits, read))
-            return column_sums(found if counts is None else found * counts[:, None, :, None])
+            return column_sums(jnp.exp(self(logits, read)), counts)
 
         def walked(query, key, value, *_):
             rows = query[:, :: self.query_stride]

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from tosa_jax.ops import gpu_attention, tpu_attention
 from tosa_jax.ops.array_types import AttnLogits, AttnMap, Keys, PerExample, Queries, Scores
@@ -29,9 +29,11 @@ def pool_heads(values: Float[Array, "b h n"], how: str) -> Scores:
     return {"mean": jnp.mean, "max": jnp.max}[how](values, axis=1)
 
 
-def column_sums(attn_map: AttnMap) -> Float[Array, "b h k"]:
-    """How much attention each token is paid by these query rows."""
-    return attn_map.sum(axis=2)
+def column_sums(
+    attn_map: AttnMap, rows: Float[Array, "b q"] | Int[Array, "b q"] | None = None
+) -> Float[Array, "b h k"]:
+    """How much attention each token is paid by these query rows, each counted `rows` [b q] times; None: once."""
+    return (attn_map if rows is None else attn_map * rows[:, None, :, None]).sum(axis=2)
 
 
 def attention(
@@ -165,14 +167,12 @@ def attention_and_column_sums(
     time.
     """
 
-    def summarise(_, attn_map, counts):
-        return column_sums(attn_map if counts is None else attn_map * counts[:, None, :, None])
-
     def walked(query, key, value):
         counts = None if key_bias is None else is_read(key_bias).astype(jnp.float32)
         out, sums = walk_map(
-            query, key, value, summarise, rows=counts, chunk=chunk, key_bias=key_bias
-        )
+            query, key, value, lambda _, attn_map, rows: column_sums(attn_map, rows), rows=counts,
+            chunk=chunk, key_bias=key_bias,
+        )  # fmt: skip
         return out, jax.lax.stop_gradient(sums)
 
     forms = {}

@@ -121,7 +121,7 @@ class SelectiveFit(Selective):
             return {
                 "kl": map_kl(logits, found),
                 "true": column_sums(attn_map),
-                "found": column_sums(jnp.exp(found) * read[:, None, :, None]),
+                "found": column_sums(jnp.exp(found), read),
                 "own": column_sums(jax.nn.softmax(own_logits, axis=-1)),
             }
 
