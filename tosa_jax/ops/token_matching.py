@@ -186,7 +186,7 @@ def bipartite_matching(
              there is none.
 
     Returns the selection, and scores [b n]: 1 - cosine to the representative, in [0, 2], for patches that may be
-    bypassed, and 3 for all other tokens.
+    bypassed, -1 for padding among them, and 3 for all other tokens.
     """
     n = features.shape[1]
     places = np.arange(n)

@@ -62,18 +62,18 @@ class Redundancy(SelectiveLayer):
         if self.bypass is None:
             state = Standard.apply(self, block, state, context)
             return state.restored() if self.spec.closes else state
-        bypass, sizes, before = self.bypass, state.sizes, state
+        bypass, sizes = self.bypass, state.sizes
 
         def reduce(state, keys):
             chosen, scores = bipartite_matching(
-                keys, self.spec.count, self.num_prefix_tokens, present=before.present
+                keys, self.spec.count, self.num_prefix_tokens, present=state.present
             )
-            scores = before.past_padding(scores, 0.0)
+            scores = state.past_padding(scores, 0.0)
             if context.read is not None:  # nobody reads what merging would change
                 return state.reporting(Reduction(chosen), scores)
             if self.one_hot:
                 chosen = with_one_hot(chosen, state.tokens.dtype)
-            entered = bypass.open(block, state.tokens, chosen, before.counts)
+            entered = bypass.open(block, state.tokens, chosen, state.counts)
             return state.opened(*entered, scores)
 
         weighing = context.weighing(sizes if self.proportional else None, state.mask)

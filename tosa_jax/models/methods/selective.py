@@ -77,11 +77,9 @@ class SelectiveLayer(Standard):
 
     def apply(self, block: Block, state: TokenState, context: LayerContext) -> TokenState:
         if self.bypass is not None:
-            scores = self.scores(state, context)
+            scores = state.past_padding(self.scores(state, context), -jnp.inf)
             if weight := self.redundancy_weight:
-                scores = state.past_padding(scores, -jnp.inf)
                 scores = weigh_redundancy(scores, state.tokens, weight, self.num_prefix_tokens)
-            scores = state.past_padding(scores, -jnp.inf)
             chosen = select_tokens(scores, self.spec.count, self.num_prefix_tokens)
             chosen = self.bypass.match(state.tokens, chosen)
             if self.one_hot:
