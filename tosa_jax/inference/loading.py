@@ -233,11 +233,17 @@ def _with_fields(config: ViTConfig, keep_rate: KeepRate, fields: dict[str, Any])
 
 def _form_with(form: Preprocess, config: ViTConfig, fields: dict[str, Any]) -> Preprocess:
     """The preprocessing of a model that was made with other values for some fields of its configuration."""
-    if form.max_patches and config.max_patches:
-        return dataclasses.replace(form, max_patches=config.max_patches)
-    if form.max_patches or fields.get("image_size"):
-        return dataclasses.replace(form, image_size=config.image_size, max_patches=0, patch_size=0)
+    if form.max_patches or fields.get("image_size") or fields.get("max_patches"):
+        return dataclasses.replace(form, **_sizes_of(config))
     return form
+
+
+def _sizes_of(config: ViTConfig) -> dict[str, Any]:
+    """The fields of `Preprocess` that say how large images become for a model that does not take any size."""
+    if config.max_patches:
+        most = {"max_patches": config.max_patches, "patch_size": config.patch_size}
+        return {"image_size": None} | most
+    return {"image_size": config.image_size, "max_patches": 0, "patch_size": 0}
 
 
 def _from_statement(
@@ -290,20 +296,10 @@ def form_of(config: ViTConfig, published: Preprocessing) -> Preprocess:
 
     A model that accepts images of any size gets them in their own, one with `max_patches` in their own proportion.
     """
-    if config.max_patches:
-        return Preprocess(
-            image_size=None,
-            channels=config.in_chans,
-            resize=published.resize,
-            crop_pct=published.crop_pct,
-            interpolation=published.interpolation,
-            max_patches=config.max_patches,
-            patch_size=config.patch_size,
-        )
     if config.resizes:
         return Preprocess(image_size=None, channels=config.in_chans)
     return Preprocess(
-        image_size=config.image_size,
+        **_sizes_of(config),
         channels=config.in_chans,
         resize=published.resize,
         crop_pct=published.crop_pct,
