@@ -75,8 +75,9 @@ def to_timm(
         "pretrained_cfg": _timm_cfg(config, preprocessing),
     }
     stated |= {"label_names": list(class_names)} if class_names else {}
-    stated |= {"projection": True} if config.projection else {}  # only read here: timm has no word
-    stated |= {"max_patches": config.max_patches} if config.max_patches else {}  # as well
+    # timm has no words for these two, which are read here alone.
+    stated |= {"projection": True} if config.projection else {}
+    stated |= {"max_patches": config.max_patches} if config.max_patches else {}
     arrays = _plain(params, config)
     arrays = _as_eva(arrays, config) if config.rope else arrays
     arrays = _as_naflex(arrays, config) if config.max_patches else arrays
@@ -194,6 +195,12 @@ _DINOV2: dict[str, tuple[Any, ...]] = {
     "mlp": ("gelu", "gelu_tanh", "quick_gelu", "swiglu"),
 }
 _DINOV2_HEADS = _FEATURES | {("token_avg", "logits"): "ForImageClassification"}
+_SIGLIP: dict[str, tuple[Any, ...]] = {
+    "class_token": (False,),
+    "pos_embed_prefix": (True, False),
+    "qkv_bias": (True,),
+}
+_SIGLIP_HEADS = {("map", "features"): "Model"}
 _KINDS = (
     _Kind("vit", "ViT", _FEATURES | _LABELS, {}),
     _Kind(
@@ -215,22 +222,9 @@ _KINDS = (
         _FEATURES | {("token", "projection"): "ModelWithProjection"},
         {"pre_norm": (True,), "patch_bias": (False,), "qkv_bias": (True,)},
     ),
+    _Kind("siglip_vision_model", "SiglipVision", _SIGLIP_HEADS, _SIGLIP),
     _Kind(
-        "siglip_vision_model",
-        "SiglipVision",
-        {("map", "features"): "Model"},
-        {"class_token": (False,), "pos_embed_prefix": (True, False), "qkv_bias": (True,)},
-    ),
-    _Kind(
-        "siglip2_vision_model",
-        "Siglip2Vision",
-        {("map", "features"): "Model"},
-        {
-            "class_token": (False,),
-            "pos_embed_prefix": (True, False),
-            "qkv_bias": (True,),
-            "max_patches": (True,),
-        },
+        "siglip2_vision_model", "Siglip2Vision", _SIGLIP_HEADS, _SIGLIP | {"max_patches": (True,)}
     ),
     _Kind(
         "dinov3_vit",

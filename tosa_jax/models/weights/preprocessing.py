@@ -69,9 +69,9 @@ FAMILIES = {
     "dinov2": Family(r"vit_.*dinov2", {0: 0.875, 384: 1.0}),
     # openai/CLIP, `clip.py`: the short side to the image size, then the centre. timm 1.0 has .9 for some.
     "clip": Family(r"vit_.*clip", {0: 1.0}, CLIP_MEAN, CLIP_STD),
-    # timm 1.0: pixels in [-1, 1]. big_vision and transformers squeeze the whole image into the square.
     # transformers, `Siglip2ImageProcessor`; timm 1.0 has "bicubic".
     "naflex": Family(r"naflexvit", {0: 1.0}, (0.5,), (0.5,), interpolation="bilinear"),
+    # timm 1.0: pixels in [-1, 1]. big_vision and transformers squeeze the whole image into the square.
     "siglip": Family(r"vit_.*siglip", {0: 1.0}, (0.5,), (0.5,)),
     # timm 1.0, `eva.py`. facebookresearch/dinov3 and transformers squeeze the whole image into the square.
     "dinov3": Family(r"vit_.*dinov3", {0: 1.0}),
