@@ -105,9 +105,9 @@ class Preprocess:
             raise ConfigError(
                 f"image_size={size!r} must be a number of pixels, (height, width), or None"
             )
-        counts = (self.max_patches, self.patch_size)
-        countable = all(type(x) is int and 0 < x < 2**16 for x in counts)
-        if self.max_patches and (size is not None or not countable):
+        patches = (self.max_patches, self.patch_size)
+        whole = all(type(x) is int and 0 < x < 2**16 for x in patches)
+        if self.max_patches and (size is not None or not whole):
             raise ConfigError(
                 f"max_patches={self.max_patches!r} and patch_size={self.patch_size!r} must be whole numbers above 0, "
                 "with image_size=None"
@@ -258,6 +258,7 @@ def size_of_patches(height: int, width: int, patch_size: int, max_patches: int) 
     low, high = 1e-6, 100.0
     while high - low >= 1e-5:
         scale = (low + high) / 2
-        rows, columns = (side / patch_size for side in scaled(scale))
-        low, high = (scale, high) if rows * columns <= max_patches else (low, scale)
+        tall, wide = scaled(scale)
+        fits = tall * wide <= max_patches * patch_size**2
+        low, high = (scale, high) if fits else (low, scale)
     return scaled(low)
