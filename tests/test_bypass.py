@@ -9,8 +9,13 @@ from small import forward, random_images, small_model, with_noise
 from tosa_jax.errors import ConfigError
 from tosa_jax.models.bypass_fit import Moments, fit_bypass, solve
 from tosa_jax.models.cost import gmacs, macs
+from tosa_jax.models.layers import plain_attention
 from tosa_jax.models.params import get_params, set_params, split
 from tosa_jax.models.plan import layer_specs
+from tosa_jax.models.token_state import LayerContext, TokenState
+from tosa_jax.ops.reduction import pooled
+from tosa_jax.ops.token_matching import with_representatives
+from tosa_jax.ops.token_selection import select_tokens
 
 
 def noisy_params(model, scale=0.1):
@@ -67,6 +72,26 @@ def test_a_shared_update_is_that_of_the_most_similar_selected_token():
         for i in sorted(set(range(17)) - set(kept)):
             nearest = kept[1:][np.argmax(unit[b, kept[1:]] @ unit[b, i])]
             np.testing.assert_allclose(update[b, i], update[b, nearest], atol=1e-5)
+
+
+def test_a_group_counts_tokens_that_were_merged_before_it():
+    """What enters is the mean of all original tokens that a selected one stands for, and it counts as often."""
+    plan = ("standard", "previous", "previous", "standard")
+    model = small_model(plan=plan, bypass="shared", keep_rate=0.5)
+    tokens = jax.random.normal(jax.random.key(3), (2, 23, 16))
+    wanted, scores = jax.random.uniform(jax.random.key(4), (2, 2, 23))
+    merged = with_representatives(tokens, select_tokens(wanted, 17, 1), 1)
+    earlier = pooled(merged, jnp.ones((2, 23)))
+    state = TokenState(tokens).reduced(earlier.merge(tokens), earlier)
+    context = LayerContext(plain_attention, key=None, drop_path=None, train=False)
+    state = model.kinds[1].apply(model.blocks[1], state._replace(summary=scores[:, :17]), context)
+    (group,) = state.open
+    stands_for = np.take_along_axis(np.asarray(group.source.slot), np.asarray(merged.slot), axis=1)
+    members = np.arange(9)[None, :, None] == stands_for[:, None]
+    np.testing.assert_allclose(group.sizes, members.sum(axis=2))
+    means = members @ np.asarray(tokens) / members.sum(axis=2, keepdims=True)
+    np.testing.assert_allclose(group.entered, means, atol=1e-5)
+    assert group.sizes.max() > earlier.sizes.max()
 
 
 def test_nested_selections_shrink_and_index_the_full_grid():

@@ -20,7 +20,6 @@ from tosa_jax.data.decoding import size_of_patches
 from tosa_jax.errors import ConfigError, WeightsError
 from tosa_jax.models import naflex
 from tosa_jax.models.params import set_params, split
-from tosa_jax.models.vit_config import ViTConfig
 from tosa_jax.models.weights.load import load_pretrained, save_weights
 from tosa_jax.models.weights.preprocessing import Preprocessing
 
@@ -106,6 +105,9 @@ METHODS = {
     "random": {"plan": "random", "keep_rate": 0.5},
     "redundancy": {"plan": "redundancy", "keep_rate": 0.6, "budget": "linear"},
     "tome": {"plan": "tome", "keep_rate": 0.6, "budget": "linear"},
+    "class_attention": {"plan": "class_attention", "keep_rate": 0.5, "class_token": True},
+    "skip": {"plan": "skip"},
+    "scanned": {"scan_layers": True},
 }  # fmt: skip
 
 
@@ -119,44 +121,50 @@ def with_other_selectors(model):
     return model
 
 
-@pytest.fixture(scope="module")
-def dense_features():
-    return np.asarray(run(model_of(), batch()).features)
+@functools.cache
+def dense_features(class_token: bool = False) -> np.ndarray:
+    return np.asarray(run(model_of(class_token=class_token), batch()).features)
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_padding_is_neither_read_nor_chosen_before_patches(name: str, dense_features) -> None:
+def test_padding_is_neither_read_nor_chosen_before_patches(name: str) -> None:
     """Its values change no bit, and an image with fewer patches than a layer selects is computed densely."""
-    model = with_other_selectors(model_of(**METHODS[name]))
+    fields = METHODS[name]
+    model = with_other_selectors(model_of(**fields))
+    prefix = model.config.num_prefix_tokens
+    present = np.pad(PRESENT, ((0, 0), (prefix, 0)), constant_values=True)
+    counts, dense = COUNTS + prefix, dense_features(bool(prefix))
     out, other = run(model, batch()), run(model, batch(1))
     np.testing.assert_array_equal(out.features, other.features)
     if name != "tome":
-        np.testing.assert_array_equal(out.tokens[PRESENT], other.tokens[PRESENT])
+        np.testing.assert_array_equal(out.tokens[present], other.tokens[present])
     for scores, again in zip(out.scores, other.scores, strict=True):
         np.testing.assert_array_equal(scores, again)
-        assert not np.any(np.asarray(scores)[~PRESENT])
+        assert not np.any(np.asarray(scores)[~present])
     for chosen, again in zip(out.selected, other.selected, strict=True):
         np.testing.assert_array_equal(chosen, again)
         chosen = np.asarray(chosen)
-        assert (chosen < COUNTS[:, None]).all()
+        assert (chosen < counts[:, None]).all()
         real = (chosen >= 0).sum(axis=1)
-        if "plan" in METHODS[name] and METHODS[name]["plan"] in ("redundancy", "tome"):
-            assert (real >= np.ceil(COUNTS / 4)).all() and (real <= COUNTS).all()
+        if name in ("redundancy", "tome"):
+            assert (real >= np.ceil(counts / 4)).all() and (real <= counts).all()
         else:
-            np.testing.assert_array_equal(real, np.minimum(COUNTS, chosen.shape[1]))
+            np.testing.assert_array_equal(real, np.minimum(counts, chosen.shape[1]))
         assert all((np.diff(row[row >= 0]) > 0).all() for row in chosen)
-    if name in ("previous", "random", "tosa"):
-        few = COUNTS <= min(chosen.shape[1] for chosen in out.selected)
+    if name in ("previous", "random", "tosa", "class_attention"):
+        few = counts <= min(chosen.shape[1] for chosen in out.selected)
         assert few.any()
-        np.testing.assert_allclose(out.features[few], dense_features[few], atol=1e-5)
-    if name != "dense":
-        assert np.abs(out.features - dense_features)[COUNTS == 20].max() > 1e-4
+        np.testing.assert_allclose(out.features[few], dense[few], atol=1e-5)
+    if "plan" in fields:
+        assert np.abs(out.features - dense)[COUNTS == 20].max() > 1e-4
+    else:
+        np.testing.assert_allclose(out.features, dense, atol=1e-5)
 
 
-def test_how_much_padding_there_is_changes_nothing(dense_features) -> None:
+def test_how_much_padding_there_is_changes_nothing() -> None:
     longer = np.pad(batch(), ((0, 0), (0, 7), (0, 0)), constant_values=3.0)
     out = run(model_of(max_patches=27), longer)
-    np.testing.assert_allclose(out.features, dense_features, atol=1e-5)
+    np.testing.assert_allclose(out.features, dense_features(), atol=1e-5)
 
 
 def test_gradients_are_finite_and_padding_has_none() -> None:
@@ -243,6 +251,9 @@ def test_predict_takes_a_picture_of_each_proportion(tmp_path: Path, capsys) -> N
     assert predictor.classify([]) == []
     again = tosa_jax.load(tmp_path / "net.safetensors", image_size=(16, 24))
     assert again.form.image_size == (16, 24) and not again.form.max_patches
+    again.save(tmp_path / "fixed.safetensors")
+    back = tosa_jax.load(tmp_path / "fixed.safetensors", max_patches=9)
+    assert (back.form.image_size, back.form.max_patches, back.form.patch_size) == (None, 9, 8)
 
 
 @pytest.mark.parametrize("names", ["hf", "timm"])
@@ -326,4 +337,3 @@ def test_images_that_do_not_fit_are_named(tmp_path: Path) -> None:
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=says):
             call()
-    assert ViTConfig(image_size=32, patch_size=8, max_patches=0).num_patches == 16

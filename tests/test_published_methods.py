@@ -211,11 +211,12 @@ def test_a_head_that_reads_all_tokens_counts_merged_ones_by_size(pool):
         state = model.layers(model.embed(images), key=None, train=False)
         grid = model.kinds[-1].restore(state).tokens
         grid = grid if pool == "avg" else model.norm(grid)
-        return model(images).logits, model.classify(grid), model.classify(grid[:, :12])
+        logits = model(images).logits, model.classify(grid), model.classify(grid[:, :12])
+        return logits, (model.features(images), model.pool(grid), model.pool(grid[:, :12]))
 
-    found, wanted, other = both(params, random_images())
-    np.testing.assert_allclose(found, wanted, atol=1e-5)
-    assert np.abs(other - wanted).max() > 1e-3
+    for found, wanted, other in both(params, random_images()):
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+        assert np.abs(other - wanted).max() > 1e-3
 
 
 @pytest.mark.parametrize("name", ["tome", "evit", "ppt", "mctf", "expedit"])
