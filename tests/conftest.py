@@ -39,9 +39,9 @@ flags.FLAGS.mark_as_parsed()
 # Tracing makes many objects that stay: the collector has little to find, and a tenth of the time to lose.
 gc.set_threshold(200_000, 20, 20)
 
-# JAX makes an MLIR context for each program, which takes as long as lowering a small one. One a thread does.
+# JAX makes an MLIR context for each program: 4 ms, as long as it takes to lower a small one. One a thread does.
 _contexts = threading.local()
-_make_ir_context = mlir.make_ir_context
+_make_ir_context = getattr(mlir, "make_ir_context", None)  # not public: another JAX may have none
 
 
 def _ir_context():
@@ -50,7 +50,8 @@ def _ir_context():
     return _contexts.own
 
 
-mlir.make_ir_context = _ir_context
+if _make_ir_context is not None:
+    mlir.make_ir_context = _ir_context
 
 # Checks shapes and dtypes of arrays in every function of the modules that annotate them, at run time. In all modules it
 # would take a seventh of the time of a test that traces; their other types are pyright's.

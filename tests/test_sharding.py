@@ -135,7 +135,8 @@ def test_batches_are_split_over_data_and_fsdp():
     ],
 )
 def test_meshes_take_what_is_there(axes, slices, sizes):
-    assert mesh_sizes(MeshConfig(**axes), [4, 4], slices) == sizes
+    found = mesh_sizes(MeshConfig(**axes), [4, 4], slices)
+    assert found == dict(zip(("dcn", "data", "fsdp", "model"), sizes, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -153,14 +154,14 @@ def test_meshes_that_do_not_fit(axes, slices, says):
         mesh_sizes(MeshConfig(**axes), [4, 4], slices)
 
 
-def test_devices_stand_in_the_order_of_their_processes():
-    mesh = make_mesh(MeshConfig(), jax.devices()[::-1])
+def test_each_axis_has_its_size_and_devices_stand_in_the_order_of_their_processes():
+    mesh = make_mesh(MeshConfig(fsdp=4, model=2), jax.devices()[::-1])
+    assert dict(mesh.shape) == {"dcn": 1, "data": 1, "fsdp": 4, "model": 2}
     assert [device.id for device in mesh.devices.flat] == list(range(8))
 
 
 def test_batches_that_do_not_fit():
     mesh = make_mesh(MeshConfig())
-    assert dict(mesh.shape) == {"dcn": 1, "data": 8, "fsdp": 1, "model": 1}
     check_batch("batch_size", 24, mesh)
     with pytest.raises(ConfigError, match="batch_size=20 .* the nearest that is: 16"):
         check_batch("batch_size", 20, mesh)

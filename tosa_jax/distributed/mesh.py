@@ -5,10 +5,11 @@ are split over `fsdp` and `model`. Only gradients and scalars are therefore sent
 """
 
 import contextlib
+import dataclasses
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -40,7 +41,7 @@ RULES: tuple[tuple[str, P], ...] = (
 An axis that does not divide its dimension is left out."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
     """Number of devices along each axis. One of data, fsdp and model may be -1: all remaining devices.
 
@@ -67,35 +68,39 @@ def make_mesh(config: MeshConfig, devices: list[Device] | None = None) -> Mesh:
     on_slices = Counter(_slice(device) for device in devices)
     on_processes = Counter(device.process_index for device in devices)
     sizes = mesh_sizes(config, list(on_processes.values()), slices=len(on_slices))
-    return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    grid = np.asarray(devices).reshape([sizes[axis] for axis in AXES])
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def mesh_sizes(config: MeshConfig, local_devices: list[int], slices: int = 1) -> list[int]:
-    """Number of devices along each of AXES. Raises ConfigError if they do not fit the devices.
+def mesh_sizes(config: MeshConfig, local_devices: list[int], slices: int = 1) -> dict[str, int]:
+    """Number of devices along each of AXES, by name. Raises ConfigError if they do not fit the devices.
 
     local_devices  number of devices of each process.
     slices         number of slices that the devices report.
     """
     count = sum(local_devices)
-    sizes = [config.dcn or slices, config.data, config.fsdp, config.model]
-    named = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
-    known = int(np.prod([size for size in sizes if size != -1]))
-    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes) or sizes[0] < 1:
+    sizes = dataclasses.asdict(config) | {"dcn": config.dcn or slices}
+    named = ", ".join(f"{axis}={sizes[axis]}" for axis in AXES)
+    rest = [axis for axis, size in sizes.items() if size == -1]
+    known = math.prod(size for size in sizes.values() if size != -1)
+    if len(rest) > 1 or "dcn" in rest or any(size < 1 and size != -1 for size in sizes.values()):
         raise ConfigError(
             f"mesh: {named}: sizes are positive, one of data, fsdp and model may be -1"
         )
-    if -1 in sizes:
-        sizes[sizes.index(-1)] = max(count // known, 1)
-    if int(np.prod(sizes)) != count:
+    sizes |= dict.fromkeys(rest, max(count // known, 1))
+    needed = math.prod(sizes.values())
+    if needed != count:
         raise ConfigError(
-            f"mesh: {named} needs {int(np.prod(sizes))} devices, but there are {count}; set "
+            f"mesh: {named} needs {needed} devices, but there are {count}; set "
             "--config.mesh.data=-1 to take all that are left"
         )
-    if slices not in (1, sizes[0]):
-        raise ConfigError(f"mesh: dcn={sizes[0]}, but the devices are on {slices} slices: use 0")
-    if any(local % sizes[-1] for local in local_devices):
+    if slices not in (1, sizes["dcn"]):
         raise ConfigError(
-            f"mesh: model={sizes[-1]} does not divide the {min(local_devices)} devices of a process, "
+            f"mesh: dcn={sizes['dcn']}, but the devices are on {slices} slices: use 0"
+        )
+    if any(local % sizes["model"] for local in local_devices):
+        raise ConfigError(
+            f"mesh: model={sizes['model']} does not divide the {min(local_devices)} devices of a process, "
             "which reads rows of the batch for itself; use fsdp for more"
         )
     return sizes
