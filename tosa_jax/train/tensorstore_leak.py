@@ -4,7 +4,7 @@ Seen in TensorStore 0.1.69 to 0.1.86: each text, list and mapping of such an ans
 (`results/tensorstore_memory.json`). A long run that saves often grows by it without end.
 """
 
-import copy
+import ast
 import functools
 import gc
 import sys
@@ -23,12 +23,11 @@ KVSTORE_METRICS = "/tensorstore/kvstore/"
 def mend() -> None:
     """Makes Orbax's two questions leave nothing behind, in this process. Does nothing where TensorStore does not leak.
 
-    `KvStore.Spec.to_json` answers as before, but is asked once for specifications that are alike. The counters of
-    key-value stores are an empty list from now on.
+    `KvStore.Spec.to_json` answers as before. The counters of key-value stores are an empty list from now on.
     """
     if leaks():
         spec = tensorstore.KvStore.Spec
-        spec.to_json = asked_once(spec.to_json)
+        spec.to_json = read_from_text(spec.to_json)
         collect = tensorstore.experimental_collect_matching_metrics
         tensorstore.experimental_collect_matching_metrics = without_kvstores(collect)
 
@@ -44,23 +43,29 @@ def leaks() -> bool:
     return sys.getallocatedblocks() - before >= PROBE_CALLS
 
 
-def asked_once(to_json: Callable[..., Any]) -> Callable[..., Any]:
-    """`to_json`, which keeps its last 16 answers. Several threads may ask."""
-    asked = functools.lru_cache(maxsize=16)(lambda question: question.ask())
+def read_from_text(to_json: Callable[..., Any]) -> Callable[..., Any]:
+    """`to_json`, whose answer is read from what is printed of a specification: that leaves nothing behind.
+
+    With defaults, which are not printed, it asks as before.
+    """
 
     @functools.wraps(to_json)
-    def answer(self, *args, **options):
-        question = _Question(repr((self, args, options)))
-        question.ask = functools.partial(to_json, self, *args, **options)
-        return copy.deepcopy(asked(question))
+    def answer(self, include_defaults: bool = False):
+        if include_defaults:
+            return to_json(self, include_defaults=True)
+        text = repr(self).removeprefix("KvStore.Spec(").removesuffix(")")
+        return _decoded(ast.literal_eval(text))
 
     return answer
 
 
-class _Question(str):
-    """What is printed of a specification, which has no hash of its own, and the call that answers."""
-
-    ask: Callable[[], Any]
+def _decoded(value: Any) -> Any:
+    """JSON values, in whose texts each byte of UTF-8 is a character: so TensorStore prints them."""
+    if isinstance(value, dict):
+        return {_decoded(key): _decoded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_decoded(item) for item in value]
+    return value.encode("latin-1").decode() if isinstance(value, str) else value
 
 
 def without_kvstores(collect: Callable[..., Any]) -> Callable[..., Any]:
