@@ -39,6 +39,7 @@ MODELS = {
     "eva02_base_patch14_224": ("eva02_base_patch14_224", EVA02 | {"num_classes": 5}),
     "eva02_base_patch14_448/token": ("eva02_base_patch14_448",
                                      EVA02 | {"num_classes": 5, "global_pool": "token"}),
+    "eva02_base_patch16_clip_224": ("eva02_base_patch16_clip_224", EVA02 | {"num_classes": 12}),
 }  # fmt: skip
 
 
@@ -83,7 +84,8 @@ def test_the_network_is_that_of_transformers_or_timm(case: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("case", ["CLIPModel", "SiglipModel", "DINOv3ViTModel/gated",
-                                  "Dinov2ForImageClassification", "eva02_base_patch14_224"])  # fmt: skip
+                                  "Dinov2ForImageClassification", "eva02_base_patch14_224",
+                                  "eva02_base_patch16_clip_224"])  # fmt: skip
 def test_gradients_of_a_selective_network_are_finite_and_reach_every_part(case: str) -> None:
     model = model_of(case, plan="previous", keep_rate=0.5)
     graphdef, params = split(model)
@@ -182,20 +184,25 @@ def test_the_other_names_of_a_dinov3_are_read(tmp_path) -> None:
     assert differing == {f"blocks/{i}/attn/qkv/bias" for i in range(3)}
 
 
-def test_the_other_names_of_an_eva02_are_read(tmp_path) -> None:
-    """Those of its authors' code, with three kernels or one."""
-    case, said = "eva02_base_patch14_224", []
-    whole = load_pretrained(model_of(case), released(tmp_path, case), on_message=said.append)
-    timm = cases.weights_of(json.loads(str(STORED[f"{case}:shapes"])))
+def as_evas_authors(case: str) -> dict[str, np.ndarray]:
+    """timm's weights of a case under the names of EVA's own code."""
     theirs = {
         "rope.freqs_cos": np.ones((16, 16)),
         "blocks.0.attn.rope.freqs_sin": np.ones((16, 16)),
     }
-    theirs |= {"mask_token": np.ones((1, 1, 32)), "lm_head.bias": np.ones(9)}
-    for name, x in timm.items():
+    for name, x in cases.weights_of(json.loads(str(STORED[f"{case}:shapes"]))).items():
         name = name.replace(".fc1_g.", ".w1.").replace(".fc1_x.", ".w2.").replace(".fc2.", ".w3.")
         name = name.replace(".mlp.norm.", ".mlp.ffn_ln.").replace("_proj.bias", "_bias")
-        theirs[name] = x
+        theirs[name.replace(".attn.norm.", ".attn.inner_attn_ln.")] = x
+    return theirs
+
+
+def test_the_other_names_of_an_eva02_are_read(tmp_path) -> None:
+    """Those of its authors' code, with three kernels or one."""
+    case, said = "eva02_base_patch14_224", []
+    whole = load_pretrained(model_of(case), released(tmp_path, case), on_message=said.append)
+    theirs = as_evas_authors(case)
+    theirs |= {"mask_token": np.ones((1, 1, 32)), "lm_head.bias": np.ones(9)}
     one = {name: x for name, x in theirs.items() if not re.search(r"attn\.[qkv]_proj", name)}
     for i in range(3):
         parts = [theirs[f"blocks.{i}.attn.{part}_proj.weight"] for part in "qkv"]
@@ -204,6 +211,26 @@ def test_the_other_names_of_an_eva02_are_read(tmp_path) -> None:
         path = write(tmp_path / f"{i}", arrays)
         assert same(load_pretrained(model_of(case), path, on_message=said.append), whole)
     assert len(said) == 2 and all(line.endswith("uses them: lm_head, mask_token") for line in said)
+
+
+def test_a_tower_is_read_from_the_files_of_openclip_and_of_evas_authors(tmp_path) -> None:
+    """OpenCLIP has timm's network in its own, the authors nearly that; what else stands there is for texts."""
+    case, said = "eva02_base_patch16_clip_224", []
+    whole = load_pretrained(model_of(case), released(tmp_path, case), on_message=said.append)
+    timm = cases.weights_of(json.loads(str(STORED[f"{case}:shapes"])))
+    texts = {"logit_scale": np.ones(()), "text.transformer.resblocks.0.ln_1.weight": np.ones(3)}
+    openclip = {f"visual.trunk.{name}": x for name, x in timm.items()}
+    authors = {f"visual.{name}": x for name, x in as_evas_authors(case).items()}
+    for arrays in (openclip, authors):
+        path = write(tmp_path / "tower", arrays | texts)
+        assert same(load_pretrained(model_of(case), path, on_message=said.append), whole)
+        loaded = tosa_jax.load(path, name=MODELS[case][0], num_heads=2, on_message=said.append)
+        assert loaded.config.projection and same(loaded.model, whole)
+    lines = {line.partition(": ")[2] for line in said if "left out" in line}
+    assert lines == {"left out, as only texts need them: logit_scale, text"}
+    # A head that OpenCLIP adds to timm's network is none of timm's.
+    beside = openclip | {"visual.head.proj.weight": np.ones((4, 12), np.float32)}
+    assert_refused(model_of(case), write(tmp_path / "beside", beside), "left over: visual/head/pro")
 
 
 def test_the_linear_head_of_dinov2_is_read_with_the_network_and_alone(tmp_path) -> None:
@@ -382,5 +409,7 @@ def test_released_sizes_were_measured_at_two_image_sizes() -> None:
     )
     measured = of_transformers | of_timm
     for variant, found in measured.items():
-        assert found["differences"].keys() == {"224x224", "448x224"}, variant
+        own = variant_config(variant).image_shape if variant in of_timm else (224, 224)
+        sizes = {"224x224", "448x224", "x".join(map(str, own))}
+        assert found["differences"].keys() == sizes, variant
         assert max(found["differences"].values()) <= 2e-5, variant

@@ -43,6 +43,8 @@ TIMM = {
     "eva02": EVA02 | {"num_classes": 0},
     "eva02 norm": EVA02 | {"mlp_norm": True, "image_size": (32, 48)},
     "eva02 token": EVA02 | {"mlp_norm": True, "global_pool": "token"},
+    "eva02 clip": EVA02
+    | {"mlp_norm": True, "attn_norm": True, "global_pool": "token", "projection": True},
     "mean": {"global_pool": "avg"},
     "not square": {"image_size": (32, 48)},
 }
@@ -159,6 +161,8 @@ def test_what_others_do_not_have_is_refused(tmp_path: Path) -> None:
         (DINOV3 | {"reg_tokens": 0}, "its DINOv3ViTModel, the nearest, has no reg_tokens=0"),
         (DINOV2 | {"mlp_ratio": 2.5}, "its Dinov2Model, the nearest, has no mlp_ratio=2.5"),
         (TIMM["registers"] | {"pos_embed_prefix": True}, "has no pos_embed_prefix=True"),
+        (GATED | DINOV2 | {"mlp_norm": True}, "its Dinov2Model, the nearest, has no mlp_norm=True"),
+        ({"attn_norm": True}, "its ViTModel, the nearest, has no attn_norm=True"),
     ):  # fmt: skip
         with pytest.raises(WeightsError, match=says):
             save_weights(tiny(**fields), tmp_path, names="hf")

@@ -19,7 +19,7 @@ import tosa_jax
 from tosa_jax.errors import ConfigError, WeightsError
 from tosa_jax.models.params import get_params
 from tosa_jax.models.positions import resample_positions
-from tosa_jax.models.variants import variant_config
+from tosa_jax.models.variants import hub_repository, variant_config
 from tosa_jax.models.weights import statements
 from tosa_jax.models.weights.load import load_pretrained, save_weights
 
@@ -105,13 +105,19 @@ def test_the_hub_is_asked_by_timms_and_by_its_own_names(tmp_path: Path, monkeypa
     assert load("hf-hub:me/net")[0].class_names == tuple(NAMES) and asked[0].startswith("me/net ")
     tuned = tosa_jax.create_model("vit_tiny_patch16_224", pretrained=folder, num_classes=3)
     assert tuned.head.kernel.shape == (24, 3)
+    for name, tag in (
+        ("eva02_base_patch16_clip_224", "merged2b"),
+        ("eva02_base_patch14_224", "mim_in22k"),
+    ):
+        assert hub_repository(name) == f"timm/{name}.{tag}"
     with pytest.raises(ConfigError, match="pass pretrained=FILE"):
         tosa_jax.create_model("vit", pretrained=True)
 
 
 @pytest.mark.parametrize("case", ["CLIPModel", "SiglipVisionModel", "DINOv3ViTModel/gated",
                                   "Dinov2WithRegistersForImageClassification",
-                                  "eva02_tiny_patch14_224", "eva02_base_patch14_448/token"])  # fmt: skip
+                                  "eva02_tiny_patch14_224", "eva02_base_patch14_448/token",
+                                  "eva02_base_patch16_clip_224"])  # fmt: skip
 def test_every_family_is_told_from_its_files(case: str, tmp_path: Path) -> None:
     """The network that the config.json of transformers or timm describes, without a name."""
     from test_families import model_of

@@ -18,6 +18,7 @@ from tosa_jax.models.weights.readers import WeightFile, read_weights
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALVES = ((0.5,), (0.5,))
+OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 BARE = {"cls_token": np.zeros(1), "pos_embed": np.zeros(1), "norm.weight": np.zeros(1)}
 HEAD = BARE | {"head.weight": np.zeros(1)}
 SMALL = {"embed_dim": 16, "depth": 2, "num_heads": 2, "image_size": 32, "patch_size": 8}
@@ -38,6 +39,9 @@ def of(name, size=224, arrays=HEAD, **file):
         ("vit_base_patch16_224", 384, HALVES, 384),
         ("vit_small_patch14_dinov2", 224, IMAGENET, 256),
         ("vit_small_patch14_reg4_dinov2", 518, IMAGENET, 518),
+        ("eva02_base_patch14_224", 224, OPENAI, 248),
+        ("eva02_base_patch16_clip_224", 224, OPENAI, 224),  # CLIP's own, not timm's .9
+        ("eva02_large_patch14_clip_336", 336, OPENAI, 336),
         ("vit", 224, IMAGENET, 256),
     ],
 )

@@ -37,6 +37,7 @@ TIMM_CASES = {
     "eva02_tiny_patch14_224": TIMM_SIZES | {"num_classes": 0},
     "eva02_base_patch14_224": TIMM_SIZES | {"num_classes": 5},
     "eva02_base_patch14_448/token": TIMM_SIZES | {"num_classes": 5, "global_pool": "token"},
+    "eva02_base_patch16_clip_224": TIMM_SIZES | {"num_classes": 12},
 }
 """timm's name, and what its `create_model` gets."""
 
@@ -73,11 +74,14 @@ transformers' defaults are the base CLIP and SigLIP and the small DINOv3.
 TIMM_WHOLE = {
     "eva02_small_patch14_224": ("eva02_small_patch14_224", {}, {}),
     "eva02_base_patch14_224": ("eva02_base_patch14_224", {}, {}),
+    "eva02_base_patch16_clip_224": ("eva02_base_patch16_clip_224", {}, {}),
+    "eva02_large_patch14_clip_224": ("eva02_large_patch14_clip_224", {}, {}),
+    "eva02_large_patch14_clip_336": ("eva02_large_patch14_clip_336", {}, {}),
 }
 """The same with timm's name and what its `create_model` gets."""
 
 WHOLE_IMAGES = ((224, 224), (448, 224))
-"""Height and width; both patches divide them."""
+"""Height and width, beside the variant's own; both patches divide them."""
 
 IMAGES = ((32, 32), (24, 48))
 """Height and width: the own size, and one that is no square."""

@@ -5,8 +5,8 @@ pip install "torch>=2.6" "transformers>=5" "timm>=1.0" && PYTHONPATH=.:tests pyt
 Float32, on the CPU, with random weights: a few minutes for all. What is measured is in
 results/families_exactness.json and families_exactness_timm.json. A case of the golden file has its config.json and the
 names and shapes of its weights as `save_pretrained` or timm wrote them. For each size it has what a head gives: the
-projection (CLIP), the pooled token (SigLIP, DINOv3), logits (DINOv2), logits or pooled patches (EVA-02); of DINOv3 and
-EVA-02 all tokens too.
+projection (CLIP, EVA-02-CLIP), the pooled token (SigLIP, DINOv3), logits (DINOv2), logits or pooled patches (EVA-02);
+of DINOv3 and EVA-02 all tokens too.
 """
 
 import argparse
@@ -35,6 +35,7 @@ from golden.family_cases import (
 
 import tosa_jax
 from tosa_jax.models.params import set_params, split
+from tosa_jax.models.variants import variant_config
 
 HERE = Path(__file__).parent
 jax.config.update("jax_platforms", "cpu")
@@ -119,7 +120,8 @@ def measure(variant: str, folder: Path) -> dict[str, float]:
     write = written_by_timm if variant in TIMM_WHOLE else written
     reference, _ = write(name, theirs, folder)
     differences = {}
-    for size in WHOLE_IMAGES:
+    own = variant_config(variant, **ours).image_shape
+    for size in dict.fromkeys((own, *WHOLE_IMAGES)):
         model = tosa_jax.create_model(variant, image_size=size, rngs=nnx.Rngs(0), **ours)
         graphdef, params = split(tosa_jax.load_pretrained(model, folder))
         run = jax.jit(lambda p, x, graphdef=graphdef: set_params(graphdef, p)(x).predictions)

@@ -142,7 +142,10 @@ class PatchEmbed(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention (Vaswani et al. 2017): tokens [b n d] -> [b n d], and what `attention_fn` reports."""
+    """Multi-head self-attention (Vaswani et al. 2017): tokens [b n d] -> [b n d], and what `attention_fn` reports.
+
+    With `config.attn_norm` what the projection reads is normalised over all heads together (EVA-02-CLIP).
+    """
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs) -> None:
         self.num_heads = config.num_heads
@@ -150,6 +153,7 @@ class Attention(nnx.Module):
         self.qkv = linear(
             config, config.embed_dim, 3 * config.embed_dim, rngs, use_bias=config.qkv_bias
         )
+        self.norm = layer_norm(config, rngs) if config.attn_norm else None
         self.proj = linear(config, config.embed_dim, config.embed_dim, rngs)
 
     def __call__(
@@ -172,7 +176,7 @@ class Attention(nnx.Module):
         key_rotary = rotary if key_value is None else key_rotary
         query, key = self._turned(query, rotary), self._turned(key, key_rotary)
         out, summary = attention_fn(query, key, value)
-        return self.proj(out.reshape(*out.shape[:2], -1)), summary
+        return self._projected(out), summary
 
     def query_key(self, x: Tokens, rotary: Rotary | None = None) -> tuple[Queries, Keys]:
         """Queries and keys of x [b n d] alone, from which a method makes a map of its own, [b n h dh] each."""
@@ -182,7 +186,12 @@ class Attention(nnx.Module):
         """The values of x [b n d], mixed by a given map [b h q n] and projected."""
         value = self._part(x, 2)
         out = jnp.einsum("bhqk,bkhc->bqhc", attn_map.astype(value.dtype), value)
-        return self.proj(out.reshape(*out.shape[:2], -1))
+        return self._projected(out)
+
+    def _projected(self, mixed: Heads) -> Float[Array, "b q d"]:
+        """The values that each head mixed, [b q h dh], joined, normalised where the network does so, and projected."""
+        joined = mixed.reshape(*mixed.shape[:2], -1)
+        return self.proj(self.norm(joined) if self.norm else joined)
 
     def _turned(self, heads: Heads, rotary: Rotary | None) -> Heads:
         """Queries or keys, turned by their tokens' positions in a network that has rotary ones."""

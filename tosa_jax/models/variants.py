@@ -33,9 +33,14 @@ def _dinov2(size: str, registers: int = 0) -> dict[str, Any]:
 
 
 def _clip(size: str, patch: int, image: int = 224, **fields) -> dict[str, Any]:
-    widths = {"base": 512, "large": 768, "huge": 1024}  # of the space that images and texts share
     form = {"pre_norm": True, "patch_bias": False, "norm_eps": 1e-5}
-    return _vit(size, patch, image, num_classes=widths[size], projection=True, **form, **fields)
+    return _vit(size, patch, image, **_embedding(size), **form, **fields)
+
+
+def _embedding(size: str) -> dict[str, Any]:
+    """A head that projects to the space that images and texts share."""
+    widths = {"base": 512, "large": 768, "huge": 1024}
+    return {"num_classes": widths[size], "projection": True}
 
 
 def _siglip(size: str, patch: int, image: int) -> dict[str, Any]:
@@ -63,6 +68,11 @@ def _eva02(size: str, image: int) -> dict[str, Any]:
     # What is of 224 pixels was trained to predict masked patches, and has no classes.
     fields |= {"num_classes": 0} if image == 224 else {}
     return fields | {"rope": "eva02", "rope_base": 1e4}
+
+
+def _eva02_clip(size: str, patch: int, image: int) -> dict[str, Any]:
+    form = {"patch_size": patch, "attn_norm": True, "global_pool": "token"}
+    return _eva02(size, image) | form | _embedding(size)
 
 
 _GATED = {"mlp": "swiglu", "mlp_ratio": 8.0}  # both halves of 4 times the width
@@ -155,6 +165,11 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
         )
         for i in sides
     },
+    # Sun et al. 2023 (EVA-CLIP), its towers of EVA-02's form.
+    **{
+        f"eva02_{s}_patch{p}_clip_{i}": _eva02_clip(s, p, i)
+        for s, p, i in (("base", 16, 224), ("large", 14, 224), ("large", 14, 336))
+    },
     # Jiang et al. 2024 (LeMeViT), by the names of its own repository.
     "lemevit_tiny": _lemevit((64, 64, 128, 192, 320), (1, 2, 2, 8, 2)),
     "lemevit_small": _lemevit((96, 96, 192, 320, 384), (1, 2, 2, 6, 2)),
@@ -223,6 +238,7 @@ _TAGS = [
     (r"vit_.*clip", "laion2b_ft_in12k_in1k"),
     (r"(naflex)?vit_.*siglip", "v2_webli"),
     (r"vit_.*dinov3", "lvd1689m"),
+    (r"eva02_.*clip", "merged2b"),
     (r"eva02_.*_224", "mim_in22k"),
     (r"eva02_.*_336", "mim_in22k_ft_in1k"),
     (r"eva02_.*_448", "mim_in22k_ft_in22k_in1k"),

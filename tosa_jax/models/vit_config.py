@@ -198,6 +198,7 @@ class ViTConfig(metaclass=_TakesOptions):
     mlp: str = "gelu"  # "gelu", "gelu_tanh", "quick_gelu" (OpenAI's CLIP) or "swiglu" (packed)
     mlp_ratio: float = 4.0
     mlp_norm: bool = False  # a norm before the MLP's second layer, as in EVA-02's base and large
+    attn_norm: bool = False  # a norm before the attention's projection, as in EVA-02-CLIP
     qkv_bias: bool = True
     key_bias: bool = True  # False: the keys' part of that bias is held at 0, as in DINOv3
     patch_bias: bool = True  # the patch projection has a bias; CLIP's has none

@@ -98,6 +98,7 @@ def _shapes(file: WeightFile, arrays: names.Arrays, variant: dict[str, Any]) -> 
         "depth": max(layers) + 1,
         "mlp_ratio": _ratio(hidden[1], width),
         "mlp_norm": "blocks/0/mlp/norm/scale" in arrays,
+        "attn_norm": "blocks/0/attn/norm/scale" in arrays,
         "qkv_bias": "blocks/0/attn/qkv/bias" in arrays,
         "patch_bias": "patch_embed/proj/bias" in arrays,
         "class_token": "cls_token" in arrays,

@@ -22,8 +22,8 @@ from tosa_jax.paths import write_atomically
 Arrays = dict[str, np.ndarray]
 
 _SIZES = ("embed_dim", "depth", "num_heads", "mlp_ratio", "patch_size", "in_chans")
-_FORM = ("mlp", "mlp_norm", "qkv_bias", "patch_bias", "norm_eps", "class_token", "reg_tokens", "distilled", "pre_norm",
-         "pos_embed", "pos_embed_prefix", "rope")  # fmt: skip
+_FORM = ("mlp", "mlp_norm", "attn_norm", "qkv_bias", "patch_bias", "norm_eps", "class_token", "reg_tokens", "distilled",
+         "pre_norm", "pos_embed", "pos_embed_prefix", "rope")  # fmt: skip
 _POOLS = ("token", "avg", "map")  # of `global_pool`, those that timm has too
 _FILTERS = {"bilinear": 2, "bicubic": 3}  # PIL's numbers
 _ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu"}
@@ -185,7 +185,7 @@ class _Kind(NamedTuple):
 _FORM_OF_ALL: dict[str, tuple[Any, ...]] = {
     "class_token": (True,), "distilled": (False,), "reg_tokens": (False,), "layer_scale": (False,),
     "pre_norm": (False,), "patch_bias": (True,), "pos_embed": (True,), "pos_embed_prefix": (True,), "rope": (False,),
-    "max_patches": (False,),
+    "max_patches": (False,), "mlp_norm": (False,), "attn_norm": (False,),
     "mlp": ("gelu", "gelu_tanh", "quick_gelu"), "qkv_bias": (True, False),
 }  # fmt: skip
 _FEATURES = {("token", "features"): "Model"}

@@ -110,6 +110,7 @@ _ORIGINAL = [
     (r"\.mlp\.w12\.", ".mlp.fc1."),  # DINOv2's SwiGLU
     (r"\.mlp\.w3\.", ".mlp.fc2."),
     (r"\.mlp\.ffn_ln\.", ".mlp.norm."),  # EVA-02
+    (r"\.attn\.inner_attn_ln\.", ".attn.norm."),  # EVA-02-CLIP
     (r"\.attn\.([qkv])_proj\.", r".attn.\1."),  # EVA-02's base and large, and timm's of these
     (r"\.gamma_([12])$", r".ls\1.gamma"),  # DeiT III
 ]

@@ -67,8 +67,9 @@ FAMILIES = {
     # facebookresearch/dinov2, `data/transforms.py`: 256 -> 224. timm 1.0, whose weights are for 518 pixels, takes the
     # whole there.
     "dinov2": Family(r"vit_.*dinov2", {0: 0.875, 384: 1.0}),
-    # openai/CLIP, `clip.py`: the short side to the image size, then the centre. timm 1.0 has .9 for some.
-    "clip": Family(r"vit_.*clip", {0: 1.0}, CLIP_MEAN, CLIP_STD),
+    # openai/CLIP, `clip.py`: the short side to the image size, then the centre; mlfoundations/open_clip and
+    # baaivision/EVA too. timm 1.0 has .9 for some.
+    "clip": Family(r"(vit|eva02)_.*clip", {0: 1.0}, CLIP_MEAN, CLIP_STD),
     # transformers, `Siglip2ImageProcessor`; timm 1.0 has "bicubic".
     "naflex": Family(r"naflexvit", {0: 1.0}, (0.5,), (0.5,), interpolation="bilinear"),
     # timm 1.0: pixels in [-1, 1]. big_vision and transformers squeeze the whole image into the square.

@@ -1,5 +1,8 @@
 """Image towers of networks for images and texts: CLIP and SigLIP as transformers stores them, and OpenCLIP -> timm.
 
+OpenCLIP has some towers of timm's, EVA-02's and SigLIP's among them, under "visual.trunk."; EVA's authors have theirs
+under "visual.".
+
 Sources: transformers `models/{clip,siglip}`; openai/CLIP `model.py` and mlfoundations/open_clip `transformer.py`; timm
 `vision_transformer.py` and `attention_pool.py`, whose names the results have. The tower of texts is left out.
 """
@@ -57,7 +60,26 @@ def whose(arrays: Mapping[str, np.ndarray]) -> str:
     """ "transformers" or "OpenCLIP", if these are the names of a tower there; else ""."""
     if any(name.endswith("embeddings.position_embedding.weight") for name in arrays):
         return "transformers"
-    return "OpenCLIP" if "visual.class_embedding" in arrays else ""
+    return "OpenCLIP" if "visual.class_embedding" in arrays or _prefix_of_timm(arrays) else ""
+
+
+def _prefix_of_timm(arrays: Mapping[str, np.ndarray]) -> str:
+    """What stands before the names of a tower that are timm's, or nearly; "" if there is none."""
+    prefixes = ("visual.trunk.", "visual.")
+    found = (x for x in prefixes if any(name.startswith(f"{x}blocks.") for name in arrays))
+    return next(found, "")
+
+
+def without_texts(arrays: Arrays) -> tuple[Arrays, list[str]]:
+    """A tower that has timm's names, or nearly, without what stands before them; and the parts left out.
+
+    Other arrays stay as they are. So does what such a tower has beside timm's network, which then fits no model.
+    """
+    prefix = _prefix_of_timm(arrays)
+    if not prefix:
+        return arrays, []
+    tower = {name.removeprefix(prefix): x for name, x in arrays.items() if name[:7] == "visual."}
+    return tower, sorted({name.partition(".")[0] for name in arrays} - {"visual"})
 
 
 def is_naflex(arrays: Mapping[str, np.ndarray]) -> bool:

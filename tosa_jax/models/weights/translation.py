@@ -20,21 +20,24 @@ def to_ours(arrays: Arrays) -> tuple[Arrays, str]:
     """
     if names.is_google(arrays):
         ours, unused = names.google_to_ours(arrays)
-        why = "left out, as the network does not have them"
+        left_out = {"the network does not have them": unused}
     elif any("/" in name for name in arrays):
         return arrays, ""
     elif lemevit.is_theirs(arrays):
         return lemevit.to_ours(arrays), ""
     else:
         decoder, arrays = split_decoder(arrays)
+        arrays, texts = towers.without_texts(arrays)
+        unused = []
         if towers.whose(arrays):
-            arrays, unused = towers.tower_to_timm(arrays)
-            arrays, why = names.fuse(arrays), "left out, as only texts need them"
+            arrays, texts = towers.tower_to_timm(arrays)
+            arrays = names.fuse(arrays)
         else:
             arrays, unused = names.to_timm(arrays)
-            why = "left out, as only pretraining uses them"
+        left_out = {"only texts need them": texts, "only pretraining uses them": unused}
         ours = names.to_ours(arrays) | decoder
-    message = f"{why}: {', '.join(unused)}" if unused else ""
+    lines = [f"left out, as {why}: {', '.join(parts)}" for why, parts in left_out.items() if parts]
+    message = "; ".join(lines)
     if "pre_logits" in unused:
         ours = {name: x for name, x in ours.items() if not name.startswith(("head/", "head_dist/"))}
         message += " (and the head, which reads pre_logits)"
