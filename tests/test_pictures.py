@@ -209,7 +209,7 @@ def test_a_predictor_that_was_used_can_be_pickled(grey):
     np.testing.assert_array_equal(again(images).logits, expected)
 
 
-def test_programs_of_many_sizes_are_bounded(tmp_path, monkeypatch):
+def test_programs_of_many_sizes_are_bounded_and_it_is_said_once(tmp_path, monkeypatch, capsys):
     made = []
     make_depth_workdir(tmp_path)
     own = Predictor.from_workdir(tmp_path, batch_sizes=(1,), on_message=lambda line: None)
@@ -219,6 +219,8 @@ def test_programs_of_many_sizes_are_bounded(tmp_path, monkeypatch):
     for size in sizes:
         own.program(1, size)
     assert len(own._programs) == predictors.KEPT_PROGRAMS and len(made) == 20
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "program_sizes=[(24, 40), ...] of Predictor" in said
     own.program(1, sizes[-8])  # still there, and now the newest
     own.program(1, sizes[0])
     assert (

@@ -118,6 +118,32 @@ def test_pictures_of_several_sizes_go_in_one_call_each_as_alone(predictor, folde
     assert sorted(predictor._programs)[0] == (1, *ODD)  # no padding for a size of one picture
 
 
+def test_pictures_of_many_sizes_run_at_a_few(model, workdir, folder, capsys):
+    """Each at the size that suits it best, and its depth comes back at its own; a named size stays exact."""
+    few = Predictor.from_workdir(
+        workdir, batch_sizes=(2,), program_sizes=(OWN, (40, 24)), on_message=quiet
+    )
+    sizes = [OWN, (21, 36), (27, 44), (50, 80), (36, 21), (75, 50)]
+    pictures = [pixels(size, seed=seed)[0] for seed, size in enumerate(sizes)]
+    found = few.depth(pictures)
+    assert [x.shape for x in found] == sizes and all(x.dtype == np.float32 for x in found)
+    assert {key[1:] for key in few._programs} == {OWN, (40, 24)}
+    exact = forward(model, normalised(pictures[0][None])).depth[0]
+    np.testing.assert_allclose(found[0], exact, atol=1e-4)
+    tall = Image.fromarray(pictures[5]).resize((24, 40), Image.Resampling.BILINEAR)
+    expected = forward(with_image_size(model, (40, 24)), normalised(np.asarray(tall)[None])).depth
+    back = Image.fromarray(np.asarray(expected[0])).resize((50, 75), Image.Resampling.BILINEAR)
+    np.testing.assert_allclose(found[5], np.asarray(back), atol=1e-4)
+    few.warm_up()
+    assert sorted(few._programs) == [(b, *size) for b in (1, 2) for size in (OWN, (40, 24))]
+    argv = [f"--workdir={workdir}", "--json", "--program_sizes=24x40,40x24", folder]
+    status, out, _ = run(capsys, *argv)
+    assert status == 0
+    for record in map(json.loads, out.splitlines()):
+        own = few.depth([record["image"]])[0]
+        assert record["depth"]["max"] == pytest.approx(float(own.max()), abs=1e-4)
+
+
 def test_the_mirrored_image_counts_where_the_run_says_so(tmp_path):
     model = make_depth_workdir(tmp_path / "run", flip_average=True)
     images = pixels(ODD)
@@ -225,6 +251,17 @@ def test_asking_for_what_a_network_has_not_is_one_line(model, predictor, folder)
         predictor(pixels(OWN)[..., :1])
     with pytest.raises(ConfigError, match="1 class names, but the model has 0 classes"):
         Predictor(model, class_names=("a",))
+    with pytest.raises(
+        ConfigError, match=r"program_sizes=\[8\] is for models that take images of any"
+    ):
+        Predictor(small_model(), mean=(0.5,), std=(0.5,), program_sizes=[8])
+    for sizes, says in (
+        (((480, 640, 3),), "of height and width"),
+        (480, "a list"),
+        ((0,), "at least one pixel"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            Predictor(model, program_sizes=sizes)
     with pytest.raises(ConfigError, match="has no depth: call Predictor.classify"):
         Predictor(small_model(), mean=(0.5,), std=(0.5,)).depth([folder / "a.png"])
 
@@ -235,6 +272,8 @@ def test_asking_for_what_a_network_has_not_is_one_line(model, predictor, folder)
         (["--workdir={w}", "--top=3", "{i}"], "--top is not for this model, whose task is depth"),
         (["--workdir={c}", "--depth_dir=out", "{i}"], "--depth_dir is not for this model, whose task is class"),
         (["--workdir={c}", "--truth=out", "{i}"], "--truth is not for this model"),
+        (["--workdir={w}", "--program_sizes=24x40", "--show_tokens={f}", "{i}"], "leave out --program_sizes"),
+        (["--workdir={w}", "--program_sizes=24y40", "{i}"], "--program_sizes: invalid"),
         (["--workdir={w}", "--depth_scale=256", "{i}"], "--depth_scale goes with --truth"),
         (["--workdir={w}", "--truth={f}", "--depth_scale=0", "{i}"], "must be above 0"),
         (["--workdir={w}", "--truth={w}", "{i}"], "has no a.png for {i} (1 of 1 images"),

@@ -37,9 +37,10 @@ from tosa_jax.data.image_files import find_images, read_ahead
 from tosa_jax.distributed.messages import say
 from tosa_jax.errors import ConfigError, NonFiniteOutputError
 from tosa_jax.inference.export import PLATFORMS, export
-from tosa_jax.inference.predictor import Predictor, check_finite, load
+from tosa_jax.inference.predictor import Predictor, load
 from tosa_jax.tasks import TASKS
 from tosa_jax.tasks.prediction_writer import PredictionWriter, Record
+from tosa_jax.tasks.predictions import check_finite
 
 READER_GONE = 128 + 13
 """Exit status where nobody reads the results any more, as a shell's for SIGPIPE."""
@@ -95,6 +96,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         type=sides,
         help="pixels, where not the model's own: one side, or height and width with a comma",
     )
+    add(
+        "--program_sizes",
+        type=program_sizes,
+        metavar="HxW,...",
+        help="a depth model's pictures run at the one of these sizes that suits each best",
+    )
     _add_writing(parser)
     add("--exif", action="store_true", help="turn images upright as their EXIF orientation says")
     add("--batch_size", type=int, default=16)
@@ -138,6 +145,12 @@ def sides(text: str) -> int | tuple[int, int]:
     return flags.image_size([int(side) for side in text.split(",")])
 
 
+def program_sizes(text: str) -> list[int | tuple[int, ...]]:
+    """Parses "480x640,518": heights and widths, or the side of a square."""
+    sizes = [tuple(int(side) for side in size.split("x")) for size in text.split(",")]
+    return [size[0] if len(size) == 1 else size for size in sizes]
+
+
 def words(text: str) -> tuple[str, ...]:
     """Parses "cpu,tpu"."""
     return tuple(text.split(","))
@@ -165,6 +178,10 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError("command line: --depth_scale goes with --truth=DIR")
     if args.depth_scale is not None and not 0 < args.depth_scale < float("inf"):
         raise ConfigError(f"command line: --depth_scale={args.depth_scale} must be above 0")
+    if args.program_sizes and args.show_tokens:
+        raise ConfigError(
+            "command line: --show_tokens shows the tokens of pictures at their own size: leave out --program_sizes"
+        )
     if args.plan and args.keep_rate is not None:
         raise ConfigError("command line: --plan has the keep rates: leave out --keep_rate")
     if not args.images and not args.export and not args.save:
@@ -180,8 +197,9 @@ def make_predictor(args: argparse.Namespace, num_images: int) -> Predictor:
     }
     if args.plan:
         common["plan"] = args.plan
-    if args.image_size:
-        common["image_size"] = args.image_size
+    for name in ("image_size", "program_sizes"):
+        if value := getattr(args, name):
+            common[name] = value
     if args.workdir:
         return Predictor.from_workdir(args.workdir, **common)
     names = class_names.read_names(args.classes) if args.classes else None

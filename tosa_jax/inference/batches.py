@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from tosa_jax.models.vit_config import check, plain_value
+from tosa_jax.tasks.predictions import Prediction
 
 
 def checked_sizes(sizes: Any) -> tuple[int, ...]:
@@ -46,3 +48,8 @@ def by_shape(images: Sequence[np.ndarray]) -> list[list[int]]:
     for place, image in enumerate(images):
         places.setdefault(image.shape, []).append(place)
     return list(places.values())
+
+
+def rows_of(prediction: Prediction, rows: slice) -> Prediction:
+    """The prediction for some of its images."""
+    return jax.tree.map(lambda x: x[rows], prediction)

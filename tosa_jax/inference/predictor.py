@@ -16,11 +16,12 @@ from tosa_jax.data.class_names import default_names
 from tosa_jax.data.decoding import Preprocess
 from tosa_jax.distributed.devices import check_dtype
 from tosa_jax.distributed.memory import check_fits
-from tosa_jax.errors import NonFiniteOutputError
+from tosa_jax.distributed.messages import say
 from tosa_jax.inference import loading
-from tosa_jax.inference.batches import by_shape, checked_sizes, split_batch
+from tosa_jax.inference.batches import checked_sizes, rows_of, split_batch
 from tosa_jax.inference.loading import KeepRate, OnMessage
 from tosa_jax.inference.pictures import Picture, open_picture
+from tosa_jax.inference.sizes import Size, checked_program_sizes, each_at, several_sizes
 from tosa_jax.models import naflex
 from tosa_jax.models.factory import with_image_size
 from tosa_jax.models.params import Params, set_params, split
@@ -29,11 +30,11 @@ from tosa_jax.models.vit_config import ViTConfig, are_many, check, plain_value
 from tosa_jax.models.weights.load import Weights
 from tosa_jax.models.weights.preprocessing import Preprocessing
 from tosa_jax.tasks import TASKS
-from tosa_jax.tasks.predictions import Guess, Prediction
+from tosa_jax.tasks.predictions import Guess, Prediction, check_finite
 
 KEPT_PROGRAMS = 8
 """Compiled programs that a predictor of images of any size keeps, one for each batch size and image size (about 12 MB
-each). The one that was not used for longest is let go."""
+each), or all those of its `program_sizes`. The one that was not used for longest is let go."""
 
 
 class Predictor:
@@ -41,8 +42,8 @@ class Predictor:
 
     Programs are compiled only for `batch_sizes`, each at its first use or by `warm_up`. Other batches are split and
     padded to these sizes. A model that accepts images of any size, such as a depth model, compiles a program for each
-    image size that occurs, and then also for batch size 1. One with `max_patches` takes images of all proportions in
-    the same batch, by one program a batch size.
+    image size that occurs, or for a few (`program_sizes`), and then also for batch size 1. One with `max_patches` takes
+    images of all proportions in the same batch, by one program a batch size.
 
     `from_workdir`, `from_pretrained` and `from_weights` load a model; a model in memory works too:
 
@@ -63,8 +64,12 @@ class Predictor:
         task: a key of `TASKS`; None: the one that such models are for.
         class_names: one a class; None: ImageNet's for 1000 classes, else numbers.
         batch_sizes: batch sizes to compile programs for.
+        program_sizes: image sizes (height, width) to compile programs for, of a model that accepts any. `each` and
+            `depth` run a picture at the one that suits it best (`best_size`), and resize the result back. (): each
+            picture runs at its own size. A call runs at the size that its images have.
 
-    Raises ConfigError if `batch_sizes` is empty or has one below 1, or if there are not as many names as classes.
+    Raises ConfigError if `batch_sizes` is empty or has one below 1, if there are not as many names as classes, or for
+    `program_sizes` of a model that does not accept any size.
     """
 
     def __init__(
@@ -78,6 +83,7 @@ class Predictor:
         task: str | None = None,
         class_names: Sequence[str] | None = None,
         batch_sizes: Sequence[int] = (1, 8, 64),
+        program_sizes: Sequence[int | Size] = (),
     ) -> None:
         config = model.config
         batch_sizes = checked_sizes(batch_sizes)
@@ -98,6 +104,7 @@ class Predictor:
         self.class_names = names
         sizes = {1, *batch_sizes} if config.resizes else set(batch_sizes)
         self.batch_sizes: tuple[int, ...] = tuple(sorted(sizes))
+        self.program_sizes = checked_program_sizes(program_sizes, config.resizes)
         self.task_name = task or config.task
         found = TASKS[self.task_name]
         self.options = found.options() if options is None else options
@@ -105,6 +112,7 @@ class Predictor:
         self._graphdef, self._params = split(model)
         self._programs: OrderedDict[tuple[int, int, int], jax.stages.Compiled] = OrderedDict()
         self._lock = threading.Lock()
+        self._said_sizes = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but compiled programs, which belong to a process; parameters as NumPy arrays."""
@@ -229,7 +237,7 @@ class Predictor:
         images = np.asarray(images)
         self._check(images)
         if not len(images):
-            return _rows(self(np.zeros((1, *images.shape[1:]), np.uint8)), slice(0))
+            return rows_of(self(np.zeros((1, *images.shape[1:]), np.uint8)), slice(0))
         if self.config.max_patches:
             return self._in_batches(*naflex.to_strips(list(images), self.config))
         return self._in_batches(images)
@@ -243,25 +251,22 @@ class Predictor:
             out = program(self._params, *(x[places] for x in arrays))
             parts.append((min(size, count - start), out))
             start += size
-        parts = [_rows(out, slice(n)) for n, out in jax.device_get(parts)]
+        parts = [rows_of(out, slice(n)) for n, out in jax.device_get(parts)]
         return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
 
     def each(self, images: Sequence[np.ndarray]) -> list[Prediction]:
         """Runs the model on images of different sizes, each uint8 [height, width, c]; those of one size in one batch,
-        and all in one with `max_patches`.
+        and all in one with `max_patches`. With `program_sizes` they run at these, and `Prediction.selected` is of the
+        patches there.
 
-        Returns a `Prediction` of one row for each image. Raises the errors of a call.
+        Returns a `Prediction` of one row for each image, at the image's own size. Raises the errors of a call.
         """
+        for image in images:
+            self._check(np.asarray(image)[None])
         if self.config.max_patches and len(images):
-            for image in images:
-                self._check(np.asarray(image)[None])
             out = self._in_batches(*naflex.to_strips(images, self.config))
-            return [_rows(out, slice(i, i + 1)) for i in range(len(images))]
-        found: dict[int, Prediction] = {}
-        for places in by_shape(images):
-            out = self(np.stack([images[place] for place in places]))
-            found |= {place: _rows(out, slice(i, i + 1)) for i, place in enumerate(places)}
-        return [found[place] for place in range(len(images))]
+            return [rows_of(out, slice(i, i + 1)) for i in range(len(images))]
+        return each_at(self, images, self.program_sizes)
 
     def top(self, prediction: Prediction, k: int = 5) -> list[list[Guess]]:
         """The `k` classes of highest probability for each image, highest first; fewer if the model has fewer.
@@ -302,9 +307,10 @@ class Predictor:
         return len(jax.eval_shape(self._run, self._params, *arrays).selected)
 
     def warm_up(self) -> None:
-        """Compiles the programs of all batch sizes, for images of the model's own size."""
-        for size in self.batch_sizes:
-            self.program(size)
+        """Compiles the programs of all batch sizes, for images of `program_sizes`, or of the model's own size."""
+        for size in self.program_sizes or (self._own_shape,):
+            for batch_size in self.batch_sizes:
+                self.program(batch_size, size)
 
     def program(
         self, batch_size: int, image_size: tuple[int, int] | None = None
@@ -320,8 +326,13 @@ class Predictor:
         with self._lock:
             if (batch_size, *size) not in self._programs:
                 self._programs[batch_size, *size] = self._compile(batch_size, size)
-                while self.config.resizes and len(self._programs) > KEPT_PROGRAMS:
+                most = max(KEPT_PROGRAMS, len(self.batch_sizes) * len(self.program_sizes))
+                while self.config.resizes and len(self._programs) > most:
                     self._programs.popitem(last=False)
+                    if not (self.program_sizes or self._said_sizes):
+                        self._said_sizes = say(
+                            several_sizes(KEPT_PROGRAMS, self.config.image_shape)
+                        )
             self._programs.move_to_end((batch_size, *size))
             return self._programs[batch_size, *size]
 
@@ -457,13 +468,9 @@ def load(
 
 def _own_options(fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arguments of `Predictor` itself, and fields of the model's configuration."""
-    own = ("form", "mean", "std", "options", "batch_sizes")
+    own = ("form", "mean", "std", "options", "batch_sizes", "program_sizes")
     options = {name: x for name, x in fields.items() if name in own}
     return options, {name: x for name, x in fields.items() if name not in own}
-
-
-def _rows(prediction: Prediction, rows: slice) -> Prediction:
-    return jax.tree.map(lambda x: x[rows], prediction)
 
 
 def _several(images: Any) -> Any:
@@ -471,15 +478,6 @@ def _several(images: Any) -> Any:
     single = isinstance(images, str | bytes | os.PathLike | Image.Image) or hasattr(images, "read")
     check(not single, "images must be a list of images: for a single one write [image]")
     return images
-
-
-def check_finite(prediction: Prediction) -> None:
-    """Raises NonFiniteOutputError for predictions that are NaN or infinite."""
-    for name, x in prediction.predictions.items():
-        if not np.isfinite(x).all():
-            raise NonFiniteOutputError(
-                f"the model gives {name} that are not finite: its weights are damaged, or too large for its dtype"
-            )
 
 
 def _a_channel(name: str, values: Any, channels: int) -> tuple[float, ...]:

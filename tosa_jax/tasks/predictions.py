@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tosa_jax.errors import NonFiniteOutputError
+
 
 class Guess(NamedTuple):
     """A class, its name, and its probability in [0, 1]; None for a text that was written and is no class."""
@@ -48,3 +50,12 @@ class Prediction(NamedTuple):
             raise ValueError("a prediction without logits has no probabilities")
         powers = np.exp(self.logits - self.logits.max(axis=1, keepdims=True))
         return powers / powers.sum(axis=1, keepdims=True)
+
+
+def check_finite(prediction: Prediction) -> None:
+    """Raises NonFiniteOutputError for predictions that are NaN or infinite."""
+    for name, x in prediction.predictions.items():
+        if not np.isfinite(x).all():
+            raise NonFiniteOutputError(
+                f"the model gives {name} that are not finite: its weights are damaged, or too large for its dtype"
+            )
