@@ -13,10 +13,12 @@ from tosa_jax import compare
 from tosa_jax.errors import ConfigError, NonFiniteLossError
 from tosa_jax.models import cost, variants
 from tosa_jax.models.weights.load import save_weights
+from tosa_jax.models.weights.run_checkpoints import read_params
 from tosa_jax.performance import comparison, tpu_estimate
 from tosa_jax.performance.comparison import contender, solved
 from tosa_jax.reporting import comparison as tables
 from tosa_jax.reporting.intervals import by_picture, difference, interval
+from tosa_jax.train import comparison as studies
 
 TINY = SIZES | {"in_chans": 3, "image_size": 16}
 
@@ -225,7 +227,8 @@ def recipe(tmp_path, digits_dir):
 
 
 def test_methods_are_trained_from_one_dense_network(recipe, tmp_path):
-    assert compare.main([*recipe, "--methods", "tosa"]) == 0
+    argv = [*recipe, "--config.finetune.trainable=^head/", "--methods", "tosa"]
+    assert compare.main(argv) == 0
     folder = tmp_path / "out" / "recipe" / "seed0"
     begun = json.loads((folder / "tosa_0.78" / "config.json").read_text())
     assert begun["init_from"] == str(folder / "dense" / "checkpoints" / "pretrain")
@@ -242,6 +245,34 @@ def test_methods_are_trained_from_one_dense_network(recipe, tmp_path):
     assert record["dense"]["finetuned"] == [reports["dense"][1]["metrics"]]
     assert row["metrics"] == [reports["tosa_0.78"][-1]["metrics"]]
     assert reports["tosa_0.78"][-1]["gmacs"] == row["gmacs"]
+    assert all(x["img_per_sec"] is None for x in reports["tosa_0.78"])
+    before, after = (
+        read_params(folder / name / "checkpoints" / stage / "2")
+        for name, stage in (("dense", "pretrain"), ("tosa_0.78", "finetune"))
+    )
+    moved = {path for path, x in before.items() if np.any(np.asarray(after[path]) != np.asarray(x))}
+    assert moved == {"head/bias", "head/kernel"}
+    assert (
+        "Only parameters that match `^head/` are trained."
+        in (tmp_path / "out/recipe.md").read_text()
+    )
+
+
+def test_a_start_without_a_head_has_no_score(recipe, tmp_path, trained, monkeypatch):
+    finished = studies.run_stages
+
+    def run_stages(run, workdir, **options):
+        report = finished(run, workdir, **options)
+        report["results"][0]["metrics"] = {}
+        return report
+
+    monkeypatch.setattr(studies, "run_stages", run_stages)
+    start = ["--config.pretrain.steps=0", "--config.init_from=weights.safetensors"]
+    assert compare.main([*recipe, *start, "--methods", "random"]) == 0
+    assert [run.init_from for _, run in trained] == ["weights.safetensors"] * 2
+    assert json.loads((tmp_path / "out/recipe.json").read_text())["dense"]["pretrained"] == []
+    table = (tmp_path / "out/recipe.md").read_text()
+    assert "as pretrained" not in table and "| dense, fine-tuned as long |" in table
 
 
 @pytest.fixture
@@ -249,7 +280,7 @@ def trained(monkeypatch):
     """Runs that end at once with a score by seed, network and keep rate; [(work directory, run)] of those that ran."""
     ran = []
 
-    def run_stages(run, workdir):
+    def run_stages(run, workdir, **options):
         ran.append((workdir.name, run))
         score = 0.5 + run.seed / 10 + (0.2 if set(run.model.plan) == {"standard"} else 0)
         if run.model.plan[-1] == "random" and run.seed == 1:

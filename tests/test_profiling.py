@@ -68,4 +68,5 @@ def test_training_counts_the_backward_pass_only_where_gradients_go():
     tosa = abstract_model(variant_config("vit", plan="selective", **SIZES))
     selectors = 2 * (2 * 2 * 4 * 17**2)  # two of them: 2 * heads * hidden * tokens**2
     assert cost.training_macs(tosa) == 3 * cost.macs(tosa) - 2 * selectors
-    assert cost.training_macs(tosa, only_selectors=True) == cost.macs(tosa) + 2 * selectors
+    assert cost.training_macs(tosa, "selectors") == cost.macs(tosa) + 2 * selectors
+    assert cost.training_macs(tosa, "head") == cost.macs(tosa) + 2 * 16 * 10

@@ -14,6 +14,8 @@ from tosa_jax.data.pipeline import Dataset
 from tosa_jax.distributed import memory
 from tosa_jax.distributed.preemption import Stopped, StopRequest
 from tosa_jax.errors import ConfigError, DataError, DeviceError, NonFiniteLossError
+from tosa_jax.models import cost
+from tosa_jax.models.factory import abstract_model, structure
 from tosa_jax.models.weights.run_checkpoints import saved_steps
 from tosa_jax.train import runner
 from tosa_jax.train.checkpoints import Checkpoints
@@ -111,6 +113,24 @@ def test_stages_freeze_what_they_must(digits_dir, tmp_path):
     assert trained.keys() == {"pretrain", "selector", "finetune"}
     assert all("/selector/" in name for name in trained["selector"])
     assert trained["pretrain"] == trained["finetune"]
+
+    def only(trainable):
+        config = dataclasses.replace(stage.config, trainable=trainable)
+        return runner.stage_run(dataclasses.replace(stage, config=config))
+
+    head = only("^head/")
+    state = head.init(*head.init_args)
+    assert set(state.params) == set(state.opt[1][0].mu) == {"head/bias", "head/kernel"}
+    assert set(state.frozen) | set(state.params) == set(structure(stage.model).shapes)
+    macs = cost.training_macs(abstract_model(stage.model), "head")
+    assert head.flops_per_image == 2 * macs < stage_run.flops_per_image
+    kernels = only("kernel$")
+    assert set(kernels.init(*kernels.init_args).params) == {
+        x for x in trained["finetune"] if x.endswith("kernel")
+    }
+    said = r"config.finetune.trainable='\^hed/' matches no parameter .* begin with blocks, cls_token, .*head"
+    with pytest.raises(ConfigError, match=said):
+        only("^hed/")
 
 
 def test_a_whole_run_with_controls_reports_and_then_only_prints(

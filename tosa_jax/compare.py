@@ -139,6 +139,8 @@ class Trained(Trial):
             "metric": self.study.metric,
             "lower_is_better": self.study.lower_is_better,
         }
+        if trainable := self.study.run.finetune.trainable:
+            self.identity["trainable"] = trainable
         self.words = [*self.identity["recipe"], f"--seeds={args.seeds}"]
 
     def begin(self) -> dict[str, Any]:

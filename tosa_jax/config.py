@@ -44,6 +44,7 @@ class StageConfig:
     schedule_power: float = 0.9  # of the polynomial
     schedule_per: str = "update"  # or "epoch": how often the learning rate moves on
     head_lr_scale: float = 1.0  # the head's or decoder's learning rate over the backbone's
+    trainable: str = ""  # regular expression of the parameters' paths; the others stay as they are
     weight_decay: float = 0.05
     clip_norm: float = 0.0
     ema_decay: float = 0.0
@@ -79,6 +80,12 @@ class StageConfig:
         check_choice("schedule", self.schedule, SCHEDULES)
         check_choice("schedule_per", self.schedule_per, PERIODS)
         check(self.head_lr_scale > 0, f"head_lr_scale={self.head_lr_scale} must be above 0")
+        try:
+            re.compile(self.trainable)
+        except re.error as error:
+            raise ConfigError(
+                f"trainable={self.trainable!r} is no regular expression: {error}"
+            ) from error
         for name, value in vars(self).items():
             if isinstance(value, int | float):
                 check(0 <= value < math.inf, f"{name}={value} must be finite and not below 0")
@@ -214,6 +221,10 @@ class RunConfig:
                 not getattr(self, stage).keep_rates,
                 f"{stage}.keep_rates is not read: only fine-tuning draws its keep rates",
             )
+        check(
+            not self.selector.trainable,
+            "selector.trainable is not read: that stage trains the selectors alone",
+        )
         TASKS[self.task].check_run(self)
         profile_range(self.profile_steps)
 

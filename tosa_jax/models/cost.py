@@ -39,13 +39,14 @@ def num_params(model: VisionTransformer) -> int:
     return sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.state(model, trained)))
 
 
-def training_macs(model: VisionTransformer, *, only_selectors: bool = False) -> int:
-    """Multiply-adds of one training example: the forward pass, and twice as much for every part that is trained.
+def training_macs(model: VisionTransformer, part: str = "network") -> int:
+    """Multiply-adds of one training example: the forward pass, and twice as much for the part that is trained.
 
-    only_selectors  only the selectors are trained; otherwise everything but the selectors is.
+    part  "network": everything but the selectors; or the "selectors" alone; or the "head" alone (or decoder).
 
     What is computed again to save memory does not count.
     """
     forward = macs(model)
     selectors = sum(kind.selector_macs() for kind in model.kinds)
-    return forward + 2 * (selectors if only_selectors else forward - selectors)
+    trained = {"network": forward - selectors, "selectors": selectors, "head": model.head_macs()}
+    return forward + 2 * trained[part]

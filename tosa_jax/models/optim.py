@@ -106,9 +106,11 @@ def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
     return optax.chain(clip, adamw, optax.stateless(scale_head))
 
 
-def split_trainable(params: Mapping[str, Any], trainable: str) -> tuple[Params, Params]:
-    """Parameters whose path matches the regular expression `trainable`, and the frozen rest."""
-    chosen = {path: x for path, x in params.items() if re.search(trainable, path)}
+def split_trainable(params: Mapping[str, Any], *trainable: str) -> tuple[Params, Params]:
+    """Parameters whose path matches all regular expressions `trainable`, and the frozen rest."""
+    chosen = {
+        path: x for path, x in params.items() if all(re.search(one, path) for one in trainable)
+    }
     return chosen, {path: x for path, x in params.items() if path not in chosen}
 
 

@@ -62,9 +62,11 @@ def _about_untrained(record: Mapping[str, Any]) -> str:
 
 def _about_trained(record: Mapping[str, Any]) -> str:
     better = "lower is better" if record["lower_is_better"] else "higher is better"
+    trainable = record.get("trainable")
+    only = f" Only parameters that match `{trainable}` are trained." if trainable else ""
     return (
         f"{record['metric']} ({better}). For each seed every method is fine-tuned from the same dense network, as long "
-        "as that network itself. In brackets are 95 % intervals over seeds (Student's t). Beside them stand the "
+        f"as that network itself.{only} In brackets are 95 % intervals over seeds (Student's t). Beside them stand the "
         "differences to the best row of the table and to the dense network that was fine-tuned as long, seed by seed; "
         '"level" where the interval has 0 in it.'
     )
@@ -77,7 +79,9 @@ def _dense_table(record: Mapping[str, Any]) -> list[str]:
     lines = [f"{dense['count']} examples of the split {dense['split']}.", ""]
     lines += [_line(["network", record["metric"]]), _line([":--", "--:"])]
     return lines + [
-        _line([title, _over_seeds(scores(dense[name], record))]) for name, title in names.items()
+        _line([title, _over_seeds(scores(dense[name], record))])
+        for name, title in names.items()
+        if dense[name]
     ]
 
 

@@ -23,9 +23,9 @@ class Study:
     """A recipe that is trained with one network after the other, each in a work directory of its own.
 
     For each seed the dense network is pretrained once, as the recipe says, and fine-tuned as long as the others;
-    without pretraining all start from `init_from`. Every other network starts from the pretrained one: its selectors
-    are fitted, where it has any, and it is fine-tuned. What is finished is read from its work directory, and what was
-    stopped goes on there.
+    without pretraining all start from `init_from`, which is not scored if it has no head. Every other network starts
+    from the pretrained one: its selectors are fitted, where it has any, and it is fine-tuned. What is finished is read
+    from its work directory, and what was stopped goes on there.
 
     run     the recipe; its plan, its keep rates and its controls do not count.
     seeds   how many: 0, 1, ...
@@ -52,13 +52,16 @@ class Study:
         self.metric, self.lower_is_better = task.best_metric, task.lower_is_better
 
     def baselines(self) -> dict[str, Any]:
-        """The dense network before and after fine-tuning, as rows; and the images on which all rows are scored."""
+        """The dense network before and after fine-tuning, as rows; and the images on which all rows are scored.
+
+        There are no rows from before where the head is random then.
+        """
         reports = [self._report(seed, DENSE, self._dense_run(seed)) for seed in range(self.seeds)]
         scored = reports[0][0]
         return {
             "split": scored["split"],
             "count": scored["count"],
-            "pretrained": [rows[0]["metrics"] for rows in reports],
+            "pretrained": [rows[0]["metrics"] for rows in reports if rows[0]["metrics"]],
             "finetuned": [rows[-1]["metrics"] for rows in reports],
         }
 
@@ -91,6 +94,6 @@ class Study:
     def _report(self, seed: int, name: str, run: RunConfig) -> list[dict[str, Any]]:
         say(f"seed {seed}: {name}")
         with open_workdir(self._workdir(seed, name), run) as workdir:
-            results = run_stages(run, workdir)["results"]
+            results = run_stages(run, workdir, timed=False)["results"]  # `compare --time` does
         jax.clear_caches()  # no other network runs these programs
         return results

@@ -133,8 +133,10 @@ class Runner:
         """The parameters of a row's model, on the mesh."""
         return shard(structure(row.model).select(self.params[row.stage]), self.mesh)
 
-    def compare(self, rows: list[Row]) -> list[dict[str, Any]]:
+    def compare(self, rows: list[Row], timed: bool) -> list[dict[str, Any]]:
         """The rows of the report, scored and timed. A model with a random head has a cost and a speed, but no score.
+
+        timed  False: the speed of all is None.
 
         Raises Stopped: a signal, before the next row; NonFiniteLossError: a score is not finite.
         """
@@ -160,7 +162,8 @@ class Runner:
             }
             results.append(result)
             candidates.append((evaluator, params))
-        for result, speed in zip(results, throughput(candidates), strict=True):
+        speeds = throughput(candidates) if timed else [None] * len(rows)
+        for result, speed in zip(results, speeds, strict=True):
             result["img_per_sec"] = speed
         return results
 
@@ -217,8 +220,10 @@ def load_init(run: RunConfig) -> tuple[Params, bool]:
     return split_trainable(params, wanted)[0], trained
 
 
-def run_stages(run: RunConfig, workdir: AnyPath) -> dict[str, Any]:
+def run_stages(run: RunConfig, workdir: AnyPath, *, timed: bool = True) -> dict[str, Any]:
     """A whole run in its work directory; goes on where an earlier one stopped. Returns the report.
+
+    timed  whether the report has the speed of each network; measuring takes as long as scoring some batches.
 
     Raises Stopped: a signal, after a checkpoint.
     """
@@ -237,7 +242,7 @@ def run_stages(run: RunConfig, workdir: AnyPath) -> dict[str, Any]:
             runner.train(stage, writer)
         if not uses_labels(run):
             rows = []  # labels that mean nothing here are not scored
-        results = runner.compare(rows) if rows else []
+        results = runner.compare(rows, timed) if rows else []
         if rows:
             runner.draw(rows, writer)
     result = {

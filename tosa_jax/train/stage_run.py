@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,11 +17,11 @@ from tosa_jax.distributed.mesh import check_batch
 from tosa_jax.models import cost
 from tosa_jax.models.factory import abstract_model, build, control_config, structure
 from tosa_jax.models.method import DENSE
-from tosa_jax.models.optim import learning_rate, make_optimizer, split_trainable
+from tosa_jax.models.optim import HEAD, learning_rate, make_optimizer, split_trainable
 from tosa_jax.models.params import Params, get_params
 from tosa_jax.models.plan import layer_specs
 from tosa_jax.models.tracing import rngs_of
-from tosa_jax.models.vit_config import ViTConfig
+from tosa_jax.models.vit_config import ViTConfig, check
 from tosa_jax.paths import AnyPath
 from tosa_jax.tasks import TASKS
 from tosa_jax.tasks.selector_fitting import SelectorFitting
@@ -114,13 +115,25 @@ class StageBuilder:
         steps_per_epoch = max(self.dataset.num_train // self.run.batch_size, 1)
         model = dataclasses.replace(stage.model, drop_path_rate=stage.config.drop_path_rate)
         setup = self.step_setup(stage, model, steps_per_epoch)
-        macs = cost.training_macs(abstract_model(model), only_selectors=stage.kind == SELECTOR)
+        own = structure(model).shapes
+        trainable = (stage.trainable, stage.config.trainable)
+        trained = split_trainable(own, *trainable)[0]
+        check(
+            bool(trained) or not stage.config.trainable,
+            f"config.{stage.kind}.trainable={stage.config.trainable!r} matches no parameter that the stage trains: "
+            f"paths begin with {', '.join(dict.fromkeys(path.partition('/')[0] for path in own))}",
+        )
+        part = "network"
+        if stage.kind == SELECTOR:
+            part = "selectors"
+        elif all(re.search(HEAD, path) for path in trained):
+            part = "head"
+        macs = cost.training_macs(abstract_model(model), part)
         teacher_params = {}
         if setup.teacher is not None:
             dense = control_config(self.run.model, DENSE)
             macs += cost.macs(abstract_model(dense))
             teacher_params = structure(dense).select(params[trunk(self.run)])
-        own = structure(model).shapes
         start = {name: x for name, x in params[stage.start].items() if name in own}
         return StageRun(
             name=stage.name,
@@ -128,7 +141,7 @@ class StageBuilder:
             eval_steps=stage.config.duration("eval", steps_per_epoch),
             checkpoint_steps=stage.config.duration("checkpoint", steps_per_epoch),
             setup=setup,
-            init=functools.partial(first_state, setup, model, stage.trainable),
+            init=functools.partial(first_state, setup, model, trainable),
             init_args=(start, teacher_params),
             evaluator=self.evaluator(stage.model, setup.task),
             evaluate_first=bool(start),
@@ -178,18 +191,18 @@ class StageBuilder:
 
 
 def first_state(
-    setup: StepSetup, model: ViTConfig, trainable: str, start: Params, teacher: Params
+    setup: StepSetup, model: ViTConfig, trainable: tuple[str, ...], start: Params, teacher: Params
 ) -> TrainState:
     """The state at step 0: parameters of `start`, and random ones where it has none.
 
-    trainable  regular expression of the paths that are trained.
+    trainable  regular expressions: the parameters are trained whose paths match all of them.
     teacher    parameters of a frozen teacher, or {}.
     """
     own, params = structure(model).shapes, start
     if own.keys() - start.keys():
         rngs = rngs_of(jax.random.key(setup.seed))
         params = get_params(build(model, rngs=rngs)) | start
-    return init_state(setup, *split_trainable(params, trainable), teacher)
+    return init_state(setup, *split_trainable(params, *trainable), teacher)
 
 
 def drawn_setups(

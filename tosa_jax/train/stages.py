@@ -34,7 +34,7 @@ class Stage:
     config     durations, optimizer and augmentation: a section of the recipe, or what a task makes (`Task.plan`).
     model      configuration of the model in this stage, its plan included.
     start      name of the stage whose parameters it starts from, or `INIT`; parameters missing there are random.
-    trainable  regular expression of the parameter paths that are trained.
+    trainable  regular expression of the parameter paths that are trained, if those of `config` match them too.
     row        name of the method that is trained: `MAIN`, `DENSE` or a control's.
     keep_rate  what it is trained for; None if the model selects nothing, or updates draw their keep rate.
     """
