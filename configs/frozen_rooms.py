@@ -21,9 +21,9 @@ def get_config():
     config.selector.update(steps=80, learning_rate=3e-3, weight_decay=0.0)
     config.finetune.update(
         trainable="^decoder/",
-        epochs=6.0,
-        learning_rate=3e-3,
-        warmup_steps=10,
+        epochs=10.0,
+        learning_rate=2e-3,
+        warmup_steps=20,
         schedule="polynomial",
         weight_decay=0.05,
         clip_norm=1.0,

@@ -46,7 +46,12 @@ def recipe(**model):
         (lambda c: c.finetune.update(weight_decay=-0.1), "finetune: weight_decay=-0.1 must be"),
         (lambda c: c.finetune.update(learning_rate=float("inf")), "learning_rate=inf must be"),
         (lambda c: c.finetune.update(trainable="("), "finetune: trainable='(' is no regular"),
-        (lambda c: c.selector.update(trainable="a"), "selector.trainable is not read"),
+        (
+            lambda c: c.update(
+                {"selector": {"trainable": "a"}, "inputs": {"mean": (0.3,), "std": (0.4,)}}
+            ),
+            "selector.trainable is not read",
+        ),
         (lambda c: c.finetune.update(drop_path_rate=1.0), "drop_path_rate=1.0 is not in [0, 1)"),
         (lambda c: c.eval.update(batch_size=0), "config.eval: batch_size=0 must be at least 1"),
         (lambda c: c.eval.update(figure_images=-1), "figure_images=-1 must be 0 or more"),

@@ -135,7 +135,7 @@ class Trained(Trial):
         self.study = Study(make_run_config(config), args.seeds, args.out / args.name)
         self.dense = self.study.dense
         self.identity = {
-            "recipe": [_without_path(word) for word in recipe],
+            "recipe": [without_path(word) for word in recipe],
             "metric": self.study.metric,
             "lower_is_better": self.study.lower_is_better,
         }
@@ -290,7 +290,7 @@ def _command(args: argparse.Namespace, trial: Trial, record: dict[str, Any]) -> 
     return f"python -m tosa_jax.compare {shlex.join(words)}"
 
 
-def _without_path(word: str) -> str:
+def without_path(word: str) -> str:
     """An argument of a recipe with DIR in place of the folders of this machine."""
     name, _, value = word.partition("=")
     return f"{name}=DIR/{Path(value).name}" if os.path.isabs(os.path.expanduser(value)) else word
