@@ -58,6 +58,15 @@ def test_what_was_run_before_changes_nothing():
     assert float(jnp.abs(found[0] - found[1]).max()) > 1e-6
     dense = jax.jit(lambda x: small_model()(x).tokens)(images)
     np.testing.assert_allclose(found[2], dense, atol=1e-5)
+    ours, theirs = (np.asarray(x, np.float64) for x in (found[0], dense))
+    near = (ours * theirs).sum(2) / np.linalg.norm(ours, axis=2) / np.linalg.norm(theirs, axis=2)
+    wanted = np.sqrt(2 - 2 * np.stack([near[:, 0], near[:, 1:].mean(1)]))
+    np.testing.assert_allclose(search.distances(kept[0]), wanted, rtol=1e-3)
+    of_class, of_patches = wanted.mean(axis=1)
+    assert search.error(kept[0]) == pytest.approx(np.sqrt(of_class * of_patches), rel=1e-3)
+    assert search._change(kept[0], kept[1]).mean() == pytest.approx(
+        (search.distances(kept[1]).mean(1) / wanted.mean(1) - 1).mean(), abs=1e-3
+    )
 
 
 @pytest.mark.parametrize("plan", ["previous", "redundancy"])
@@ -65,14 +74,14 @@ def test_the_search_finds_nearly_the_best_counts(plan, monkeypatch):
     """Errors by a formula, so that every schedule can be tried: the third layer needs its tokens most."""
     budget = "linear" if plan == "redundancy" else "uniform"
     model = small_model(plan=plan, keep_rate=0.8, budget=budget, depth=6)
-    search = BudgetSearch(model, random_images(1), on_message=lambda line: None)
+    search = BudgetSearch(model, random_images(1), refine=True, on_message=lambda line: None)
     weights = {3: (1, 1, 6), 6: (1, 2, 9, 1, 1, 1)}[len(search._selections)]
 
-    def error(self, kept):
-        counts = self.counts(kept)
-        return sum(w * (17 - x) ** 2 for w, x in zip(weights, counts, strict=True))
+    def distances(self, kept):
+        far = sum(w * (17 - x) ** 2 for w, x in zip(weights, self.counts(kept), strict=True))
+        return np.array([[1.0 + far]])
 
-    monkeypatch.setattr(BudgetSearch, "error", error)
+    monkeypatch.setattr(BudgetSearch, "distances", distances)
     found = search.run(0.8)
     kept = tuple(count - 1 for count in found.counts)
     assert found.share == search.share(kept) <= 0.8
@@ -83,6 +92,68 @@ def test_the_search_finds_nearly_the_best_counts(plan, monkeypatch):
     if plan == "previous":
         every = itertools.product((4, 7, 10, 13, 16), repeat=3)
         assert found.error <= min(search.error(x) for x in every if search.share(x) <= 0.8)
+
+
+@pytest.mark.parametrize(("wanted", "power"), [(0.6, 1.3**-2), (1.5, 1.3 * 1.14), (1.0, 1.0)])
+def test_the_linear_schedule_is_bent_to_what_the_features_ask_for(wanted, power, monkeypatch):
+    model = small_model(plan="redundancy", keep_rate=0.8, budget="linear", depth=6)
+    search = BudgetSearch(model, random_images(1), on_message=lambda line: None)
+    best = np.array(search._largest(0.75, wanted))
+
+    def distances(self, kept):
+        return 1 + np.abs(np.array([kept, kept]) - best).mean(axis=1, keepdims=True) / 16
+
+    monkeypatch.setattr(BudgetSearch, "distances", distances)
+    found = search.run(0.75)
+    assert found.counts == search.counts(search._largest(0.75, power))
+    assert found.start == (search.error(search._largest(0.75, 1.0)), "linear")
+    assert 0.71 < found.share <= 0.75
+
+
+@pytest.mark.parametrize(("power", "budget"), [(1.0, "linear"), (0.0, "uniform")])
+def test_bent_schedules_have_the_linear_and_the_uniform_one_among_them(power, budget):
+    model = small_model(plan="previous", keep_rate=0.5, depth=6)
+    search = BudgetSearch(model, random_images(1), on_message=lambda line: None)
+    kept = search._explicit(
+        12, power
+    )  # three selections, after the last of which 12 of 16 are gone
+    mean = {"linear": 1 - 12 / 16 * 4 / 6, "uniform": 4 / 16}[budget]
+    config = small_model(plan="previous", keep_rate=mean, budget=budget, depth=6).config
+    assert search.counts(kept) == tuple(layer_specs(config)[i].count for i in selections(config))
+
+
+def formula_search(monkeypatch, distances):
+    """A search for three selections of 16 patches, whose images are as far as `distances(kept)` [p b] says."""
+    monkeypatch.setattr(BudgetSearch, "distances", lambda self, kept: np.array(distances(kept)))
+    model = small_model(plan="previous", keep_rate=0.5, depth=6)
+    return BudgetSearch(model, random_images(1), refine=True, on_message=lambda line: None)
+
+
+def test_the_class_token_counts_although_its_errors_are_small(monkeypatch):
+    """The first selection is all that it needs, and a sum of both errors would hardly see it."""
+
+    def distances(kept):
+        return [[1e-4 * (18 - kept[0])], [20 - kept[2] / 2]]
+
+    search = formula_search(monkeypatch, distances)
+    found = search.run(0.8)
+    kept = tuple(count - 1 for count in found.counts)
+    every = itertools.product((4, 7, 10, 13, 16), repeat=3)
+    least = min(search.error(x) for x in every if search.share(x) <= 0.8)
+    assert kept[0] >= 15 and found.error <= 1.05 * least < 0.7 * found.start[0]
+
+
+@pytest.mark.parametrize(("others", "moves"), [(0.1, False), (-0.1, True)])
+def test_what_one_image_alone_likes_is_no_better_schedule(others, moves, monkeypatch):
+    """Of eight images one gains so much where the first selection keeps more than 10 that the mean does too."""
+
+    def distances(kept):
+        gains = np.clip((kept[0] - 10) / 4, -1, 1)
+        return [[1 - 0.9 * gains, *[1 + others * gains] * 7]]
+
+    search = formula_search(monkeypatch, distances)
+    monkeypatch.setattr(search, "_largest", lambda share, power: (10, 10, 10))
+    assert (search.run(0.85).counts != (11, 11, 11)) == moves
 
 
 def test_a_selector_that_is_not_there_is_no_place_to_choose():

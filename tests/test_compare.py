@@ -12,6 +12,7 @@ from small import SIZES, random_images, small_model
 from tosa_jax import compare
 from tosa_jax.errors import ConfigError, NonFiniteLossError
 from tosa_jax.models import cost, variants
+from tosa_jax.models.plan_file import write_plan
 from tosa_jax.models.weights.load import save_weights
 from tosa_jax.models.weights.run_checkpoints import read_params
 from tosa_jax.performance import comparison, tpu_estimate
@@ -187,6 +188,62 @@ def test_a_bad_command_line_gets_one_line(argv, arguments, said, capsys):
     assert compare.main([*argv, *arguments]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
+
+
+@pytest.fixture
+def planned(tmp_path):
+    """A network, its share of the multiply-adds, and the row for its plan file, which has the share in its name."""
+    rates = tuple(kept / 16 for kept in (14, 12, 9, 7))
+    config = config_of(plan=("redundancy",) * 4, keep_rate=rates)
+    share = round(cost.gmacs(config) / cost.gmacs(config_of()), 2)
+    (tmp_path / "plans").mkdir()
+    write_plan(tmp_path / "plans" / f"p_{share:g}.json", config, {})
+    return config, share, f"redundancy:plan={tmp_path}/plans/p_{{}}.json"
+
+
+def test_a_plan_file_stands_beside_its_rivals(argv, planned, tmp_path, monkeypatch):
+    config, share, row = planned
+    ran = []
+
+    def score(self, key, network):
+        ran.append(network)
+        return {"class": [0.9] * 3, "patches": [0.8] * 3}
+
+    monkeypatch.setattr(compare.Untrained, "score", score)
+    argv += ["--target", f"{share:g}", "--methods", "tome", row]
+    assert compare.main(argv) == 0 and ran[1] == config
+    path = tmp_path / "out" / "tiny.json"
+    record = json.loads(path.read_text())
+    of_plan = record["rows"][1]
+    assert (of_plan["name"], of_plan["method"]) == ("redundancy:plan=p_{}.json", "redundancy")
+    assert of_plan["share"] == cost.gmacs(config) / cost.gmacs(config_of())
+    assert str(tmp_path) not in path.read_text()
+    assert "| redundancy (plan=p_{}.json) |" in path.with_suffix(".md").read_text()
+    assert compare._networks(record, config_of())[f"{of_plan['name']} {share}"] == config
+    assert compare.main(argv) == 0 and len(ran) == 2
+    # Another plan under the same name is scored, and what was measured of the other one is forgotten.
+    record["time"] = {"networks": {}}
+    path.write_text(json.dumps(record))
+    other = dataclasses.replace(config, keep_rate=(14 / 16, 12 / 16, 10 / 16, 6 / 16))
+    write_plan(tmp_path / "plans" / f"p_{share:g}.json", other, {})
+    assert compare.main(argv) == 0 and ran[2:] == [other]
+    record = json.loads(path.read_text())
+    assert len(record["rows"]) == 2 and "time" not in record
+
+
+def test_a_plan_file_that_does_not_fit_is_told(planned, tmp_path):
+    _, share, row = planned
+    with pytest.raises(ConfigError, match=r"p_0\.9\.json' cannot be read"):
+        solved(config_of(), contender(row), 0.9)
+    one = contender(row.replace("{}", f"{share:g}"))
+    with pytest.raises(
+        ConfigError, match=rf"has {share:.2f}\d of the dense multiply-adds, not 0\.9 within 2%"
+    ):
+        solved(config_of(), one, 0.9)
+    with pytest.raises(ConfigError, match="the layers of this plan are redundancy"):
+        solved(config_of(), contender(row.replace("redundancy:", "tome:")), share)
+    with pytest.raises(ConfigError, match="layers beside a plan file"):
+        contender(f"{row},layers=1-3")
 
 
 def test_a_file_that_is_no_picture_is_named(argv, tmp_path, capsys):

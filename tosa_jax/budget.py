@@ -65,6 +65,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--target", type=float, nargs="+", required=True, help="shares of the dense cost")
     add("--read", choices=READ, default="both", help="which final tokens are compared")
     add("--cost", choices=COSTS, default="gmacs")
+    add("--refine", action="store_true", help="let layers exchange tokens too; some hundred trials")
     add("--count", type=int, default=32, help="pictures that are read, at most")
     add("--seed", type=int, default=0, help="which pictures, where there are more")
     add("--image_size", type=int, nargs="+", help="side, or height and width")
@@ -83,7 +84,9 @@ def _main(args: argparse.Namespace) -> int:
     name, loaded = _load(args)
     images, used = _images(args, loaded)
     say = functools.partial(print, flush=True)  # a search takes minutes
-    search = BudgetSearch(loaded["model"], images, read=args.read, cost=args.cost, on_message=say)
+    search = BudgetSearch(
+        loaded["model"], images, read=args.read, cost=args.cost, refine=args.refine, on_message=say
+    )
     args.out.mkdir(parents=True, exist_ok=True)
     for share in args.target:
         found = search.run(share)
@@ -141,6 +144,7 @@ def _facts(args: argparse.Namespace, name: str, found: Found, used: list[str]) -
     words = [f"--weights={Path(args.weights).name}", "--images=DIR", f"--method={args.method}"]
     words += [f"--model={args.model}"] if args.model else []
     words += ["--image_size", *map(str, size), f"--read={args.read}", f"--cost={args.cost}"]
+    words += ["--refine"] if args.refine else []
     words += ["--target", *map(str, args.target), f"--count={args.count}", f"--seed={args.seed}"]
     return {
         "command": f"python -m tosa_jax.budget {shlex.join(words)}",

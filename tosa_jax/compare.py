@@ -5,7 +5,8 @@
     python -m tosa_jax.compare ... --methods mctf mctf:mctf_information=previous [--time] [--estimate=v5e]
 
 Every method gets each target, a share of the dense network's multiply-adds, within 2 %; one that cannot is told and
-left out. Behind a name stand fields that are set differently, and the layers: expedit:layers=3-11.
+left out. Behind a name stand fields that are set differently, and the layers: expedit:layers=3-11. A plan of
+tosa_jax.budget takes part as redundancy:plan=plans/NAME_redundancy_{}.json, where {} stands for each target.
 Without training, final tokens are compared, all of them: their cosine to those of the dense network, of the class token
 and of the patches, with 95 % intervals by resampling pictures. With a recipe, the dense network is pretrained once for
 each seed, every method is fine-tuned from it as long as the dense network is, and the task's score is compared, with
@@ -39,6 +40,7 @@ from tosa_jax.distributed.preemption import Stopped
 from tosa_jax.errors import ConfigError, NonFiniteLossError
 from tosa_jax.inference import loading
 from tosa_jax.models import cost
+from tosa_jax.models.plan_file import from_json
 from tosa_jax.models.vit_config import ViTConfig, check
 from tosa_jax.paths import write_atomically
 from tosa_jax.performance import comparison
@@ -246,6 +248,7 @@ def _run(args: argparse.Namespace, trial: Trial, record: dict[str, Any], path: P
         gmacs = cost.gmacs(network)
         found = {"name": row.name, "method": row.method, "target": target, "gmacs": gmacs,
                  "share": gmacs / record["dense_gmacs"]}  # fmt: skip
+        found |= {"plan": row.plan_fields(target)} if row.plan else {}
         try:
             found |= trial.score(_key(found), network)
         except NonFiniteLossError as error:  # the others can still be trained
@@ -300,18 +303,27 @@ def _missing(
     args: argparse.Namespace, trial: Trial, record: dict[str, Any]
 ) -> Iterator[tuple[Contender, float, ViTConfig]]:
     """The rows that the record lacks, target by target; those that cannot be are told and noted there."""
-    there = {(x["name"], x["target"]) for x in record["rows"] if trial.is_whole(x)}
+    there = {(x["name"], x["target"]): x for x in record["rows"] if trial.is_whole(x)}
     for target in args.target:
         for row in args.methods:
-            if (row.name, target) in there:
-                continue
             try:
+                before = there.get((row.name, target))
+                if before is not None:
+                    if _planned(before) == row.plan_fields(target):
+                        continue
+                    _forget_cost(record, _key(before))  # another plan in a file of the same name
                 network = comparison.solved(trial.dense, row, target)
             except ConfigError as error:
                 _leave_out(record, row, target, str(error))
                 continue
             _leave_out(record, row, target, "")
             yield row, target, network
+
+
+def _forget_cost(record: dict[str, Any], key: str) -> None:
+    """Forgets what was measured of a row whose network is another one now."""
+    record.pop("time", None)  # one run times all
+    record.get("estimate", {}).get("mcycles", {}).pop(key, None)
 
 
 def _leave_out(record: dict[str, Any], row: Contender, target: float, why: str) -> None:
@@ -325,9 +337,15 @@ def _leave_out(record: dict[str, Any], row: Contender, target: float, why: str) 
 
 def _networks(record: dict[str, Any], dense: ViTConfig) -> dict[str, ViTConfig]:
     """The dense network and that of each row, by a name that is unique."""
-    rows = {_key(x): comparison.contender(x["name"]) for x in record["rows"]}
-    targets = {_key(x): x["target"] for x in record["rows"]}
-    return {"dense": dense} | {k: comparison.solved(dense, rows[k], targets[k]) for k in rows}
+    return {"dense": dense} | {
+        _key(x): comparison.solved(dense, comparison.contender(x["name"]), x["target"], _planned(x))
+        for x in record["rows"]
+    }
+
+
+def _planned(row: dict[str, Any]) -> dict[str, Any]:
+    """What the row's plan file said when it was scored; {}: it has none."""
+    return from_json(row.get("plan", {}))
 
 
 def _key(row: dict[str, Any]) -> str:

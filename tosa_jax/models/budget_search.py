@@ -1,36 +1,49 @@
 """Searches how many tokens each layer keeps: the counts whose features are nearest to the dense network's, at a cost.
 
-No labels and no training: what is compared are the final tokens of a few images. The search starts from the better one
-of the linear and the uniform schedule of that cost. It then lets one layer keep more tokens and another one fewer, at
-the same cost, as long as the error falls; which ones, it learns from trying each layer alone.
+No labels and no training: what is compared are the final tokens of a few images. A class token has a fraction of the
+patches' error, so that in a sum it would hardly count; the error is a product, in which a per cent of either counts
+alike. Which tokens merge changes with every count, and with it each image's error, up or down. So a schedule only
+counts as better where the error falls by more than chance among the images explains.
+
+The search bends the linear schedule: after selection i of n, a share of the patches is gone that grows with (i / n) to
+a power, which is 1 in the linear schedule and 0 in the uniform one. Only the power is searched for, so that few
+schedules are run, and a few images are enough. With `refine` one layer may then keep more tokens and another one fewer,
+at the same cost, as long as the error falls; which ones, it learns from trying each layer alone.
 """
 
 import bisect
 import dataclasses
-import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
 
 from tosa_jax.errors import ConfigError
 from tosa_jax.models.layer_programs import LayerPrograms, Schedule, schedule_of
 from tosa_jax.models.method import layer_kinds
-from tosa_jax.models.plan import keep_rates, layer_specs, selections
+from tosa_jax.models.plan import layer_specs, selections
 from tosa_jax.models.vit import VisionTransformer
 from tosa_jax.models.vit_config import STANDARD, ViTConfig, check, check_choice
 from tosa_jax.ops.array_types import Images
 
 READ = ("both", "class", "patches")
-"""Which final tokens are compared: the class token, the patches, or both with equal weight."""
+"""Which final tokens are compared: the class token, the patches, or both, where a per cent of either counts alike."""
 
 COSTS = ("gmacs", "time")
 """What a layer costs: multiply-adds, or its time on this device."""
 
+_BENDS = (1.3, 1.14)
+"""By these factors the power is changed, first by the first one as long as that helps."""
+
 _TRIES = 8
-"""Pairs of layers that are tried, the most promising first, before each layer is tried alone again."""
+"""Pairs of layers that are tried in vain, the most promising first, before a search ends."""
+
+_SURE = 1.0
+"""By how many of its standard errors over the images an error must fall."""
 
 _GRAINS = 32
 """Into so many parts the patches are divided, of which a selection keeps some. More mean more programs to compile."""
@@ -39,13 +52,17 @@ Kept = tuple[int, ...]
 """For each selection its keep rate, as a number of the network's patches."""
 
 
+Distances = Float[np.ndarray, "p b"]
+"""Of each image, for the parts that are compared: the class token, the patches."""
+
+
 class Found(NamedTuple):
     """What a search found.
 
     config   the network, with a `keep_rate` for each selection.
     counts   tokens that each selection leaves, prefix included.
     share    of the cost of the dense network's layers, in (0, 1].
-    error    1 - cosine to the dense network's final tokens, mean over images.
+    error    as `BudgetSearch.error`.
     start    error of the schedule that the search started from, and its name.
     trials   schedules that were run.
     seconds  of the search.
@@ -67,6 +84,7 @@ class BudgetSearch:
     images  float [b height width c], normalised, b at least 1; 16 to 64 images are enough.
     read    one of `READ`. A network without a class token compares patches.
     cost    one of `COSTS`.
+    refine  whether layers exchange tokens in the end, which takes some hundred schedules.
 
     Raises ConfigError: nothing in the plan selects tokens, or it draws them at random.
     """
@@ -78,6 +96,7 @@ class BudgetSearch:
         *,
         read: str = "both",
         cost: str = "gmacs",
+        refine: bool = False,
         on_message: Callable[[str], None] = print,
     ) -> None:
         check_choice("read", read, READ)
@@ -90,29 +109,28 @@ class BudgetSearch:
         self._nests = [kinds[i].nests for i in self._selections]
         self._schedules: dict[Kept, Schedule | None] = {}
         self._grain = max(1, config.num_patches // _GRAINS)
-        self._say = on_message
+        self._refine, self._say = refine, on_message
         self._layers = LayerPrograms(model, images)
         self._cost_of = self._layers.macs if cost == "gmacs" else self._layers.seconds
         dense = schedule_of(dataclasses.replace(config, plan=(STANDARD,) * config.depth))
         self._dense_cost = self._cost_of(dense)
-        self._errors: dict[Schedule, float] = {}
+        self._distances: dict[Schedule, Distances] = {}
         self._truth, prefix = self._layers.tokens(dense), config.num_prefix_tokens
 
         @jax.jit
-        def error(tokens, truth):
-            near = (tokens * truth).sum(axis=2)
-            near /= jnp.linalg.norm(tokens, axis=2) * jnp.linalg.norm(truth, axis=2)
-            of_class, of_patches = near[:, 0].mean(), near[:, prefix:].mean()
-            if not config.class_token or read == "patches":
-                return 1 - of_patches
-            return 1 - (of_class if read == "class" else (of_class + of_patches) / 2)
+        def distances(tokens, truth):
+            unit, true = (x / jnp.linalg.norm(x, axis=2, keepdims=True) for x in (tokens, truth))
+            far = jnp.square(unit - true).sum(axis=2)
+            parts = [far[:, 0]] if config.class_token and read != "patches" else []
+            parts += [far[:, prefix:].mean(axis=1)] if read != "class" or not parts else []
+            return jnp.sqrt(jnp.maximum(jnp.stack(parts), 1e-12))  # below that it is rounding
 
-        self._error_of = error
+        self._distances_of = distances
 
-    def with_kept(self, kept: Kept) -> ViTConfig:
+    def with_kept(self, kept: Sequence[float], budget: str = "uniform") -> ViTConfig:
         """The network with these keep rates."""
         rates = tuple(x / self.config.num_patches for x in kept)
-        fields = {"budget": "uniform", "budget_gmacs": 0.0, "count_multiple": 1}
+        fields = {"budget": budget, "budget_gmacs": 0.0, "count_multiple": 1}
         return dataclasses.replace(self.config, keep_rate=rates, **fields)
 
     def counts(self, kept: Kept) -> tuple[int, ...]:
@@ -120,14 +138,27 @@ class BudgetSearch:
         specs = layer_specs(self.with_kept(kept))
         return tuple(specs[i].count for i in self._selections)
 
-    def error(self, kept: Kept) -> float:
-        """1 - cosine to the dense network's final tokens, mean over images, for keep rates that the plan can have."""
+    def distances(self, kept: Kept) -> Distances:
+        """How far each image's features are from the dense network's, for keep rates that the plan can have.
+
+        Both have length 1, so that a distance is sqrt(2 - 2 cosine); of patches the root of the mean square.
+        """
         schedule = self._schedule(kept)
         assert schedule is not None
-        if schedule not in self._errors:
+        if schedule not in self._distances:
             tokens = self._layers.tokens(schedule)
-            self._errors[schedule] = float(self._error_of(tokens, self._truth))
-        return self._errors[schedule]
+            found = np.asarray(self._distances_of(tokens, self._truth), np.float64)
+            self._distances[schedule] = found
+        return self._distances[schedule]
+
+    def error(self, kept: Kept) -> float:
+        """The mean distance over images; of class token and patches the geometric mean."""
+        return float(np.exp(np.log(self.distances(kept).mean(axis=1)).mean()))
+
+    def _change(self, before: Kept, after: Kept) -> Float[np.ndarray, " b"]:
+        """What each image adds to the relative change of the error; their mean is that change."""
+        old, new = self.distances(before), self.distances(after)
+        return ((new - old) / old.mean(axis=1, keepdims=True)).mean(axis=0)
 
     def share(self, kept: Kept) -> float:
         """The cost over that of the dense network's layers, for keep rates that the plan can have."""
@@ -152,55 +183,73 @@ class BudgetSearch:
         Raises ConfigError: the share is out of range, or this plan cannot reach it.
         """
         check(0 < share < 1, f"share={share} of the dense network's cost is not in (0, 1)")
-        begun, tried = time.monotonic(), len(self._errors)
-        starts = [(self.error(kept), name, kept) for name, kept in self._starts(share)]
-        check(bool(starts),
+        begun, tried = time.monotonic(), len(self._distances)
+        powers = {"linear": 1.0, "uniform": 0.0}
+        starts = {name: self._largest(share, power) for name, power in powers.items()}
+        errors = [(self.error(kept), name, kept) for name, kept in starts.items() if kept]
+        check(bool(errors),
               f"share={share} of the dense network's cost cannot be reached with this plan")  # fmt: skip
-        error, name, kept = min(starts)
-        for step in (2 * self._grain, self._grain):
-            while (better := self._improved(kept, share, step)) != kept:
-                kept = better
-                counts = ",".join(map(str, self.counts(kept)))
-                self._say(
-                    f"share {self.share(kept):.3f}: error {self.error(kept):.5f}, counts {counts}"
-                )
+        start, name, kept = min(errors)
+        if starts["linear"]:
+            kept = min(kept, self._bent(starts["linear"], share), key=self.error)
+        for step in (2 * self._grain, self._grain) if self._refine else ():
+            kept = self._refined(kept, share, step)
         return Found(
-            self.with_kept(kept), self.counts(kept), self.share(kept), self.error(kept), (error, name),
-            len(self._errors) - tried, time.monotonic() - begun,
+            self.with_kept(kept), self.counts(kept), self.share(kept), self.error(kept), (start, name),
+            len(self._distances) - tried, time.monotonic() - begun,
         )  # fmt: skip
 
-    def _starts(self, share: float) -> Iterator[tuple[str, Kept]]:
-        """The largest linear and uniform schedule within the share, on the grid that the search moves on."""
-        falling = range(self.config.num_patches, 0, -1)
-        for budget in ("linear", "uniform"):
+    def _bent(self, kept: Kept, share: float) -> Kept:
+        """The best one of the linear schedule `kept` and bent ones within the share."""
+        power = 1.0
+        for bend in _BENDS:
+            for factor in (1 / bend, bend):
+                begun = power
+                while (tried := self._largest(share, power * factor)) is not None:
+                    if _upper(self._change(kept, tried)) >= 0:
+                        break
+                    kept, power = tried, power * factor
+                    self._tell(kept, f"power {power:.2f}, ")
+                if power != begun:
+                    break
+        return kept
 
-            def small_enough(patches: int, budget: str = budget) -> bool:
-                kept = self._explicit(budget, patches)
-                # What cannot be lies below all that can.
-                return kept is None or self.share(kept) <= share
+    def _tell(self, kept: Kept, about: str = "") -> None:
+        counts = ",".join(map(str, self.counts(kept)))
+        self._say(
+            f"share {self.share(kept):.3f}: {about}error {self.error(kept):.5f}, counts {counts}"
+        )
 
-            place = bisect.bisect_left(falling, True, key=small_enough)
-            kept = self._explicit(budget, falling[place]) if place < len(falling) else None
-            if kept is not None:
-                yield budget, kept
+    def _largest(self, share: float, power: float) -> Kept | None:
+        """The keep rates of the schedule with this power that keeps most within the share; None: none is."""
+        gone = range(self.config.num_patches + 1)
 
-    def _explicit(self, budget: str, patches: int) -> Kept | None:
-        """The keep rates of a schedule that keeps so many patches, or as the mean; rounded down to the grid.
+        def small_enough(patches: int) -> bool:
+            kept = self._explicit(patches, power)
+            # What cannot be lies beyond all that can.
+            return kept is None or self.share(kept) <= share
 
-        None: it cannot be.
+        place = bisect.bisect_left(gone, True, key=small_enough)
+        return self._explicit(place, power) if place < len(gone) else None
+
+    def _explicit(self, gone: int, power: float) -> Kept | None:
+        """The keep rates where `gone` patches are gone in the end; None: they cannot be.
+
+        They are rounded to the grid where the plan can have that: few shapes are few programs.
         """
-        rate = patches / self.config.num_patches
-        fields = {"keep_rate": rate, "budget": budget, "budget_gmacs": 0.0}
-        config = dataclasses.replace(self.config, **fields)
+        patches, number = self.config.num_patches, len(self._selections)
+        rates = tuple(1 - gone / patches * ((i + 1) / number) ** power for i in range(number))
+        # With "linear" a kind keeps more where it cannot leave as few tokens.
+        config = self.with_kept(tuple(max(rate * patches, 1) for rate in rates), "linear")
         try:
             specs = layer_specs(config)
         except ConfigError:
             return None
         kept = tuple(specs[i].count - config.num_prefix_tokens for i in self._selections)
         if self._schedule(kept) != schedule_of(config):  # a kind that counts in its own way
-            kept = tuple(round(rate * config.num_patches) for rate in keep_rates(config))
-        kept = tuple(max(self._grain, x // self._grain * self._grain) for x in kept)
-        return None if self._schedule(kept) is None else kept
+            kept = tuple(round(max(rate * patches, 1)) for rate in rates)
+        rounded = tuple(max(1, round(x / self._grain)) * self._grain for x in kept)
+        return next((x for x in (rounded, kept) if self._schedule(x) is not None), None)
 
     def _moved(self, kept: Kept, selection: int, removed: int) -> Kept | None:
         """The keep rates if one selection keeps so many patches fewer; None where that cannot be, or changes nothing.
@@ -225,26 +274,38 @@ class BudgetSearch:
                 return tried
         return None
 
-    def _improved(self, kept: Kept, share: float, step: int) -> Kept:
+    def _refined(self, kept: Kept, share: float, step: int) -> Kept:
         """Keep rates of less error within the share, or the same ones."""
-        for more, less in itertools.islice(self._exchanges(kept, step), _TRIES):
-            while (tried := self._exchanged(kept, share, more, less, step)) is not None:
-                if self.error(tried) >= self.error(kept):
+        losses = {i: self._loss(kept, i, step) for i in range(len(kept))}
+        failed: set[tuple[int, int]] = set()
+        vain = 0
+        while vain < _TRIES and (pair := _most_promising(losses, failed)):
+            failed.add(pair)
+            begun = kept
+            while (tried := self._exchanged(kept, share, *pair, step)) is not None:
+                if _upper(self._change(kept, tried)) >= 0:
+                    vain += 1
                     break
-                kept = tried
+                kept, vain = tried, 0
+            if kept == begun:
+                continue
+            # The others are not tried alone again: what they promise is only a reason to try a pair.
+            losses |= {i: self._loss(kept, i, step) for i in pair}
+            failed = {pair}
+            self._tell(kept)
         return kept
 
-    def _exchanges(self, kept: Kept, step: int) -> Iterator[tuple[int, int]]:
-        """Selections (that keeps more, that keeps fewer), those first by which the error should fall most."""
-        gains, losses = {}, {}
-        error, cost = self.error(kept), self.share(kept)
-        for i in range(len(kept)):
-            for removed, found in ((step, losses), (-step, gains)):
-                moved = self._moved(kept, i, removed)
-                if moved is not None and (saved := cost - self.share(moved)):
-                    found[i] = (self.error(moved) - error) / abs(saved)
-        falls = {(i, j): gains[i] + losses[j] for i in gains for j in losses if i != j}
-        yield from (pair for pair in sorted(falls, key=falls.__getitem__) if falls[pair] < 0)
+    def _loss(self, kept: Kept, selection: int, step: int) -> Float[np.ndarray, " b"] | None:
+        """The change of the error per share of the cost that one selection saves, by image; None: it has no choice.
+
+        It keeps `step` patches fewer. Only where that cannot be, it keeps as many more, which tells about the same: one
+        schedule is run instead of two.
+        """
+        for removed in (step, -step):
+            moved = self._moved(kept, selection, removed)
+            if moved is not None and (saved := self.share(kept) - self.share(moved)):
+                return self._change(kept, moved) / saved
+        return None
 
     def _exchanged(self, kept: Kept, share: float, more: int, less: int, step: int) -> Kept | None:
         """Selection `more` keeps `step` patches more, and `less` so many fewer that the cost fits; None: it cannot."""
@@ -252,3 +313,24 @@ class BudgetSearch:
         while moved is not None and self.share(moved) > share:
             moved = self._moved(moved, less, self._grain)
         return moved
+
+
+def _upper(changes: Float[np.ndarray, " b"]) -> float:
+    """What the mean over all images there are stays below, as far as these can tell."""
+    count = len(changes)
+    spread = changes.std(ddof=1) / count**0.5 if count > 1 else 0.0
+    return float(changes.mean() + _SURE * spread)
+
+
+def _most_promising(
+    losses: Mapping[int, Float[np.ndarray, " b"] | None], failed: Set[tuple[int, int]]
+) -> tuple[int, int] | None:
+    """Selections (that keeps more, that keeps fewer) by which the error should fall most surely; None: by none."""
+    falls = {
+        (i, j): _upper(less - lost)
+        for i, lost in losses.items()
+        for j, less in losses.items()
+        if i != j and (i, j) not in failed and lost is not None and less is not None
+    }
+    pair = min(falls, key=falls.__getitem__, default=None)
+    return pair if pair is not None and falls[pair] < 0 else None

@@ -46,5 +46,9 @@ def read_plan(path: str | Path) -> dict[str, Any]:
     fields = said.get("fields")
     if said.get("version") != _VERSION or not isinstance(fields, dict) or fields.keys() - known:
         raise ConfigError(f"{path} is a plan file of another version of tosa_jax: make it again")
-    found = {name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()}
-    return found | {"budget_gmacs": 0.0}  # the keep rates are known
+    return from_json(fields) | {"budget_gmacs": 0.0}  # the keep rates are known
+
+
+def from_json(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a configuration that were written as JSON, where its tuples are lists."""
+    return {name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()}

@@ -1,13 +1,15 @@
 """Token methods on one pretrained network at equal multiply-adds: how near each one's features are to the dense ones.
 
 Nothing is trained. A row names a method and what differs from its settings as a control: "mctf" or
-"mctf:mctf_information=previous,tau_size=0". All rows of a target have its share of the dense network's multiply-adds.
+"mctf:mctf_information=previous,tau_size=0". All rows of a target have its share of the dense network's multiply-adds:
+a keep rate is solved for it, or a plan file has the counts of its layers ("redundancy:plan=FILE.json").
 """
 
 import ast
 import bisect
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -16,9 +18,10 @@ from jaxtyping import Float
 
 from tosa_jax.models import cost
 from tosa_jax.models.factory import with_budget
-from tosa_jax.models.method import METHODS, at_layers, plan_named
+from tosa_jax.models.method import METHODS, at_layers, method_of, plan_named
 from tosa_jax.models.params import set_params, split
 from tosa_jax.models.plan import selections
+from tosa_jax.models.plan_file import read_plan
 from tosa_jax.models.vit import VisionTransformer
 from tosa_jax.models.vit_config import ViTConfig, check, check_choice
 from tosa_jax.ops.array_types import Images, Tokens
@@ -33,44 +36,64 @@ BATCH = 16
 class Contender(NamedTuple):
     """One row: its name as it was given, its method, fields of the model, and the layers where it runs.
 
+    name    a plan file is without its folder in it.
     layers  (first, last) of the method's layers, counted from 0; None: those of its paper.
+    plan    path of a plan file, which says how many tokens each layer keeps; {} in it stands for the share. "": none.
     """
 
     name: str
     method: str
     fields: dict[str, Any]
     layers: tuple[int, int] | None
+    plan: str = ""
+
+    def plan_fields(self, share: float) -> dict[str, Any]:
+        """The fields of the model in the plan file for a share. Raises ConfigError as `read_plan`."""
+        return read_plan(self.plan.replace("{}", f"{share:g}")) if self.plan else {}
 
 
 def contender(text: str) -> Contender:
-    """Reads "METHOD" or "METHOD:FIELD=VALUE,...", where the field `layers=4-11` says where the method runs.
+    """Reads "METHOD" or "METHOD:FIELD=VALUE,...".
+
+    The field `layers=4-11` says where the method runs, `plan=FILE.json` how many tokens each layer keeps.
 
     Raises ConfigError: no such method, or no such form. Fields are checked by `solved`.
     """
     method, _, rest = text.partition(":")
     check_choice("--methods", method, METHODS)
     fields: dict[str, Any] = {}
+    path = ""
     for part in rest.split(",") if rest else ():
         name, equals, value = part.partition("=")
         check(bool(equals and name and value), f"--methods: {text!r} has {part!r}, not FIELD=VALUE")
+        if name == "plan":
+            path = value
+            text = text.replace(part, f"plan={Path(path).name}")
+            continue
         try:
             fields[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             fields[name] = value
     layers = fields.pop("layers", None)
     if layers is None:
-        return Contender(text, method, fields, None)
+        return Contender(text, method, fields, None, path)
+    check(not path, f"--methods: {text!r} has layers beside a plan file, which has its own")
     first, _, last = str(layers).partition("-")
     check(first.isdigit() and last.isdigit(), f"--methods: layers={layers!r} is not FIRST-LAST")
     return Contender(text, method, fields, (int(first), int(last)))
 
 
-def solved(dense: ViTConfig, row: Contender, share: float) -> ViTConfig:
+def solved(
+    dense: ViTConfig, row: Contender, share: float, planned: dict[str, Any] | None = None
+) -> ViTConfig:
     """The row's network with `share` of the multiply-adds of `dense`, within `TOLERANCE`.
 
-    Raises ConfigError: it cannot have as many, or a field is unknown or out of range.
+    planned  what `plan_fields` read before. None: it is read now.
+
+    Raises ConfigError: it cannot have as many, a field is unknown or out of range, or the plan is of another method.
     """
     method = METHODS[row.method]
+    planned = row.plan_fields(share) if planned is None else planned
     plan = plan_named(method.plan, dense.depth)
     if row.layers is not None:
         first, last = row.layers
@@ -78,12 +101,17 @@ def solved(dense: ViTConfig, row: Contender, share: float) -> ViTConfig:
               f"--methods: layers={first}-{last} are not among 0-{dense.depth - 1}")  # fmt: skip
         plan = at_layers(method.plan, dense.depth, range(first, last + 1))
     dense_gmacs = cost.gmacs(dense)
-    fields = {**method.fields, **row.fields}
-    config = dataclasses.replace(dense, plan=plan, **fields)
-    if method.has_budget and "keep_rate" not in row.fields:
+    fields = {"plan": plan, **method.fields, **planned, **row.fields}
+    config = dataclasses.replace(dense, **fields)
+    kinds = ",".join(dict.fromkeys(config.plan))
+    check(method in map(method_of, config.plan), f"{row.name}: the layers of this plan are {kinds}")
+    if method.has_budget and "keep_rate" not in fields:
         config = _nearest(dataclasses.replace(config, keep_rate=1.0), share * dense_gmacs)
     reached = cost.gmacs(config) / dense_gmacs
-    check(abs(reached / share - 1) <= TOLERANCE,
+    near = abs(reached / share - 1) <= TOLERANCE
+    check(near or not row.plan,
+          f"{row.name} has {reached:.3f} of the dense multiply-adds, not {share:g} within {TOLERANCE:.0%}")  # fmt: skip
+    check(near,
           f"{row.name} has no setting within {TOLERANCE:.0%} of {share:g} of the dense multiply-adds; "
           f"the nearest below has {reached:.3f}")  # fmt: skip
     return config
