@@ -1,11 +1,12 @@
 """Trains a tiny network for many steps, with evaluations and checkpoints, and tells whether memory grows.
 
-    python -m tests.long_run [--steps=20000] [--parts run unsaved orbax] [--out=results/long_run.json]
+    python -m tests.long_run [--steps=20000] [--warmup=10000] [--parts run unsaved orbax] [--out=results/long_run.json]
 
 Resident memory, the bytes that are allocated of it, the blocks that Python holds, open files and threads are read at
-each record, after glibc gave back what is free. What is allocated grows by a leak alone; resident memory also by gaps
-between allocations. Straight lines are fitted over steps, without the first quarter, in which caches fill. Three parts,
-each in a process of its own:
+each record, when no checkpoint is being written and glibc gave back what is free. What is allocated grows by a leak
+alone; resident memory also by gaps between allocations. The first steps do not count: caches fill. Readings next to
+each other are alike, so that their number says little: the medians of ten equal parts of the rest are what a straight
+line over steps is fitted to, and what gives its standard error. Three parts, each in a process of its own:
 
     run     the run as it is;
     unsaved the same, but Orbax is not called, so that growth of the run itself shows;
@@ -33,6 +34,9 @@ from tests.kill_starts import arguments, prepare
 
 LOG_STEPS = 50
 SAVE_STEPS = 100
+MEDIANS = 10
+"""Medians of readings that a line is fitted to."""
+
 STATE_ARRAYS = 130
 """Arrays in the state of the run: parameters, two moments and the average of each, and counters."""
 
@@ -74,19 +78,26 @@ def read_process() -> dict[str, int]:
 def run(steps: int, folder: Path, *, saved: bool = True) -> list[dict[str, int]]:
     """What `read_process` gave at each record of training."""
     from tosa_jax import main
-    from tosa_jax.train.checkpoints import Manager
+    from tosa_jax.train.checkpoints import Checkpoints, Manager
     from tosa_jax.train.metric_writer import MetricWriter
 
     if not saved:
         Manager.save = lambda self, *args, **how: True
-    samples, write = [], MetricWriter.write
+    samples, write, save = [], MetricWriter.write, Checkpoints.save
+    writers = {}
 
     def sampled(self, stage, step, metrics, **extra):
         if "train/loss" in metrics:
+            for checkpoints in writers.values():
+                checkpoints.wait()
             samples.append({"step": step} | read_process())
         write(self, stage, step, metrics, **extra)
 
-    MetricWriter.write = sampled
+    def remembered(self, *args):
+        writers["stage"] = self
+        save(self, *args)
+
+    MetricWriter.write, Checkpoints.save = sampled, remembered
     argv = arguments(
         folder, folder / "run", "one",
         f"--config.pretrain.steps={steps}", f"--config.log_steps={LOG_STEPS}",
@@ -96,7 +107,7 @@ def run(steps: int, folder: Path, *, saved: bool = True) -> list[dict[str, int]]
     try:
         assert main.main(argv) == 0
     finally:
-        MetricWriter.write = write
+        MetricWriter.write, Checkpoints.save = write, save
     return samples
 
 
@@ -119,16 +130,20 @@ def orbax_alone(steps: int, folder: Path) -> list[dict[str, int]]:
 
 
 def slope(xs: np.ndarray, ys: np.ndarray) -> tuple[float, float]:
-    """The slope of the line of least squares, and its standard error."""
+    """The slope of the line of least squares through `MEDIANS` medians, and its standard error."""
+    xs, ys = (
+        np.array([np.median(part) for part in np.array_split(values, MEDIANS)])
+        for values in (xs, ys)
+    )
     x, y = xs - xs.mean(), ys - ys.mean()
     rise = (x @ y) / (x @ x)
     rest = y - rise * x
     return float(rise), float(np.sqrt(rest @ rest / (len(x) - 2) / (x @ x)))
 
 
-def summary(samples: list[dict[str, int]]) -> dict[str, object]:
-    """Slopes of memory and of Python's blocks, least and most of files and threads, without the first quarter."""
-    late = samples[len(samples) // 4 :]
+def summary(samples: list[dict[str, int]], warmup: int) -> dict[str, object]:
+    """Slopes of memory and of Python's blocks, least and most of files and threads, after `warmup` steps."""
+    late = [x for x in samples if x["step"] > warmup]
     steps = np.array([x["step"] for x in late], float)
     slopes = {}
     for name in ("resident", "allocated", "blocks"):
@@ -149,7 +164,7 @@ def summary(samples: list[dict[str, int]]) -> dict[str, object]:
     }
 
 
-def part(name: str, steps: int) -> dict[str, object]:
+def part(name: str, steps: int, warmup: int) -> dict[str, object]:
     """One part of the trial, in this process."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -160,35 +175,33 @@ def part(name: str, steps: int) -> dict[str, object]:
             samples = run(steps, folder, saved=name == "run")
     thin = samples[:: max(1, len(samples) // 40)]
     kept = [[x["step"], round(x["resident"] / 2**20, 1), x["files"], x["threads"]] for x in thin]
-    return summary(samples) | {"samples": kept}
+    return summary(samples, warmup) | {"samples": kept}
 
 
 def main() -> int:
     """Runs the command."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=20000)
+    parser.add_argument("--warmup", type=int, default=10000, help="first steps that do not count")
     parser.add_argument("--out", default="")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--part", choices=PARTS, help="this one alone, in this process")
     args, began = parser.parse_args(), time.monotonic()
+    if args.steps < (least := args.warmup + MEDIANS * SAVE_STEPS):
+        parser.error(f"--steps={args.steps} must be at least {least} with --warmup={args.warmup}")
     if args.part:
-        print(json.dumps(part(args.part, args.steps)))
+        print(json.dumps(part(args.part, args.steps, args.warmup)))
         return 0
+    lengths = f"--steps={args.steps} --warmup={args.warmup}"
     found: dict[str, object] = {
-        "command": f"python -m tests.long_run --steps={args.steps} --parts {' '.join(args.parts)}",
+        "command": f"python -m tests.long_run {lengths} --parts {' '.join(args.parts)}",
         "device": "cpu",
         "versions": {name: version(name) for name in ("jax", "orbax-checkpoint", "tensorstore")},
         "state_arrays": STATE_ARRAYS,
         "save_steps": SAVE_STEPS,
     }
     for name in args.parts:
-        command = [
-            sys.executable,
-            "-m",
-            "tests.long_run",
-            f"--steps={args.steps}",
-            f"--part={name}",
-        ]
+        command = [sys.executable, "-m", "tests.long_run", *lengths.split(), f"--part={name}"]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         found[name] = json.loads(done.stdout.splitlines()[-1])
     found["seconds"] = round(time.monotonic() - began)
