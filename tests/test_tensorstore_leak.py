@@ -35,6 +35,18 @@ def test_answers_are_those_of_tensorstore():
         assert mended(spec, include_defaults=True) == to_json(spec, include_defaults=True)
 
 
+def test_an_answer_leaves_nothing_behind():
+    mended = tensorstore_leak.read_from_text(tensorstore.KvStore.Spec.to_json)
+    spec = tensorstore.KvStore.Spec(SPECIFICATIONS[-1])
+    mended(spec)
+    gc.collect()
+    before = sys.getallocatedblocks()
+    for _ in range(500):
+        mended(spec)
+    gc.collect()
+    assert sys.getallocatedblocks() - before < 50
+
+
 def test_other_counters_are_still_told():
     answer = tensorstore_leak.without_kvstores(lambda prefix="", **options: [prefix, options])
     assert answer(tensorstore_leak.KVSTORE_METRICS) == []
