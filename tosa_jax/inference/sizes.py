@@ -31,7 +31,8 @@ def checked_program_sizes(sizes: Any, resizes: bool) -> tuple[Size, ...]:
     found = []
     for size in sizes:
         sides = tuple(size) if are_many(size) else (size, size)
-        height, width = (plain_value("program_sizes", side, int) for side in _pair(sides, known))
+        check(len(sides) == 2, f"{known} must have sizes of one number, or of height and width")
+        height, width = (plain_value("program_sizes", side, int) for side in sides)
         check(min(height, width) >= 1, f"{known} must be of at least one pixel")
         found.append((height, width))
     check(
@@ -39,11 +40,6 @@ def checked_program_sizes(sizes: Any, resizes: bool) -> tuple[Size, ...]:
         f"{known} is for models that take images of any size, such as depth models: leave it out",
     )
     return tuple(found)
-
-
-def _pair(sides: tuple[Any, ...], known: str) -> tuple[Any, ...]:
-    check(len(sides) == 2, f"{known} must have sizes of one number, or of height and width")
-    return sides
 
 
 def best_size(size: Size, sizes: Sequence[Size]) -> Size:
