@@ -10,6 +10,7 @@ of DINOv3 and EVA-02 all tokens too.
 """
 
 import argparse
+import copy
 import json
 import tempfile
 from pathlib import Path
@@ -84,6 +85,7 @@ def computed(model: Any, name: str, size: tuple[int, int]) -> dict[str, np.ndarr
     pixels = torch.from_numpy(image_of(size).transpose(0, 3, 1, 2).copy())
     with torch.no_grad():
         if name in timm.list_models():
+            model = copy.deepcopy(model)  # its positions are resampled in place
             model.set_input_size(size)
             return {"head": model(pixels).numpy(), "tokens": model.forward_features(pixels).numpy()}
         return results_of(model, name, pixels)
