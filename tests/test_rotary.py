@@ -73,25 +73,29 @@ def test_permuting_patches_with_their_places_permutes_the_output(form: str) -> N
 
 
 @pytest.mark.parametrize("hot", [False, True])
-def test_new_tokens_have_the_place_of_their_representative(hot: bool) -> None:
+def test_new_tokens_have_their_own_place_or_the_means_of_their_groups(hot: bool) -> None:
     rotary, rng = axial_rotary(GRID, 8, 100.0, PREFIX), np.random.default_rng(3)
     tokens = jnp.asarray(rng.standard_normal((2, N, 4), np.float32))
     chosen = select_tokens(jnp.asarray(rng.standard_normal((2, N), np.float32)), 12, PREFIX)
     chosen = with_one_hot(chosen, jnp.dtype("bfloat16")) if hot else chosen
-    expected = np.asarray(rotary.sin)[0][np.asarray(chosen.indices)]
     state = TokenState(tokens, grid_rotary=rotary)
+    sines, slots = np.asarray(rotary.sin)[0], np.asarray(chosen.slot)
+    means = np.stack([[sines[slot == s].mean(axis=0) for s in range(12)] for slot in slots])
     for reduction in (Reduction(chosen), pooled(chosen, jnp.ones((2, N)))):
+        expected = sines[np.asarray(chosen.indices)] if reduction.weights is None else means
         inside = state.opened(tokens[:, :12], reduction)
-        np.testing.assert_array_equal(inside.rotary.sin, expected)
+        np.testing.assert_allclose(inside.rotary.sin, expected, atol=1e-6)
         # A second choice, among those that the first one left.
         again = select_tokens(jnp.arange(12.0)[None].repeat(2, 0), 5, PREFIX)
         twice = inside.opened(tokens[:, :5], Reduction(again))
-        np.testing.assert_array_equal(twice.rotary.sin[:, -1], expected[:, -1])
+        np.testing.assert_allclose(twice.rotary.sin[:, -1], expected[:, -1], atol=1e-6)
         if reduction.weights is None:
             assert twice.restored().rotary is rotary
     weights = jnp.full((2, 2, N), 0.01).at[:, 0, 20].set(0.5).at[:, 1, 4].set(0.5)
     merged = state.reduced(tokens[:, :2], Reduction(TokenWeights(weights)))
-    np.testing.assert_array_equal(merged.rotary.cos[1], rotary.cos[0, jnp.asarray([20, 4])])
+    total = float(weights[0, 0].sum())
+    mean = (0.01 * rotary.cos[0].sum(axis=0) + 0.49 * rotary.cos[0, 20]) / total
+    np.testing.assert_allclose(merged.rotary.cos[1, 0], mean, atol=1e-5)
     assert merged.restored_grid().rotary is rotary
 
 
@@ -124,6 +128,20 @@ def test_selected_tokens_attend_from_where_they_are(form: str) -> None:
     for block in list(model.blocks)[2:]:
         tokens, _ = block(tokens, rotary=rotary)
     np.testing.assert_allclose(out.tokens, model.norm(tokens), atol=2e-5)
+
+
+def test_a_group_of_tokens_that_are_alike_is_paid_the_mean_of_what_they_are_paid() -> None:
+    """In logits; a place of one of them, or their mean place, pays it otherwise."""
+    rotary, rng = axial_rotary(GRID, 8, 100.0, 0), np.random.default_rng(5)
+    n = rotary.cos.shape[1]
+    query, key = jnp.asarray(rng.standard_normal((2, 1, 1, 1, 8), np.float32))
+    keys = turn(jnp.broadcast_to(key, (1, n, 1, 8)), rotary)
+    apart = np.einsum("bqhc,bkhc->bk", query, keys)[0]
+    weights = jnp.asarray(rng.uniform(size=(1, 1, n)), jnp.float32)
+    for scale in (1.0, 1 / weights.sum()):  # a sum, as EViT's fused token, or a mean
+        group = Reduction(TokenWeights(weights * scale)).places(rotary)
+        together = np.einsum("bqhc,bkhc->bk", query, turn(key, group))[0, 0]
+        assert together == pytest.approx(float(np.average(apart, weights=weights[0, 0])), abs=1e-4)
 
 
 @pytest.mark.parametrize("plan", ["standard", "redundancy"])

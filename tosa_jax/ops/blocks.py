@@ -55,7 +55,7 @@ def run_blocks(
             entered = group.merge(tokens)
             groups.append(group._replace(before=tokens, entered=entered))
             tokens, sizes = entered, groups[-1].sizes
-            rotary = None if rotary is None else rotary.selected(chosen)
+            rotary = None if rotary is None else group.places(rotary)
         tokens = finish(block, tokens)
     for group in reversed(groups):
         tokens = group.restore(tokens)

@@ -81,14 +81,19 @@ class Reduction(NamedTuple):
         return jnp.einsum("bsn,bs->bn", hot, scores, precision="highest")
 
     def places(self, rotary: Rotary) -> Rotary:
-        """Rotary positions of the old tokens -> those of the new ones: each new token has its representative's.
+        """Rotary positions of the old tokens -> those of the new ones.
 
-        A selected token keeps its own place, alone or as the mean of its group. A weighted mean gets the place of the
-        token with the largest weight.
+        A selected token keeps its own place. A mean of tokens has the means of their cosines and of their sines: then
+        a query pays it what it pays its tokens on average, were they alike in all but their places. It is nearer to
+        the dense network than the place of one token, or the mean place (results/rotary_choices.json).
         """
-        if isinstance(self.source, Selection):
-            return rotary.selected(self.source)
-        return rotary.at(self.representatives())
+        source = self.source
+        examples = (source.indices if isinstance(source, Selection) else source.weights).shape[0]
+        both = jnp.concatenate([rotary.cos, rotary.sin], axis=2)
+        both = jnp.broadcast_to(both, (examples, *both.shape[1:]))
+        # A merge may be a sum, as EViT's fused token is.
+        merged, total = self.merge(both), self.merge(jnp.ones((*both.shape[:2], 1)))
+        return Rotary(*jnp.split(merged / jnp.maximum(total, 1e-6), 2, axis=2))
 
     def present(self, before: Present) -> Bool[Array, "b s"]:
         """Which of the new tokens are there, by which of the old ones are (the others are padding).

@@ -1,6 +1,7 @@
 """Rotary positions: the place of a token turns its queries and keys (Su et al. 2021, arXiv 2104.09864).
 
-A token's sine and cosine are arrays of their own beside the tokens, so that they go wherever the token goes.
+A token's sine and cosine are arrays of their own beside the tokens, so that they go wherever the token goes
+(`Reduction.places`).
 """
 
 from typing import NamedTuple
@@ -8,16 +9,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float
 
 from tosa_jax.ops.array_types import Heads
-from tosa_jax.ops.token_selection import Selection, gather_tokens
 
 
 class Rotary(NamedTuple):
     """Cosine and sine of the angles of each token, float32 [b n c] for heads of 2c channels.
 
-    b is 1 where all examples have the same places. Angle j turns two channels of a head: which, `turn` says.
+    b is 1 where all examples have the same places. Angle j turns two channels of a head: which, `turn` says. A token
+    that stands for several has means of both, which also shrink what they turn.
     """
 
     cos: Float[Array, "b n c"]
@@ -26,22 +27,6 @@ class Rotary(NamedTuple):
     def first(self, count: int) -> "Rotary":
         """Those of the first `count` tokens."""
         return Rotary(self.cos[:, :count], self.sin[:, :count])
-
-    def selected(self, selection: Selection) -> "Rotary":
-        """Those of the selected tokens, [b s c]."""
-        examples = selection.indices.shape[0]
-        both = jnp.concatenate([self.cos, self.sin], axis=2)
-        both = jnp.broadcast_to(both, (examples, *both.shape[1:]))
-        return Rotary(*jnp.split(gather_tokens(both, selection), 2, axis=2))
-
-    def at(self, places: Int32[Array, "b s"]) -> "Rotary":
-        """Those of the tokens at `places`, in any order and as often as they are named."""
-
-        def take(values):
-            values = jnp.broadcast_to(values, (places.shape[0], *values.shape[1:]))
-            return jnp.take_along_axis(values, places[:, :, None], axis=1)
-
-        return Rotary(take(self.cos), take(self.sin))
 
 
 def _centred(side: int) -> np.ndarray:
