@@ -15,13 +15,15 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from no_finetuning import NAME, closeness, cosine, crops, interval, make, pictures_in, run
+from no_finetuning import NAME, closeness, cosine, crops, interval, make
 
+from tosa_jax.data.image_files import find_images
 from tosa_jax.distributed.devices import describe_device, versions
 from tosa_jax.models import cost
 from tosa_jax.models.params import set_params, split
 from tosa_jax.ops.attention import walk_map
 from tosa_jax.ops.token_selection import overlap
+from tosa_jax.performance.comparison import features
 
 STRIDES, KEEPS = (1, 2, 4, 8), (0.5, 0.3)
 
@@ -66,12 +68,12 @@ def main() -> None:
             row[f"same_{keep}_interval"] = interval(np.asarray(same))
         rows.append(row)
     forward = jax.jit(lambda p, x: set_params(graphdef, p)(x).tokens)
-    truth = run(forward, params, images)
+    truth = features(forward, params, images)
     for row in rows:
         model = make(args, plan="selective", keep_rate=0.5, selector_query_stride=row["stride"])
         own, weights = split(model)
         forward = jax.jit(lambda p, x, own=own: set_params(own, p)(x).tokens)
-        near = cosine(run(forward, weights, images), truth)
+        near = cosine(features(forward, weights, images), truth)
         row["gmacs"] = cost.gmacs(model.config)
         row |= closeness(near[:, 0], near[:, 1:].mean(axis=1))
         print(row, file=sys.stderr)
@@ -80,7 +82,7 @@ def main() -> None:
         f" --score=DIR --images={args.images}",
         "data": f"{args.images} crops of {args.image_size} px of the pictures under --score",
         "device": describe_device(), "versions": versions(), "seed": 0, "model": NAME,
-        "results": rows, "pictures": [x.name for x in pictures_in(args.score)],
+        "results": rows, "pictures": [Path(x).name for x in find_images([str(args.score)])],
     }, sys.stdout, indent=1)  # fmt: skip
     print()
 

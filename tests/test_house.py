@@ -1,6 +1,7 @@
 """The house: what may import what."""
 
 import ast
+import importlib.util
 import re
 from pathlib import Path
 
@@ -75,3 +76,42 @@ def test_files_are_short_and_have_a_purpose():
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 assert node.end_lineno - node.lineno < 60, f"{room}.{node.name} is long"
+
+
+def test_scripts_import_what_there_is():
+    """Those under results/ run seldom, so that nobody notices when what they import moves."""
+    scripts = {path.stem: path for path in sorted((ROOT.parent / "results").glob("*.py"))}
+
+    def is_there(module, name):
+        if module in scripts:
+            return name in defined_in(scripts[module])
+        whole = importlib.import_module(module)
+        return hasattr(whole, name) or importlib.util.find_spec(f"{module}.{name}") is not None
+
+    missing = [
+        f"{path.name}: {node.module}.{x.name}"
+        for path in scripts.values()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom)
+        and node.module is not None
+        and (node.module in scripts or node.module.split(".")[0] == ROOT.name)
+        for x in node.names
+        if not is_there(node.module, x.name)
+    ]
+    assert missing == []
+
+
+def defined_in(path):
+    """Names at the top level of a file."""
+    names = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {x.asname or x.name for x in node.names}
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {
+                x.id for target in targets for x in ast.walk(target) if isinstance(x, ast.Name)
+            }
+    return names
