@@ -3,11 +3,9 @@
     python results/no_finetuning.py --weights=FILE --score=DIR > results/no_finetuning.json
     python results/no_finetuning.py --rows=choices --selectors=FILE ... > results/selection/choices_dinov2.json
     python results/no_finetuning.py --rows=bypass --fit=DIR ... > results/selection/bypass_dinov2.json
-    python results/no_finetuning.py --plans FILE ... > results/searched_budgets.json
 
 --rows=budgets: redundancy at several budgets, and beside it ToMe (Bolya et al. 2023), which merges for good and copies
 at the end; it is written here from the paper: bipartite matching of keys, size-weighted means, proportional attention.
---plans: files of `python -m tosa_jax.budget`, searched on other pictures than those under --score, beside both.
 --rows=choices: every way to choose tokens, at keep .5, .3 and .15;
 selectors must have been fitted on other pictures than those under --score. --rows=bypass: the low-rank bypass by rank,
 and choices by what a bypass is expected to miss, fitted on 128 crops of the pictures under --fit. `share` is of the
@@ -136,7 +134,7 @@ def bypasses():
                 yield f"{kind}, {bypass}, keep {keep}", fields
 
 
-def candidates(budgets: list[float], plans: list[str]):
+def candidates(budgets: list[float]):
     """Rows as (name, fields of the model); redundancy's `keep_rate` is solved for each share of multiply-adds."""
     yield "dense", {}
     yield "skip", {"plan": "skip"}
@@ -145,8 +143,6 @@ def candidates(budgets: list[float], plans: list[str]):
         for schedule in ("linear", "uniform"):
             fields = {"plan": "redundancy", "budget": schedule, "budget_gmacs": budget}
             yield f"redundancy, {schedule}, share {budget}", fields
-    for path in plans:
-        yield f"searched, {Path(path).stem}", {"plan": path}
 
 
 def closeness(of_class: np.ndarray, of_patches: np.ndarray) -> dict:
@@ -162,16 +158,14 @@ COSINES: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
 
 def paired(rows: list[dict], pictures: int) -> list[dict]:
-    """Differences, ours minus ToMe's and searched minus linear, at the nearest share of multiply-adds.
+    """Differences, redundancy's minus ToMe's, at the nearest share of multiply-adds.
 
     With 95 % intervals. Both saw the same images. Pictures are resampled, not their crops, which are alike; image i is
     of picture `i % pictures`.
     """
-    own = ("searched", "redundancy, linear")
-    pairs = [(name, "ToMe") for name in own] + [own]
     found = []
-    for row, rival in ((row, r) for n, r in pairs for row in rows if row["name"].startswith(n)):
-        theirs = [x for x in rows if x["name"].startswith(rival) and "without" not in x["name"]]
+    for row in (x for x in rows if x["name"].startswith("redundancy, linear")):
+        theirs = [x for x in rows if x["name"].startswith("ToMe") and "without" not in x["name"]]
         near = min(theirs, key=lambda other: abs(other["share"] - row["share"]), default=None)
         if near is None or abs(near["share"] - row["share"]) > 0.02:
             continue
@@ -232,7 +226,7 @@ def measure(args: argparse.Namespace) -> tuple[list[dict], dict[str, str]]:
 
     budgets = args.rows == "budgets"
     rows_of = {
-        "budgets": lambda: candidates(args.budgets, args.plans),
+        "budgets": lambda: candidates(args.budgets),
         "choices": lambda: choices(bool(args.selectors)),
         "bypass": bypasses,
     }
@@ -261,7 +255,6 @@ def main() -> None:
     parser.add_argument("--selectors", help="a file of save_selectors, for ToSA's own choice")
     parser.add_argument("--fit", type=Path, help="pictures to fit on, others than those of --score")
     parser.add_argument("--rows", choices=("budgets", "choices", "bypass"), default="budgets")
-    parser.add_argument("--plans", nargs="+", default=[], help="files of tosa_jax.budget")
     parser.add_argument(
         "--reduce", type=int, nargs="+", default=[5, 10, 14, 17, 20], help="ToMe's r"
     )
@@ -272,9 +265,6 @@ def main() -> None:
     rows, left_out = measure(args)
     given = " --selectors=FILE" if args.selectors else ""
     given += " --fit=DIR" if args.fit else ""
-    for flag in ("budgets", "reduce") if args.plans else ():
-        given += f" --{flag} {' '.join(map(str, getattr(args, flag)))}"
-    given += f" --plans {' '.join(map(str, args.plans))}" if args.plans else ""
     json.dump({
         "command": f"python results/no_finetuning.py --rows={args.rows} --weights=dinov2_vits14.safetensors"
         f" --score=DIR --images={args.images}{given}",
