@@ -7,7 +7,7 @@ r"""Pretraining without labels on the digits that scikit-learn bundles: DINO, an
 training split: nearest neighbours and a linear classifier. The backbone then starts any other run:
 
     python -m tosa_jax.main --config=configs/digits.py --config.init_from=runs/dino \
-        --config.model.embed_dim=48 --config.model.depth=4
+        --config.model.embed_dim=32 --config.model.depth=3 --config.model.num_heads=2
 
 `results/dino.py` runs both with several seeds beside the random backbones that they start from.
 """
@@ -22,27 +22,31 @@ def get_config(variant: str = ""):
     config.batch_size = 64
     config.log_steps = 100
     config.model.update(
-        image_size=8, patch_size=2, in_chans=1, embed_dim=48, depth=4, num_heads=4
+        image_size=8, patch_size=2, in_chans=1, embed_dim=32, depth=3, num_heads=2, init_std=0.15
     )  # fmt: skip
     config.model.update(
-        prototypes=256,
-        head_hidden=128,
+        prototypes=64,
+        head_hidden=64,
         head_bottleneck=32,
         reference_points=2 if variant == "dense" else 0,
     )
+    # A small crop of so small an image shows four patches: there is none.
     config.task.update(
-        local_crops=2,
-        local_size=4,
-        global_scale=(0.5, 1.0),
-        local_scale=(0.2, 0.5),
+        local_crops=0,
+        global_scale=(0.4, 1.0),
         flip=False,
+        jitter_strength=0.3,
         solarise=0.0,
-        momentum=0.99,
+        teacher_temperature=0.025,
+        warmup_teacher_temperature=0.015,
+        warmup_teacher_steps=200,
+        centre_momentum=0.5,
+        momentum=0.98,
     )
     config.data.update(name="digits", in_memory=True)
     config.inputs.update(mean=(0.30,), std=(0.37,))
     config.pretrain.update(
-        steps=600, warmup_steps=60, learning_rate=1e-3, clip_norm=3.0, ema_decay=0.99
+        steps=900, warmup_steps=50, learning_rate=1e-3, clip_norm=3.0, ema_decay=0.98
     )
     config.eval.update(batch_size=120, figure_images=0)
     return config

@@ -1,5 +1,6 @@
 """Self-distillation without labels: crops, reference tokens and loss against the published algorithm in NumPy."""
 
+import dataclasses
 import functools
 import json
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 from published import gelu, layers_of, softmax
 from small import SIZES, die_after_saving, small_model
@@ -21,6 +23,7 @@ from tosa_jax.models.params import get_params, set_params, split
 from tosa_jax.models.weights.load import load_pretrained, save_weights
 from tosa_jax.tasks import create_model
 from tosa_jax.tasks.dino import crops
+from tosa_jax.tasks.dino.network import ProjectionHead
 from tosa_jax.tasks.dino.scores import nearest_neighbours, ridge_classes
 from tosa_jax.tasks.dino.task import Dino, DinoOptions, momentum_at
 from tosa_jax.train.checkpoints import Checkpoints
@@ -37,8 +40,6 @@ TASK = Dino(choices=CHOICES, size=(8, 8), points=3, prototypes=12, mean=(0.3,), 
 
 @functools.cache
 def model():
-    from flax import nnx
-
     return noisy(create_model("vit", task="dino", rngs=nnx.Rngs(0), **MODEL))
 
 
@@ -57,8 +58,8 @@ def test_a_crop_shows_at_a_point_what_the_image_has_there():
     rows, columns = (np.arange(64) + 0.5) / 64, (np.arange(48) + 0.5) / 48
     image = np.stack(np.broadcast_arrays(rows[:, None], columns[None]), axis=2).astype(np.float32)
     images = jnp.asarray(np.repeat(image[None], 6, axis=0))
-    a = crops.draw_boxes(jax.random.key(0), 6, (0.4, 1.0))
-    b = crops.draw_boxes(jax.random.key(1), 6, (0.1, 0.4), (a,), 0.01)
+    a = crops.draw_boxes(jax.random.key(0), (6,), (0.4, 1.0))
+    b = crops.draw_boxes(jax.random.key(1), (6,), (0.1, 0.4), (a,), 0.01)
     flips = jnp.array([0.0, 1, 0, 1, 0, 1])
     points, shared = crops.shared_points(jax.random.key(2), 5, a, b)
     assert (shared == 1).all()
@@ -75,11 +76,11 @@ def test_a_crop_shows_at_a_point_what_the_image_has_there():
 
 
 def test_boxes_have_their_areas_and_overlap():
-    a = crops.draw_boxes(jax.random.key(0), 400, (0.3, 0.6))
+    a = crops.draw_boxes(jax.random.key(0), (400,), (0.3, 0.6))
     area = np.asarray(a[:, 2] * a[:, 3])
     assert 0.25 < area.min() < 0.33 and 0.57 < area.max() < 0.61
     assert (np.asarray(a[:, :2]) >= 0).all() and (np.asarray(a[:, :2] + a[:, 2:]) <= 1.00001).all()
-    free, tied = (crops.draw_boxes(jax.random.key(1), 400, (0.05, 0.1), others, 0.02)
+    free, tied = (crops.draw_boxes(jax.random.key(1), (400,), (0.05, 0.1), others, 0.02)
                   for others in ((), (a,)))  # fmt: skip
     shares = [np.asarray(jnp.prod(crops.overlap(a, x)[:, 2:], axis=1)) for x in (free, tied)]
     assert (shares[0] >= 0.02).mean() < 0.9 and (shares[1] >= 0.02).mean() > 0.99
@@ -100,11 +101,11 @@ def test_head_and_reference_tokens_are_numpys():
         x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
         return x * params["norm/scale"] + params["norm/bias"]
 
-    def head(x):
+    def head(x, part):
         for name in ("fc1", "fc2", "fc3"):
-            x = x @ params[f"projection/{name}/kernel"] + params[f"projection/{name}/bias"]
+            x = x @ params[f"{part}/{name}/kernel"] + params[f"{part}/{name}/bias"]
             x = gelu(x) if name != "fc3" else x
-        return unit(x, -1) @ unit(params["projection/prototypes"], 0)
+        return unit(x, -1) @ unit(params[f"{part}/prototypes"], 0)
 
     grid = params["pos_embed"][0, -16:].reshape(4, 4, -1)
     for i in range(2):
@@ -124,10 +125,38 @@ def test_head_and_reference_tokens_are_numpys():
                 after.append(layer(alone)[0])
             x, references = layer(x), after
         np.testing.assert_allclose(found.features[i], norm(x)[0], atol=1e-5)
-        np.testing.assert_allclose(found.predictions["prototypes"][i], head(norm(x))[0], atol=1e-5)
+        wanted = head(norm(x), "projection")[0]
+        np.testing.assert_allclose(found.predictions["prototypes"][i], wanted, atol=1e-5)
         want = norm(np.stack(references))
         np.testing.assert_allclose(found.predictions["reference_features"][i], want, atol=1e-5)
-        np.testing.assert_allclose(found.predictions["reference"][i], head(want), atol=1e-5)
+        np.testing.assert_allclose(
+            found.predictions["reference"][i], head(want, "reference_projection"), atol=1e-5
+        )
+
+
+def test_a_narrow_head_starts_with_outputs_as_large_as_its_inputs():
+    """Else the first updates of its biases drown what it says of the image."""
+    for hidden in (16, 256):
+        config = dataclasses.replace(model().config, head_hidden=hidden, head_bottleneck=32)
+        head = ProjectionHead(config, rngs=nnx.Rngs(0))
+        x, sizes = np.random.default_rng(0).normal(size=(64, config.embed_dim)), []
+        for layer in (head.fc1, head.fc2, head.fc3):
+            x = np.asarray(layer(jnp.asarray(x, jnp.float32)))
+            sizes.append(x.std())
+            x = gelu(x)
+        assert 0.3 < min(sizes) and max(sizes) < 1.3
+        lengths = np.linalg.norm(head.prototypes[...], axis=0)
+        assert lengths.mean() == pytest.approx(3**-0.5, rel=0.05)
+
+
+def test_layers_and_positions_start_with_the_deviation_of_the_configuration():
+    wide = create_model("vit", task="dino", rngs=nnx.Rngs(0), **MODEL, init_std=0.1)
+    published = create_model("vit", task="dino", rngs=nnx.Rngs(0), **MODEL)
+    theirs = get_params(published)
+    for path, x in get_params(wide).items():
+        scaled = path == "pos_embed" or path.startswith("blocks/") and path.endswith("kernel")
+        np.testing.assert_allclose(x, theirs[path] * (5 if scaled else 1), rtol=1e-6)
+    assert np.std(theirs["blocks/0/attn/qkv/kernel"]) == pytest.approx(0.02, rel=0.1)
 
 
 @functools.cache
@@ -182,11 +211,13 @@ def test_the_loss_and_the_centres_are_the_published_ones():
     np.testing.assert_allclose(statistics["centre"], np.mean(centre, axis=(0, 1)), atol=1e-6)
     want = np.mean(reference_centre, axis=(0, 1, 2))
     np.testing.assert_allclose(statistics["reference_centre"], want, atol=1e-6)
-    after = TASK.update_state(state, statistics)
-    assert after["updates"] == 3
-    np.testing.assert_allclose(
-        after["reference_centre"], 0.9 * np.linspace(0.2, -0.2, 12) + 0.1 * want, atol=1e-6
-    )
+    # The published running mean starts at 0; here the first updates take the mean of all until then.
+    for updates, kept in (0, 0.0), (2, 2 / 3), (20, 0.9):
+        before = state | {"updates": jnp.asarray(updates, jnp.int32)}
+        after = TASK.update_state(before, statistics)
+        assert after["updates"] == updates + 1
+        centre = kept * np.linspace(0.2, -0.2, 12) + (1 - kept) * want
+        np.testing.assert_allclose(after["reference_centre"], centre, atol=1e-6)
     assert all(np.isfinite(x).all() for x in grads.values())
     assert np.abs(grads["projection/prototypes"]).max() > 0
     assert not any(x.any() for x in to_teacher.values())
@@ -277,7 +308,7 @@ def test_a_backbone_starts_a_classifier_and_a_classifier_a_backbone(tmp_path):
     shared = theirs.keys() & ours.keys()
     assert len(shared) == len([k for k in ours if not k.startswith(("head/", "kinds/"))])
     assert all((theirs[k] == ours[k]).all() for k in shared)
-    assert any("its projection is not used" in line for line in said)
+    assert any("its projection and reference_projection are not used" in line for line in said)
     save_weights(classifier, tmp_path / "classes.safetensors")
     again = noisy(pretrained)
     load_pretrained(again, tmp_path / "classes.safetensors", on_message=said.append)
@@ -305,7 +336,8 @@ def test_predict_prints_features(tmp_path, capsys):
     [("task", {"local_size": 5}, "local_size=5 is not a multiple of the patch"),
      ("task", {"global_scale": (0.5, 0.2)}, "must be two shares"),
      ("pretrain", {"cutmix": 1.0}, "config.pretrain.cutmix is for classification"),
-     ("model", {"reference_points": -1}, "reference_points=-1 is negative")],
+     ("model", {"reference_points": -1}, "reference_points=-1 is negative"),
+     ("model", {"init_std": 0.0}, "init_std=0.0 must be above 0")],
 )  # fmt: skip
 def test_bad_fields_are_one_line(section, fields, message):
     with pytest.raises(ConfigError, match=message):

@@ -15,7 +15,7 @@ NO_DECAY = r"(bias|gamma|scale|running_mean|running_var|cls_token|dist_token|reg
 """Paths without weight decay: biases, norms, layer scales, tokens and positions, as in DeiT (timm)."""
 
 
-TASK_PARTS = ("decoder", "projection", "text_decoder")
+TASK_PARTS = ("decoder", "projection", "reference_projection", "text_decoder")
 """Modules of tasks' own networks that turn tokens into the prediction."""
 
 

@@ -216,8 +216,9 @@ def _other_heads(arrays: Mapping[str, np.ndarray], own: Params, say: Say) -> set
     heads = TASK_PARTS
     heads += () if of(own, "head") else ("head", "head_dist", "attn_pool")
     unused = {p: of(arrays, p) for p in heads if not of(own, p)}
-    if any(unused.values()):
-        say(f"its {' and '.join(p for p in unused if unused[p])} is not used: the model has none")
+    if named := [p for p in unused if unused[p]]:
+        verb = "is" if len(named) == 1 else "are"
+        say(f"its {' and '.join(named)} {verb} not used: the model has none")
     fresh = {p: of(own, p) for p in TASK_PARTS if not of(arrays, p)}
     for part in filter(fresh.get, fresh):
         say(f"the {part} stays as the model has it, untrained: the file has none")

@@ -24,7 +24,7 @@ from tosa_jax.errors import ConfigError
 from tosa_jax.models.layers import fold_key
 from tosa_jax.models.vit import VisionTransformer
 from tosa_jax.models.vit_config import ViTConfig, check
-from tosa_jax.ops.array_types import PerExample
+from tosa_jax.ops.array_types import Images, PerExample
 from tosa_jax.tasks.dino.crops import cut, draw_boxes, jitter, seen_in, shared_points
 from tosa_jax.tasks.dino.network import DinoTransformer
 from tosa_jax.tasks.dino.scores import nearest_neighbours, ridge_classes
@@ -163,11 +163,12 @@ class Dino(Task):
         return state | ({"reference_centre": jnp.zeros(self.prototypes)} if self.points else {})
 
     def update_state(self, state: State, statistics: Any) -> State:
-        kept = self.choices.centre_momentum
+        updates = state["updates"]
+        kept = jnp.minimum(self.choices.centre_momentum, updates / (updates + 1))
         centres = {
             name: kept * state[name] + (1 - kept) * mean for name, mean in statistics.items()
         }
-        return {**state, **centres, "updates": state["updates"] + 1}
+        return {**state, **centres, "updates": updates + 1}
 
     def training_batch(self, batch: Batch, key: jax.Array) -> Batch:
         """`large` [b 2 height width c] and `small` [b local side side c], normalised crops. With reference tokens also
@@ -176,22 +177,15 @@ class Dino(Task):
         student_points  [b c 2 r 2]: the same points as the other crop sees them.
         shared          [b 2 c]: 1 for pairs of different crops that share anything, else 0.
         """
-        choices = self.choices
         images = batch["image"].astype(jnp.float32) / 255
         views = self.views(len(images), jax.random.fold_in(key, 0))
-        count = GLOBAL + choices.local_crops
-        crops = []
-        for i in range(count):
-            size = self.size if i < GLOBAL else (choices.local_size, choices.local_size)
-            crop = cut(images, views.boxes[:, i], size, views.flips[:, i])
-            solarise = choices.solarise if i == 1 else 0.0
-            seen = jitter(jax.random.fold_in(key, 1 + i), crop, choices.jitter_strength, solarise)
-            crops.append(self.normalised(seen))
-        found = {"large": jnp.stack(crops[:GLOBAL], axis=1)}
-        if choices.local_crops:
-            found["small"] = jnp.stack(crops[GLOBAL:], axis=1)
+        side = self.choices.local_size
+        solarise = (0.0, self.choices.solarise)
+        found = {"large": self.seen(images, views, 0, self.size, solarise, key)}
+        if local := self.choices.local_crops:
+            found["small"] = self.seen(images, views, GLOBAL, (side, side), (0.0,) * local, key)
         if self.points:
-            found |= self.pairs(views, jax.random.fold_in(key, 100))
+            found |= self.pairs(views, jax.random.fold_in(key, 1))
         return found
 
     def views(self, count: int, key: jax.Array) -> Views:
@@ -199,37 +193,45 @@ class Dino(Task):
 
         The two large crops share at least two hundredths of the image, a small one and each large one a hundredth.
         """
-        choices, boxes = self.choices, []
-        for i in range(GLOBAL + choices.local_crops):
-            scale = choices.global_scale if i < GLOBAL else choices.local_scale
-            least = 0.02 if i < GLOBAL else 0.01
-            own = jax.random.fold_in(key, i)
-            others = tuple(boxes[:GLOBAL])
-            boxes.append(draw_boxes(own, count, (scale[0], scale[1]), others, least))
-        flips = jax.random.bernoulli(jax.random.fold_in(key, 99), 0.5, (count, len(boxes)))
-        return Views(jnp.stack(boxes, axis=1), flips.astype(jnp.float32) * choices.flip)
+        choices = self.choices
+        keys = jax.random.split(key, 4)
+        scale, small_scale = ((s[0], s[1]) for s in (choices.global_scale, choices.local_scale))
+        one = draw_boxes(keys[0], (count, 1), scale)
+        two = draw_boxes(keys[1], (count, 1), scale, (one,), 0.02)
+        shape = (count, choices.local_crops)
+        boxes = [one, two, draw_boxes(keys[2], shape, small_scale, (one, two), 0.01)]
+        flips = jax.random.bernoulli(keys[3], 0.5, (count, GLOBAL + choices.local_crops))
+        return Views(jnp.concatenate(boxes, axis=1), flips.astype(jnp.float32) * choices.flip)
+
+    def seen(
+        self,
+        images: Images,
+        views: Views,
+        first: int,
+        size: tuple[int, int],
+        solarise: tuple[float, ...],
+        key: jax.Array,
+    ) -> Float[Array, "b m rows columns c"]:
+        """The crops from number `first` on, of `size` pixels, one for each of `solarise`, jittered and normalised."""
+        b, m = len(images), len(solarise)
+        of = slice(first, first + m)
+        several = jax.vmap(cut, in_axes=(None, 1, None, 1), out_axes=1)
+        crops = several(images, views.boxes[:, of], size, views.flips[:, of])
+        rows = crops.reshape(b * m, *crops.shape[2:])
+        chance = jnp.tile(jnp.asarray(solarise), b)
+        own = jax.random.fold_in(key, 2 + first)
+        changed = jitter(own, rows, self.choices.jitter_strength, chance)
+        return self.normalised(changed).reshape(crops.shape)
 
     def pairs(self, views: Views, key: jax.Array) -> dict[str, jax.Array]:
         """The points of each pair of a large crop and any crop, as `training_batch` gives them."""
-        crops = views.boxes.shape[1]
-        taught, learnt, shared = [], [], []
-        for large in range(GLOBAL):
-            for other in range(crops):
-                a, b = views.boxes[:, large], views.boxes[:, other]
-                pair = jax.random.fold_in(key, large * crops + other)
-                points, both = shared_points(pair, self.points, a, b)
-                taught.append(seen_in(points, a, views.flips[:, large]))
-                learnt.append(seen_in(points, b, views.flips[:, other]))
-                shared.append(both * (large != other))
-
-        def of_pairs(arrays):
-            stacked = jnp.stack(arrays, axis=1)
-            return stacked.reshape(len(stacked), GLOBAL, crops, *stacked.shape[2:])
-
+        large, every = views.boxes[:, :GLOBAL, None], views.boxes[:, None]
+        points, shared = shared_points(key, self.points, *jnp.broadcast_arrays(large, every))
+        learnt = seen_in(points, every, views.flips[:, None])
         return {
-            "teacher_points": of_pairs(taught),
-            "student_points": of_pairs(learnt).swapaxes(1, 2),
-            "shared": of_pairs(shared),
+            "teacher_points": seen_in(points, large, views.flips[:, :GLOBAL, None]),
+            "student_points": learnt.swapaxes(1, 2),
+            "shared": shared * (1 - jnp.eye(*shared.shape[1:]))[None],
         }
 
     def training_loss(
