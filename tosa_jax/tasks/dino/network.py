@@ -66,8 +66,8 @@ class ProjectionHead(nnx.Module):
     """Three linear layers with GELU between, unit length, and cosines with prototypes of unit length.
 
     Weights start so that activations keep their size at any width. The published normal(.02) does so at the published
-    width of 2,048. In a head of width 128 it leaves .002 of them after three layers, and the first updates of the biases
-    make all outputs the same. Prototypes start as PyTorch starts a linear layer: Adam turns shorter ones faster.
+    width of 2,048. In a head of width 128 it leaves .002 of them after three layers, and the first updates of the
+    biases make all outputs the same. Prototypes start as PyTorch starts a linear layer: Adam turns shorter ones faster.
     """
 
     def __init__(self, config: DinoConfig, *, rngs: nnx.Rngs) -> None:

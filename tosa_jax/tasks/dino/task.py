@@ -6,8 +6,10 @@ temperature). DenseDINO adds points that two crops share: a reference token at a
 point of the other crop. Plain DINO is the same without them (`config.model.reference_points=0`).
 
 Sources: facebookresearch/dino, `main_dino.py`; yyk-wew/DenseDINO, `main_dino.py`. Not as there: weight decay is
-constant; there is no blur, and jitter has no hue; the last layer learns from the first step on; the centre of the
-reference tokens is the mean over points that the two large crops share; position codes at points are bilinear.
+constant; there is no blur, and jitter has no hue; the last layer learns from the first step on; a centre is the mean
+of all outputs until its momentum takes over, where the published one starts at 0; the head's weights start by their
+width; the centre of the reference tokens is the mean over points that the two large crops share; position codes at
+points are bilinear.
 """
 
 import functools
@@ -62,7 +64,8 @@ class DinoOptions:
     warmup_teacher_temperature
                          the same at the start.
     warmup_teacher_steps updates in which it goes from one to the other; 0: it starts at the end.
-    centre_momentum      what the centre keeps in an update, in [0, 1].
+    centre_momentum      what the centre keeps in an update, in [0, 1]; less in the first updates, of whose outputs it
+                         is the mean.
     momentum             what the teacher keeps in the first update; it rises to 1 along a cosine.
     reference_weight     share in [0, 1] of the reference tokens in the loss.
     """
