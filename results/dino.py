@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "configs"))
 import dino as recipe
 
 from tosa_jax.config import make_run_config
+from tosa_jax.data.builders.digits import load_digits_split
 from tosa_jax.distributed.devices import describe_device, versions
 from tosa_jax.distributed.preemption import StopRequest
 from tosa_jax.models.factory import build, structure
@@ -128,19 +129,12 @@ def one_run(network: str, seed: int, args: argparse.Namespace) -> dict:
     return {"network": network, "seed": seed} | facts | seconds | found
 
 
-def pixels(args: argparse.Namespace) -> dict[str, float]:
+def pixels() -> dict[str, float]:
     """Scores of the images themselves as features."""
-    with tempfile.TemporaryDirectory() as folder:
-        dataset = runner_of("dino", 0, args, folder).builder.dataset
-    splits = []
-    for split in ("train", "test"):
-        batches = [
-            {name: x[batch["mask"] > 0] for name, x in batch.items()}
-            for batch in dataset.eval_batches(batch_size=120, split=split)
-        ]
-        images, labels = (np.concatenate([x[name] for x in batches]) for name in ("image", "label"))
-        splits.append((images.reshape(len(images), -1).astype(np.float32), labels))
-    (train, known), (test, wanted) = splits
+    (train, known), (test, wanted) = (
+        (images.reshape(len(images), -1).astype(np.float32), labels)
+        for images, labels in map(load_digits_split, ("train", "test"))
+    )
     return {
         "knn": float((nearest_neighbours(train, known, test) == wanted).mean()),
         "linear": float((ridge_classes(train, known, test) == wanted).mean()),
@@ -158,7 +152,7 @@ def record(runs: list[dict], args: argparse.Namespace) -> dict:
         "command": f"python results/dino.py --seeds={args.seeds} --runs=DIR",
         "device": describe_device(),
         "versions": versions(),
-        "pixels": pixels(args),
+        "pixels": pixels(),
         "summary": {
             name: {score: seeds_record([row[score] for row in rows]) for score in SCORES}
             for name, rows in by_name.items()
