@@ -1,8 +1,7 @@
 """Random crops of whole batches on the device, and points that two crops of an image share.
 
 A box is (top, left, height, width) as shares of the image's sides. Each example draws its own; a crop that has to
-overlap others takes the first of `TRIES` draws that does. All draws of one kind are one call: XLA takes seconds to
-compile each.
+overlap others takes the first of `TRIES` draws that does.
 """
 
 import jax
