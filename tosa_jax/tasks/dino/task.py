@@ -234,7 +234,7 @@ class Dino(Task):
         return {
             "teacher_points": seen_in(points, large, views.flips[:, :GLOBAL, None]),
             "student_points": learnt.swapaxes(1, 2),
-            "shared": shared * (1 - jnp.eye(*shared.shape[1:]))[None],
+            "shared": shared * (1 - jnp.eye(GLOBAL, shared.shape[2]))[None],
         }
 
     def training_loss(
