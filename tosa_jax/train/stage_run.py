@@ -111,7 +111,10 @@ class StageBuilder:
         )
 
     def stage_run(self, stage: Stage, params: Mapping[str, Params]) -> StageRun:
-        """The stage, ready for the loop; `params` by name of the stage that left them, and "init"."""
+        """The stage, ready for the loop; `params` by name of the stage that left them, and "init".
+
+        Raises ConfigError: the recipe's `trainable` matches no parameter that the stage trains.
+        """
         steps_per_epoch = max(self.dataset.num_train // self.run.batch_size, 1)
         model = dataclasses.replace(stage.model, drop_path_rate=stage.config.drop_path_rate)
         setup = self.step_setup(stage, model, steps_per_epoch)
