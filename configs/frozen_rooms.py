@@ -5,8 +5,8 @@
 
 For a depth encoder of your own that is to be cheaper and not trained again: name its data, its `init_from` and its
 model here. `finetune.trainable` is a regular expression of the parameters that are trained; all others keep their
-values and have no state in the optimizer. Rooms have 84x112 pixels, 48 patches. Errors of all methods that restore
-the grid, with features computed once for each: `results/compare_frozen_rooms.md`.
+values and have no state in the optimizer. Rooms have 84x112 pixels, 48 patches. Errors of several methods, with tokens
+computed once for each (`results/frozen_rooms.py`): `results/compare_frozen_rooms.md`.
 """
 
 from tosa_jax.config import default_config
