@@ -121,6 +121,15 @@ def test_the_plot_has_a_panel_for_each_part():
     assert both.format == "PNG" and both.width > 1.4 * patches.width
 
 
+def test_a_plot_is_named_by_the_file_of_its_recipe():
+    record = {
+        "recipe": ["--config=digits.py:a", "--config.seed=1"],
+        "rows": [{"metrics": [{}, {}]}],
+    }
+    assert tables.title(record) == "digits.py:a, 2 seeds"
+    assert tables.title(RECORD) == f"{RECORD['model']}, nothing trained"
+
+
 @pytest.fixture
 def argv(tmp_path, monkeypatch):
     """The arguments for a tiny network with saved weights, and three pictures; one method."""

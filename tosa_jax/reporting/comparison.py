@@ -222,11 +222,19 @@ def plot(record: Mapping[str, Any]) -> bytes:
     panels[0].set_ylabel(f"{what} ({better})")
     if rows:
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
-    title = " ".join(record["recipe"]) if trained else f"{record['model']}, nothing trained"
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title(record), fontsize=10)
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=100)
     return data.getvalue()
+
+
+def title(record: Mapping[str, Any]) -> str:
+    """What the plot is of: the recipe's file or the network. Other flags of a recipe are in the table."""
+    if "recipe" not in record:
+        return f"{record['model']}, nothing trained"
+    recipe = record["recipe"][0].removeprefix("--config=")
+    seeds = max((len(row["metrics"]) for row in record["rows"]), default=0)
+    return f"{recipe}, {seeds} seed{'s' * (seeds != 1)}"
 
 
 def _plotted(row: Mapping[str, Any], part: str, record: Mapping[str, Any]) -> list[float]:
