@@ -111,7 +111,8 @@ def test_too_many_bad_images_and_any_in_evaluation_are_errors(pictures, in_memor
     strict = dataclasses.replace(pictures, max_bad_fraction=0.05, in_memory=in_memory)
     with pytest.raises(DataError, match=r"image (7|11) \(file_.*2 of 20 images are bad, max_bad"):
         take(strict, 2, batch_size=20)
-    with pytest.raises(DataError, match=r"1 of 20 images are bad"):
+    # Another thread may have met the second one by then.
+    with pytest.raises(DataError, match=r"[12] of 20 images are bad"):
         take(dataclasses.replace(strict, max_bad_fraction=0.0), 2, batch_size=20)
     with pytest.raises(DataError, match=r"image 7 \(file_7.jpg\) cannot be decoded .*evaluation"):
         list(open_dataset(strict).eval_batches(batch_size=10))

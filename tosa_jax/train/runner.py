@@ -133,7 +133,7 @@ class Runner:
         """The parameters of a row's model, on the mesh."""
         return shard(structure(row.model).select(self.params[row.stage]), self.mesh)
 
-    def compare(self, rows: list[Row], timed: bool) -> list[dict[str, Any]]:
+    def compare(self, rows: list[Row], *, timed: bool = True) -> list[dict[str, Any]]:
         """The rows of the report, scored and timed. A model with a random head has a cost and a speed, but no score.
 
         timed  False: the speed of all is None.
@@ -242,7 +242,7 @@ def run_stages(run: RunConfig, workdir: AnyPath, *, timed: bool = True) -> dict[
             runner.train(stage, writer)
         if not uses_labels(run):
             rows = []  # labels that mean nothing here are not scored
-        results = runner.compare(rows, timed) if rows else []
+        results = runner.compare(rows, timed=timed) if rows else []
         if rows:
             runner.draw(rows, writer)
     result = {
