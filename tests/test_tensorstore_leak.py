@@ -4,6 +4,7 @@ import gc
 import sys
 
 import jax.numpy as jnp
+import pytest
 import tensorstore
 
 from tosa_jax.train import tensorstore_leak
@@ -33,6 +34,18 @@ def test_answers_are_those_of_tensorstore():
         spec = tensorstore.KvStore.Spec(json)
         assert mended(spec) == to_json(spec)
         assert mended(spec, include_defaults=True) == to_json(spec, include_defaults=True)
+
+
+@pytest.mark.parametrize("printed", ["<KvStore.Spec at 0x1>", "KvStore.Spec({'path': 'ü'})"])
+def test_what_cannot_be_read_is_asked_for(printed):
+    class Spec:
+        def __repr__(self):
+            return printed
+
+        def to_json(self):
+            return {"path": "asked"}
+
+    assert tensorstore_leak.read_from_text(Spec.to_json)(Spec()) == {"path": "asked"}
 
 
 def test_an_answer_leaves_nothing_behind():

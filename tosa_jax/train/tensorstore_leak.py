@@ -46,7 +46,7 @@ def leaks() -> bool:
 def read_from_text(to_json: Callable[..., Any]) -> Callable[..., Any]:
     """`to_json`, whose answer is read from what is printed of a specification: that leaves nothing behind.
 
-    With defaults, which are not printed, it asks as before.
+    With defaults, which are not printed, it asks as before; also where another version prints something else.
     """
 
     @functools.wraps(to_json)
@@ -54,7 +54,10 @@ def read_from_text(to_json: Callable[..., Any]) -> Callable[..., Any]:
         if include_defaults:
             return to_json(self, include_defaults=True)
         text = repr(self).removeprefix("KvStore.Spec(").removesuffix(")")
-        return _decoded(ast.literal_eval(text))
+        try:
+            return _decoded(ast.literal_eval(text))
+        except (SyntaxError, ValueError):
+            return to_json(self)
 
     return answer
 
