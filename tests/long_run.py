@@ -84,17 +84,18 @@ def run(steps: int, folder: Path, *, saved: bool = True) -> list[dict[str, int]]
     if not saved:
         Manager.save = lambda self, *args, **how: True
     samples, write, save = [], MetricWriter.write, Checkpoints.save
-    writers = {}
+    saving = None
 
     def sampled(self, stage, step, metrics, **extra):
         if "train/loss" in metrics:
-            for checkpoints in writers.values():
-                checkpoints.wait()
+            if saving is not None:
+                saving.wait()
             samples.append({"step": step} | read_process())
         write(self, stage, step, metrics, **extra)
 
     def remembered(self, *args):
-        writers["stage"] = self
+        nonlocal saving
+        saving = self
         save(self, *args)
 
     MetricWriter.write, Checkpoints.save = sampled, remembered

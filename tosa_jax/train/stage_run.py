@@ -126,11 +126,8 @@ class StageBuilder:
             f"config.{stage.kind}.trainable={stage.config.trainable!r} matches no parameter that the stage trains: "
             f"paths begin with {', '.join(dict.fromkeys(path.partition('/')[0] for path in own))}",
         )
-        part = "network"
-        if stage.kind == SELECTOR:
-            part = "selectors"
-        elif all(re.search(HEAD, path) for path in trained):
-            part = "head"
+        only_head = bool(trained) and all(re.search(HEAD, path) for path in trained)
+        part = "selectors" if stage.kind == SELECTOR else "head" if only_head else "network"
         macs = cost.training_macs(abstract_model(model), part)
         teacher_params = {}
         if setup.teacher is not None:
