@@ -232,6 +232,29 @@ def test_the_snippets_of_a_page_run_in_order(page, folder, capsys):
             if module := missing_module(text):
                 pytest.skip(f"block {i} of {page.name} needs {module}, which is not installed")
             exec(compile(text, f"{page.name}, block {i}", "exec"), names)
+            for says, arrays, wanted in stated(text, names):
+                dtypes, sizes = zip(*((str(x.dtype), x.ndim) for x in arrays), strict=True)
+                assert set(sizes) == {wanted[1]} and set(dtypes) <= {wanted[0] or dtypes[0]}, says
+
+
+STATEMENT = re.compile(
+    r"^(?:(\w+) = .*|([\w.]+))  # (a (?:tuple|list) of )?(?:(float32|int32|uint8) )?\[([\w, ]+)\]",
+    re.MULTILINE,
+)
+"""What a line gives, as its comment says: `out.depth  # float32 [b, height, width], metres`."""
+
+
+def stated(text: str, names: dict):
+    """(the line, the arrays that it gives, the dtype and the number of dimensions that its comment states)."""
+    for found in STATEMENT.finditer(text):
+        variable, expression, several, dtype, sizes = found.groups()
+        value = eval(variable or expression, names)
+        yield found[0], value if several else [value], (dtype, sizes.count(",") + 1)
+
+
+def test_statements_are_found_on_the_pages():
+    found = [x[0] for page in PAGES for x in STATEMENT.finditer(page.read_text())]
+    assert "out.depth  # float32 [b, height, width]" in found and len(found) >= 8
 
 
 def test_the_commands_of_using_a_network_are_run(folder, capsys):
