@@ -216,7 +216,7 @@ def test_a_plan_file_stands_beside_its_rivals(argv, planned, tmp_path, monkeypat
 
     def score(self, key, network):
         ran.append(network)
-        return {**dict.fromkeys(("class", "patches"), [0.9 - 0.1 * len(ran)] * 3)}
+        return dict.fromkeys(("class", "patches"), [0.9 - 0.1 * len(ran)] * 3)
 
     monkeypatch.setattr(compare.Untrained, "score", score)
     argv += ["--target", f"{share:g}", "--methods", "tome", row]
