@@ -1,9 +1,11 @@
 """Strictness in one place: eight CPU devices, no silent broadcasting of ranks, every array annotation checked."""
 
 import gc
+import hashlib
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 # Tests compile many small programs and run each a few times: optimising them costs more than it brings.
 os.environ["XLA_FLAGS"] = " ".join(
@@ -20,6 +22,9 @@ import jax
 import pytest
 from _pytest import runner
 from absl import flags
+from flax import nnx
+from flax.nnx import variablelib
+from jax._src import compiler
 from jax._src.interpreters import mlir
 from jaxtyping import install_import_hook
 
@@ -32,9 +37,8 @@ jax.config.update("jax_cpu_enable_async_dispatch", False)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Where in the code an operation comes from is written for each one, and nobody reads it here.
 jax.config.update("jax_traceback_in_locations_limit", 0)
-# Several tests compile the same program: once is enough.
-jax.config.update("jax_compilation_cache_dir", str(ROOT / ".pytest_cache/jax"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+# What is not optimised compiles about as fast as JAX's cache writes it to a folder and reads it again.
+jax.config.update("jax_enable_compilation_cache", False)
 flags.FLAGS.mark_as_parsed()
 # Tracing makes many objects that stay: the collector has little to find, and a tenth of the time to lose.
 gc.set_threshold(200_000, 20, 20)
@@ -53,6 +57,31 @@ def _ir_context():
 if _make_ir_context is not None:
     mlir.make_ir_context = _ir_context
 
+# A run that resumes, or that is made again with one thing changed, traces programs that are compiled already.
+_programs: dict[tuple, Any] = {}
+_compile = getattr(compiler, "compile_or_get_cached", None)  # not public
+
+
+def _compile_once(backend, module, devices, options, callbacks, *rest):
+    if callbacks or backend.platform != "cpu":
+        return _compile(backend, module, devices, options, callbacks, *rest)
+    text = hashlib.sha256(mlir.module_to_bytecode(module)).digest()
+    key = text, options.SerializeAsString(), tuple(device.id for device in devices.flat)
+    if key not in _programs:
+        _programs[key] = _compile(backend, module, devices, options, callbacks, *rest)
+    return _programs[key]
+
+
+if _compile is not None:
+    compiler.compile_or_get_cached = _compile_once
+
+# Flax asks of each value that a module gets, several times, whether it is a reference to an array. JAX answers slowly.
+_NO_REFERENCES = (str, int, float, tuple, list, dict, type(None), nnx.Module, nnx.Variable)
+_is_array_ref = getattr(variablelib, "is_array_ref", None)  # not public
+
+if _is_array_ref is not None:
+    variablelib.is_array_ref = lambda x: not isinstance(x, _NO_REFERENCES) and _is_array_ref(x)
+
 # Checks shapes and dtypes of arrays in every function of the modules that annotate them, at run time. In all modules it
 # would take a seventh of the time of a test that traces; their other types are pyright's.
 install_import_hook(
@@ -67,6 +96,14 @@ install_import_hook(
 
 def pytest_collection_finish():
     """Leaves what was imported out of all collections."""
+    gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def collect_once():
+    """Leaves what stays of a module, most of it compiled programs, out of all later collections."""
+    yield
+    gc.collect()
     gc.freeze()
 
 

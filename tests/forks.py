@@ -21,10 +21,9 @@ ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "JAX_NUM_CPU_DEVICES": "1",
     "JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "0",
-    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache/jax"),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
 }
-"""What JAX reads when it is imported: one CPU device, and the compiled programs that the tests share."""
+"""What JAX reads when it is imported: one CPU device."""
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(

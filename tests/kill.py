@@ -26,6 +26,13 @@ from pathlib import Path
 
 import numpy as np
 
+# Read when JAX is imported.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "1")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{tempfile.gettempdir()}/tests.kill.compiled")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
+
 from tests.kill_starts import (
     Start,
     arguments,
@@ -235,11 +242,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    os.environ.setdefault("JAX_NUM_CPU_DEVICES", "1")
-    os.environ.setdefault(
-        "JAX_COMPILATION_CACHE_DIR", f"{tempfile.gettempdir()}/tests.kill.compiled"
-    )
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
     sys.exit(main())

@@ -32,7 +32,15 @@ SIZES = {
 
 def small_model(seed: int = 0, **fields) -> VisionTransformer:
     """Four layers of 16 channels on 8x8 grey images: 16 patches."""
-    return create_model("vit", rngs=nnx.Rngs(seed), **(SIZES | fields))
+    try:
+        return set_params(*_drawn(seed, **fields))
+    except TypeError:  # a list, say, which is no key of a cache
+        return create_model("vit", rngs=nnx.Rngs(seed), **(SIZES | fields))
+
+
+@functools.lru_cache(maxsize=256)
+def _drawn(seed: int, **fields) -> tuple[nnx.GraphDef, Params]:
+    return split(create_model("vit", rngs=nnx.Rngs(seed), **(SIZES | fields)))
 
 
 def forward(model: VisionTransformer, images: jax.Array, key: jax.Array | None = None) -> Output:

@@ -14,11 +14,13 @@ import re
 import zlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from tosa_jax.models.params import set_params, split
+from tosa_jax.models.tracing import abstract
 from tosa_jax.models.variants import VARIANTS
+from tosa_jax.models.vit import VisionTransformer
 from tosa_jax.models.weights.load import load_pretrained
 from tosa_jax.tasks import create_model
 
@@ -163,12 +165,18 @@ def hf_fields(config) -> dict[str, object]:
     return {"norm_eps": 1e-12, "pos_resample": "bicubic"}
 
 
+def undrawn(name: str, **fields) -> VisionTransformer:
+    """A model whose weights are to be loaded: drawing millions of numbers first takes seconds."""
+    graphdef, params = split(abstract(lambda rngs: create_model(name, rngs=rngs, **fields)))
+    return set_params(graphdef, {path: jnp.zeros(x.shape, x.dtype) for path, x in params.items()})
+
+
 def our_logits(name: str, size: int, path, weights, **fields) -> np.ndarray:
     """Logits [1 c] of this project's model with the weights of `path`.
 
     A head that the file lacks is set from `weights`.
     """
-    model = create_model(name, rngs=nnx.Rngs(0), **({"image_size": size} | fields))
+    model = undrawn(name, **({"image_size": size} | fields))
     messages: list[str] = []
     load_pretrained(model, path, on_message=messages.append)
     if any("the head stays" in message for message in messages):
