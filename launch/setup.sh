@@ -56,7 +56,9 @@ set_up() {
     echo "launch: installing into .venv, once" >&2
     # The pins hold a jax that compiles badly for CUDA: see pyproject.toml.
     if [[ $extras == *cuda* ]]; then pins=(); fi
-    .venv/bin/python -m pip install --disable-pip-version-check "${pins[@]}" -e ".$extras" >&2
+    # Python compiles a module when it is first imported; compiling all of them now takes longer than any run.
+    .venv/bin/python -m pip install --disable-pip-version-check --no-compile "${pins[@]}" \
+        -e ".$extras" >&2
     # Last, so that a failed install is repeated.
     stamp_of "$extras" >"$stamp"
 }

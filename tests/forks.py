@@ -27,7 +27,14 @@ ENVIRONMENT = {
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["pytest", "tosa_jax.main", "tosa_jax.train.runner", "tosa_jax.train.workdir", "tests.forks"]
+    [
+        "pytest",
+        "matplotlib.backends.backend_agg",
+        "tosa_jax.main",
+        "tosa_jax.train.runner",
+        "tosa_jax.train.workdir",
+        "tests.forks",
+    ]  # fmt: skip
 )
 # Ends the server and waits for it, so that its time is part of that of the tests.
 atexit.register(lambda: forkserver._forkserver._stop())

@@ -65,6 +65,8 @@ def arguments(folder: Path, workdir: Path, stages: str, *more: str) -> list[str]
 
 def load_everything() -> None:
     """Imports what a run imports, so that a fork of this process need not. JAX's devices stay untouched."""
+    import matplotlib.backends.backend_agg  # noqa: F401
+
     import tosa_jax.main
     import tosa_jax.train.runner
     import tosa_jax.train.workdir  # noqa: F401
