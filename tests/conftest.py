@@ -100,10 +100,9 @@ def pytest_collection_finish():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def collect_once():
+def freeze():
     """Leaves what stays of a module, most of it compiled programs, out of all later collections."""
     yield
-    gc.collect()
     gc.freeze()
 
 

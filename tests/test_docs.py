@@ -9,12 +9,14 @@ import inspect
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from golden.pretrained_cases import quickly_drawn
 from test_house import FLOOR, FLOORS
 from trained import make_depth_workdir, make_pictures, make_workdir
 
@@ -175,11 +177,19 @@ def python_pages() -> list:
     return [pytest.param(page, id=page.name) for page in pages]
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Work directories of a classifier and of a depth network."""
+    folder = tmp_path_factory.mktemp("runs")
+    make_workdir(folder / "digits")
+    make_depth_workdir(folder / "rooms")
+    return folder
+
+
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(runs, tmp_path, monkeypatch):
     """A folder as the pages assume it: a trained run, pictures, and weights wherever a page names a file."""
-    make_workdir(tmp_path / "runs/digits")
-    make_depth_workdir(tmp_path / "runs/rooms")
+    shutil.copytree(runs, tmp_path / "runs")
     for name in ("digit", "dog", "a", "b"):
         make_pictures(tmp_path / "some", 1)[0].replace(tmp_path / f"{name}.png")
     monkeypatch.chdir(tmp_path)
@@ -199,7 +209,11 @@ def folder(tmp_path, monkeypatch):
         )
         if not Path(str(fields.get("pretrained", "."))).exists():
             shallow["pretrained"] = False
-        return create(name, **(fields | shallow))
+        fields |= shallow
+        if not fields.get("pretrained") and "rngs" not in fields:
+            fields.pop("pretrained", None)
+            return quickly_drawn(name, **fields)
+        return create(name, **fields)
 
     monkeypatch.setattr(tosa_jax, "load_pretrained", load_what_is_there)
     monkeypatch.setattr(tosa_jax, "create_model", create_shallow)

@@ -25,7 +25,7 @@ def test_hostile_files_are_a_line_or_a_right_result():
         sys.executable,
         "-m",
         "tests.hostile",
-        "--cases=10000",
+        "--cases=4000",
         f"--formats={CHEAP}",
         "--small",
     ]
@@ -34,7 +34,7 @@ def test_hostile_files_are_a_line_or_a_right_result():
     done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(done.stdout)
-    assert told["failures"] == 0 and told["cases"] >= 9900
+    assert told["failures"] == 0 and told["cases"] >= 3900
     assert all(own["refused"] > 0 for own in told["formats"].values())
 
 

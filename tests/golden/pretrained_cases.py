@@ -165,10 +165,15 @@ def hf_fields(config) -> dict[str, object]:
     return {"norm_eps": 1e-12, "pos_resample": "bicubic"}
 
 
-def undrawn(name: str, **fields) -> VisionTransformer:
-    """A model whose weights are to be loaded: drawing millions of numbers first takes seconds."""
+def quickly_drawn(name: str, **fields) -> VisionTransformer:
+    """A model of full width with NumPy's random numbers: JAX's take seconds where nothing is optimised."""
     graphdef, params = split(abstract(lambda rngs: create_model(name, rngs=rngs, **fields)))
-    return set_params(graphdef, {path: jnp.zeros(x.shape, x.dtype) for path, x in params.items()})
+    rng = np.random.default_rng(0)
+    drawn = {
+        path: jnp.asarray(rng.standard_normal(x.shape, np.float32) * np.float32(0.05), x.dtype)
+        for path, x in params.items()
+    }
+    return set_params(graphdef, drawn)
 
 
 def our_logits(name: str, size: int, path, weights, **fields) -> np.ndarray:
@@ -176,7 +181,7 @@ def our_logits(name: str, size: int, path, weights, **fields) -> np.ndarray:
 
     A head that the file lacks is set from `weights`.
     """
-    model = undrawn(name, **({"image_size": size} | fields))
+    model = quickly_drawn(name, **({"image_size": size} | fields))
     messages: list[str] = []
     load_pretrained(model, path, on_message=messages.append)
     if any("the head stays" in message for message in messages):
