@@ -84,6 +84,38 @@ def test_the_most_redundant_candidates_leave_to_their_nearest(n, count, prefix):
             np.testing.assert_allclose(scores[b, i], 1 - similar[i].max(), atol=1e-5)
 
 
+def test_of_a_chessboard_the_fields_leave_that_cost_least_to_merge():
+    """Four rows of four patches, of which some stand for several; the number in a row tells the colour."""
+    keys, sizes = random(7, 3, 17, 5), 1 + jnp.arange(51).reshape(3, 17) % 4
+    selection, scores = token_matching.bipartite_matching(keys, 13, 1, rows=4, sizes=sizes * 1.0)
+    leaving = [
+        1 + 4 * row + column for row in range(4) for column in range(4) if (row + column) % 2 == 0
+    ]
+    assert token_matching.candidates(17, 1, rows=4).nonzero()[0].tolist() == leaving
+    stay = [i for i in range(1, 17) if i not in leaving]
+    for b in range(3):
+
+        def cost(i, j, b=b):
+            x, y = float(sizes[b, i]), float(sizes[b, j])
+            return np.square(keys[b, i] - keys[b, j]).sum() * (x * y / (x + y)) ** 0.3
+
+        nearest = {i: min(stay, key=lambda j: cost(i, j)) for i in leaving}
+        gone = sorted(leaving, key=lambda i: cost(i, nearest[i]))[:4]
+        kept = [i for i in range(17) if i not in gone]
+        assert np.asarray(selection.indices)[b].tolist() == kept
+        for i in gone:
+            assert kept[int(selection.slot[b, i])] == nearest[i]
+            np.testing.assert_allclose(scores[b, i], 1 - 1 / (1 + cost(i, nearest[i])), rtol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [2, 3, 4, 6])
+def test_of_a_chessboard_with_gaps_both_colours_are_there(rows):
+    for patches in range(2, 4 * rows):
+        leave = token_matching.candidates(patches + 1, 1, rows=rows)
+        assert 0 < leave.sum() < patches and not leave[0]
+        assert abs(leave.sum() - patches / 2) <= rows / 2
+
+
 def test_the_least_count_is_what_can_be_reached():
     for n, prefix, least in ((9, 1, 5), (10, 1, 5), (10, 2, 6), (3, 1, 2)):
         assert token_matching.least_after_matching(n, prefix) == least

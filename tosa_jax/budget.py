@@ -5,8 +5,9 @@
 
 For each share of the dense network's cost it writes a plan file, OUT/MODEL_METHOD_TARGET.json, for
 `create_model(NAME, plan="FILE.json")`, recipes (--config.model.plan=FILE.json) and predict --plan. The counts are those
-whose final tokens are nearest to the dense network's (`docs/budgets.md`). Costs are multiply-adds, or with --cost=time
-measured on this device; both are of the layers. Exit status: 0 done, 2 bad input, 130 stopped by SIGINT.
+whose final tokens are nearest to the dense network's (`docs/budgets.md`), and so are the method's settings where it has
+several. Costs are multiply-adds of the whole network, as in `tosa_jax.compare`, or with --cost=time the time of its
+layers, measured on this device. Exit status: 0 done, 2 bad input, 130 stopped by SIGINT.
 """
 
 import argparse
@@ -93,8 +94,8 @@ def _main(args: argparse.Namespace) -> int:
         path = args.out / f"{name}_{args.method}_{share:g}.json"
         write_plan(path, found.config, _facts(args, name, found, used))
         say(
-            f"{path}: {found.share:.3f} of the layers' cost, {cost.gmacs(found.config):.3f} GMACs an image; error "
-            f"{found.error:.5f}, {found.start[1]} schedule {found.start[0]:.5f}; {found.seconds:.0f} s, "
+            f"{path}: {found.share:.3f} of the dense network's cost, {cost.gmacs(found.config):.3f} GMACs an image; "
+            f"error {found.error:.5f}, {found.start[1]} schedule {found.start[0]:.5f}; {found.seconds:.0f} s, "
             f"{found.trials} schedules"
         )
     return 0

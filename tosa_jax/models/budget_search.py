@@ -5,7 +5,8 @@ patches' error, so that in a sum it would hardly count; the error is a product, 
 alike. Which tokens merge changes with every count, and with it each image's error, up or down. So a schedule only
 counts as better where the error falls by more than chance among the images explains.
 
-The search bends the linear schedule: after selection i of n, a share of the patches is gone that grows with (i / n) to
+Where a method has several settings (`Method.searched`), the one is taken whose linear schedule is the best. Then the
+search bends that schedule: after selection i of n, a share of the patches is gone that grows with (i / n) to
 a power, which is 1 in the linear schedule and 0 in the uniform one. Only the power is searched for, so that few
 schedules are run, and a few images are enough. With `refine` one layer may then keep more tokens and another one fewer,
 at the same cost, as long as the error falls; which ones, it learns from trying each layer alone.
@@ -23,8 +24,11 @@ import numpy as np
 from jaxtyping import Float
 
 from tosa_jax.errors import ConfigError
+from tosa_jax.models.cost import macs
+from tosa_jax.models.factory import abstract_model
 from tosa_jax.models.layer_programs import LayerPrograms, Schedule, schedule_of
-from tosa_jax.models.method import layer_kinds
+from tosa_jax.models.method import METHODS, layer_kinds, method_of
+from tosa_jax.models.options import OPTIONS
 from tosa_jax.models.plan import layer_specs, selections
 from tosa_jax.models.vit import VisionTransformer
 from tosa_jax.models.vit_config import STANDARD, ViTConfig, check, check_choice
@@ -36,8 +40,8 @@ READ = ("both", "class", "patches")
 COSTS = ("gmacs", "time")
 """What a layer costs: multiply-adds, or its time on this device."""
 
-_BENDS = (1.3, 1.14)
-"""By these factors the power is changed, first by the first one as long as that helps."""
+_BEND = 1.3
+"""By this factor the power is changed, as long as that helps. What less would change is hardly ever above chance."""
 
 _TRIES = 8
 """Pairs of layers that are tried in vain, the most promising first, before a search ends."""
@@ -61,9 +65,9 @@ class Found(NamedTuple):
 
     config   the network, with a `keep_rate` for each selection.
     counts   tokens that each selection leaves, prefix included.
-    share    of the cost of the dense network's layers, in (0, 1].
+    share    of the dense network's cost, in (0, 1].
     error    as `BudgetSearch.error`.
-    start    error of the schedule that the search started from, and its name.
+    start    error of the schedule that the search started from, with the settings that the model has, and its name.
     trials   schedules that were run.
     seconds  of the search.
     """
@@ -81,6 +85,7 @@ class BudgetSearch:
     """One network on some images; several shares may be searched for.
 
     model   with its weights, and a plan with layers that select tokens. Its own `keep_rate` is not read.
+    config  of `model`; `run` gives it the settings that it found the best.
     images  float [b height width c], normalised, b at least 1; 16 to 64 images are enough.
     read    one of `READ`. A network without a class token compares patches.
     cost    one of `COSTS`.
@@ -105,15 +110,20 @@ class BudgetSearch:
         kinds = [layer_kinds()[name] for name in config.plan]
         check(any(kind.selects for kind in kinds),
               f"the plan {','.join(config.plan)} selects no tokens: there is nothing to search")  # fmt: skip
+        self._settings = _settings(config)
         self._selections = selections(config)
         self._nests = [kinds[i].nests for i in self._selections]
-        self._schedules: dict[Kept, Schedule | None] = {}
+        self._schedules: dict[tuple[ViTConfig, Kept], Schedule | None] = {}
         self._grain = max(1, config.num_patches // _GRAINS)
         self._refine, self._say = refine, on_message
         self._layers = LayerPrograms(model, images)
         self._cost_of = self._layers.macs if cost == "gmacs" else self._layers.seconds
-        dense = schedule_of(dataclasses.replace(config, plan=(STANDARD,) * config.depth))
-        self._dense_cost = self._cost_of(dense)
+        dense = schedule_of(_dense(config))
+        # What the layers do not cost, as patch projection and head: the same in all schedules, and never timed.
+        self._beside = 0
+        if cost == "gmacs":
+            self._beside = macs(abstract_model(_dense(config))) - self._layers.macs(dense)
+        self._dense_cost = self._cost_of(dense) + self._beside
         self._distances: dict[Schedule, Distances] = {}
         self._truth, prefix = self._layers.tokens(dense), config.num_prefix_tokens
 
@@ -157,41 +167,44 @@ class BudgetSearch:
 
     def _change(self, before: Kept, after: Kept) -> Float[np.ndarray, " b"]:
         """What each image adds to the relative change of the error; their mean is that change."""
-        old, new = self.distances(before), self.distances(after)
-        return ((new - old) / old.mean(axis=1, keepdims=True)).mean(axis=0)
+        return _relative_change(self.distances(before), self.distances(after))
 
     def share(self, kept: Kept) -> float:
-        """The cost over that of the dense network's layers, for keep rates that the plan can have."""
+        """The cost over that of the dense network, for keep rates that the plan can have; of time the layers alone."""
         schedule = self._schedule(kept)
         assert schedule is not None
-        return self._cost_of(schedule) / self._dense_cost
+        return (self._cost_of(schedule) + self._beside) / self._dense_cost
 
     def _schedule(self, kept: Kept) -> Schedule | None:
         """None for keep rates that the plan cannot have."""
-        if kept not in self._schedules:
+        key = self.config, kept
+        if key not in self._schedules:
             try:
                 found = schedule_of(self.with_kept(kept))
             except ConfigError:
                 found = None
             runs = found is not None and self._layers.has_params(found)
-            self._schedules[kept] = found if runs else None
-        return self._schedules[kept]
+            self._schedules[key] = found if runs else None
+        return self._schedules[key]
 
     def run(self, share: float) -> Found:
-        """The counts for a share in (0, 1) of the cost of the dense network's layers.
+        """The counts for a share in (0, 1) of the dense network's cost; that of time is of its layers.
 
         Raises ConfigError: the share is out of range, or this plan cannot reach it.
         """
         check(0 < share < 1, f"share={share} of the dense network's cost is not in (0, 1)")
         begun, tried = time.monotonic(), len(self._distances)
+        self.config = self._settings[0]
         powers = {"linear": 1.0, "uniform": 0.0}
-        starts = {name: self._largest(share, power) for name, power in powers.items()}
-        errors = [(self.error(kept), name, kept) for name, kept in starts.items() if kept]
-        check(bool(errors),
+        starts = ((name, self._largest(share, power)) for name, power in powers.items())
+        name, kept = next((start for start in starts if start[1] is not None), ("", None))
+        check(kept is not None,
               f"share={share} of the dense network's cost cannot be reached with this plan")  # fmt: skip
-        start, name, kept = min(errors)
-        if starts["linear"]:
-            kept = min(kept, self._bent(starts["linear"], share), key=self.error)
+        assert kept is not None
+        start = self.error(kept)
+        kept = self._with_settings(kept, share, powers[name])
+        if name == "linear":
+            kept = self._bent(kept, share)
         for step in (2 * self._grain, self._grain) if self._refine else ():
             kept = self._refined(kept, share, step)
         return Found(
@@ -199,19 +212,29 @@ class BudgetSearch:
             len(self._distances) - tried, time.monotonic() - begun,
         )  # fmt: skip
 
+    def _with_settings(self, kept: Kept, share: float, power: float) -> Kept:
+        """Takes the settings with which the schedule of this power is the best; `kept` is that of the first ones."""
+        best, config = self.distances(kept), self.config
+        for setting in self._settings[1:]:
+            self.config = setting
+            tried = self._largest(share, power)
+            if tried is not None and _upper(_relative_change(best, self.distances(tried))) < 0:
+                best, config, kept = self.distances(tried), setting, tried
+                self._tell(kept, f"{_difference(self._settings[0], config)}, ")
+        self.config = config
+        return kept
+
     def _bent(self, kept: Kept, share: float) -> Kept:
         """The best one of the linear schedule `kept` and bent ones within the share."""
         power = 1.0
-        for bend in _BENDS:
-            for factor in (1 / bend, bend):
-                begun = power
-                while (tried := self._largest(share, power * factor)) is not None:
-                    if _upper(self._change(kept, tried)) >= 0:
-                        break
-                    kept, power = tried, power * factor
-                    self._tell(kept, f"power {power:.2f}, ")
-                if power != begun:
+        for factor in (1 / _BEND, _BEND):
+            while (tried := self._largest(share, power * factor)) is not None:
+                if _upper(self._change(kept, tried)) >= 0:
                     break
+                kept, power = tried, power * factor
+                self._tell(kept, f"power {power:.2f}, ")
+            if power != 1:
+                break
         return kept
 
     def _tell(self, kept: Kept, about: str = "") -> None:
@@ -313,6 +336,28 @@ class BudgetSearch:
         while moved is not None and self.share(moved) > share:
             moved = self._moved(moved, less, self._grain)
         return moved
+
+
+def _dense(config: ViTConfig) -> ViTConfig:
+    return dataclasses.replace(config, plan=(STANDARD,) * config.depth)
+
+
+def _settings(config: ViTConfig) -> tuple[ViTConfig, ...]:
+    """The network as it is, and with each of the settings that its methods would have searched."""
+    methods = {name: METHODS[name] for name in (method_of(kind).name for kind in config.plan)}
+    others = [dataclasses.replace(config, **x) for one in methods.values() for x in one.searched]
+    return tuple(dict.fromkeys([config, *others]))
+
+
+def _difference(before: ViTConfig, after: ViTConfig) -> str:
+    """The options that differ, as text."""
+    return ", ".join(
+        f"{x}={getattr(after, x)}" for x in OPTIONS if getattr(before, x) != getattr(after, x)
+    )
+
+
+def _relative_change(old: Distances, new: Distances) -> Float[np.ndarray, " b"]:
+    return ((new - old) / old.mean(axis=1, keepdims=True)).mean(axis=0)
 
 
 def _upper(changes: Float[np.ndarray, " b"]) -> float:

@@ -4,6 +4,7 @@ A schedule has a `Step` for each layer. Layers of one kind with the same counts 
 the layer's parameters as arguments; and where a schedule begins like the one before it, it goes on from there.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from jaxtyping import Array, Float
 
 from tosa_jax.models.layers import plain_attention
 from tosa_jax.models.method import check_key, layer_kinds
+from tosa_jax.models.options import Options
 from tosa_jax.models.params import Params, set_params, split
 from tosa_jax.models.plan import layer_specs
 from tosa_jax.models.token_state import LayerContext, LayerSpec, TokenState
@@ -25,10 +27,11 @@ from tosa_jax.ops.reduction import Reduction
 
 
 class Step(NamedTuple):
-    """One layer of a schedule: its kind, as plans call it, and its place and counts, without its number."""
+    """One layer of a schedule: its kind, as plans call it, its place and counts without its number, and its options."""
 
     kind: str
     spec: LayerSpec
+    options: tuple[Options, ...]
 
 
 Schedule = tuple[Step, ...]
@@ -41,7 +44,8 @@ def schedule_of(config: ViTConfig) -> Schedule:
     """The schedule of a configuration. Raises ConfigError as `layer_specs`."""
     specs = layer_specs(config)
     return tuple(
-        Step(x, spec._replace(layer=0)) for x, spec in zip(config.plan, specs, strict=True)
+        Step(x, spec._replace(layer=0), config.options)
+        for x, spec in zip(config.plan, specs, strict=True)
     )
 
 
@@ -71,7 +75,7 @@ class _Part(NamedTuple):
 class LayerPrograms:
     """A model's layers on some images.
 
-    model   with its weights. Its own counts are not read.
+    model   with its weights. Its own counts and options of methods are not read.
     images  float [b height width c], normalised.
 
     Raises ConfigError: a layer of the plan draws random numbers.
@@ -129,8 +133,9 @@ class LayerPrograms:
             kinds = layer_kinds()
 
             def make(rngs: nnx.Rngs):
-                found = [kinds[x.kind](self._config, x.spec, rngs=rngs) for x in (step, after) if x]
-                return nnx.List([kinds[step.kind].build_block(self._config, rngs=rngs), *found])
+                config = dataclasses.replace(self._config, options=step.options)
+                found = [kinds[x.kind](config, x.spec, rngs=rngs) for x in (step, after) if x]
+                return nnx.List([kinds[step.kind].build_block(config, rngs=rngs), *found])
 
             modules = abstract(make)
             block: Any = modules[0]

@@ -42,6 +42,7 @@ class Method:
     has_budget   its cost depends on `keep_rate`.
     equal_gmacs  as a control its `keep_rate` is solved for the GMACs of the main network.
     fields       fields of `ViTConfig` and options that it sets as a control, by name.
+    searched     settings of its options that a search for a budget tries beside those that are given.
     fit_kind     the kind that runs in place of `kind` in the selector stage; plans call it by the plan's name and
                  "_fit". None: a standard layer.
     """
@@ -61,6 +62,7 @@ class Method:
     has_budget: bool = True
     equal_gmacs: bool = False
     fields: Mapping[str, Any] = field(default_factory=dict)
+    searched: tuple[Mapping[str, Any], ...] = ()
     fit_kind: type[LayerKind] | None = None
 
     def __post_init__(self) -> None:

@@ -21,6 +21,9 @@ from tosa_jax.ops.token_selection import (
     take_slots,
 )
 
+SIZE_POWER = 0.3
+"""How much sizes count in `merging_costs`. It was chosen on photographs that no result of this project is scored on."""
+
 # Summing over groups and spreading to groups are transposes of each other. Each is the other's derivative, so that no
 # scatter-add of floats is compiled.
 
@@ -113,10 +116,40 @@ def with_representatives(
     return selection._replace(slot=jnp.where(selection.mask, selection.slot, slot))
 
 
-def candidates(num_tokens: int, num_prefix_tokens: int, first: int = 0) -> np.ndarray:
-    """Booleans [n]: the tokens that `bipartite_matching` may bypass, every second patch from number `first` on."""
+def merging_costs(
+    a: Float[Array, "b n f"],
+    b: Float[Array, "b m f"],
+    sizes_a: Float[Array, "b n"],
+    sizes_b: Float[Array, "b m"],
+) -> Float[Array, "b n m"]:
+    """What it costs to merge each row of `a` with each row of `b`, float32 in [0, inf). No gradient passes.
+
+    It is the squared distance times a power of x y / (x + y), where x and y are their sizes: how many patches each one
+    stands for. With power 1 it is the criterion of Ward (1963, "Hierarchical grouping to optimize an objective
+    function"), and with power 0 sizes do not count.
+    """
+    a, b, sizes_a, sizes_b = (
+        jax.lax.stop_gradient(x).astype(jnp.float32) for x in (a, b, sizes_a, sizes_b)
+    )
+    squares = (a * a).sum(axis=2)[:, :, None] + (b * b).sum(axis=2)[:, None]
+    distance = jnp.maximum(squares - 2 * jnp.einsum("bnf,bmf->bnm", a, b), 0)
+    x, y = sizes_a[:, :, None], sizes_b[:, None]
+    return distance * (x * y / jnp.maximum(x + y, 1e-12)) ** SIZE_POWER
+
+
+def candidates(
+    num_tokens: int, num_prefix_tokens: int, first: int = 0, rows: int = 0
+) -> np.ndarray:
+    """Booleans [n]: the tokens that `bipartite_matching` may bypass, every second patch from number `first` on.
+
+    rows  of the grid. If given, they are the fields of one colour of a chessboard, so that all four neighbours of a
+          patch are of the other colour. Where some patches have left, it is taken that each row lost as many. With
+          fewer than two patches a row it is every second one again.
+    """
     patch = np.arange(num_tokens) - num_prefix_tokens
-    return (patch >= first) & ((patch - first) % 2 == 0)
+    number = max(num_tokens - num_prefix_tokens, 1)
+    row = patch * rows // number if number >= 2 * rows else 0
+    return (patch >= first) & ((patch - first + row) % 2 == 0)
 
 
 @jax.named_scope("selection")
@@ -175,26 +208,35 @@ def bipartite_matching(
     num_prefix_tokens: int,
     first: int = 0,
     present: Present | None = None,
+    rows: int = 0,
+    sizes: Float[Array, "b n"] | None = None,
 ) -> tuple[Selection, Scores]:
     """Selects `count` tokens and bypasses the `n - count` patches that are most like their representative.
 
-    Every second patch may be bypassed, from the one numbered `first`, 0 or 1; its representative is one of the other
-    patches. This is the bipartite matching of ToMe (Bolya et al. 2023, "Token Merging: Your ViT But Faster"). `count`
-    is at least `least_after_matching(n, num_prefix_tokens, first)`.
+    The `candidates` may be bypassed, by `first` and `rows` (0 or 1; of the grid); their representatives are among the
+    other patches. This is the bipartite matching of ToMe (Bolya et al. 2023, "Token Merging: Your ViT But Faster").
+    `count` is at least `least_after_matching(n, num_prefix_tokens, first, rows)`.
 
     present  [b n], false for padding, which is bypassed before all other patches and represents none of them. None:
              there is none.
+    sizes    [b n], how many patches each token stands for. If given, those are alike that cost little to merge
+             (`merging_costs`): their likeness is 1 / (1 + cost). None: likeness is the cosine.
 
-    Returns the selection, and scores [b n]: 1 - cosine to the representative, in [0, 2], for patches that may be
+    Returns the selection, and scores [b n]: 1 - likeness to the representative, in [0, 2], for patches that may be
     bypassed, -1 for padding among them, and 3 for all other tokens.
     """
     n = features.shape[1]
     places = np.arange(n)
-    may_leave = candidates(n, num_prefix_tokens, first)
-    # Among those that may.
-    number = np.where(may_leave, (places - num_prefix_tokens - first) // 2, 0)
-    stay = places[~may_leave]
-    similarity = cosines(features[:, places[may_leave]], features[:, stay])
+    may_leave = candidates(n, num_prefix_tokens, first, rows)
+    number = np.where(may_leave, may_leave.cumsum() - 1, 0)  # among those that may
+    leave, stay = places[may_leave], places[~may_leave]
+    if sizes is None:
+        similarity = cosines(features[:, leave], features[:, stay])
+    else:
+        costs = merging_costs(
+            features[:, leave], features[:, stay], sizes[:, leave], sizes[:, stay]
+        )
+        similarity = 1 / (1 + costs)
     if present is not None:
         similarity = jnp.where(present[:, stay][:, None], similarity, -2.0)
     likeness = similarity[:, :, num_prefix_tokens:].max(axis=-1)
@@ -234,16 +276,20 @@ def weigh_redundancy(
     return -((1 - weight) * place + weight * rank(redundancy)).astype(jnp.float32)
 
 
-def least_after_matching(num_tokens: int, num_prefix_tokens: int, first: int = 0) -> int:
+def least_after_matching(
+    num_tokens: int, num_prefix_tokens: int, first: int = 0, rows: int = 0
+) -> int:
     """The smallest `count` that `bipartite_matching` takes: the number of tokens that it cannot bypass."""
     if num_tokens - num_prefix_tokens <= 1:
         return num_tokens
-    return num_tokens - int(candidates(num_tokens, num_prefix_tokens, first).sum())
+    return num_tokens - int(candidates(num_tokens, num_prefix_tokens, first, rows).sum())
 
 
-def matching_macs(num_tokens: int, num_prefix_tokens: int, width: int, first: int = 0) -> int:
+def matching_macs(
+    num_tokens: int, num_prefix_tokens: int, width: int, first: int = 0, rows: int = 0
+) -> int:
     """Multiply-adds of `bipartite_matching` for one example with features of `width` channels."""
-    leaving = int(candidates(num_tokens, num_prefix_tokens, first).sum())
+    leaving = int(candidates(num_tokens, num_prefix_tokens, first, rows).sum())
     return leaving * (num_tokens - leaving) * width
 
 
