@@ -6,9 +6,9 @@ alike. Which tokens merge changes with every count, and with it each image's err
 counts as better where the error falls by more than chance among the images explains.
 
 Where a method has several settings (`Method.searched`), the one is taken whose linear schedule is the best. Then the
-search bends that schedule: after selection i of n, a share of the patches is gone that grows with (i / n) to
-a power, which is 1 in the linear schedule and 0 in the uniform one. Only the power is searched for, so that few
-schedules are run, and a few images are enough. With `refine` one layer may then keep more tokens and another one fewer,
+search bends that schedule: after selection i of n, a share of the patches is gone that grows with (i / n) to a power,
+which is 1 in the linear schedule and 0 in the uniform one. Only the power is searched for, so that few schedules are
+run, and a few images are enough. With `refine` one layer may then keep more tokens and another one fewer,
 at the same cost, as long as the error falls; which ones, it learns from trying each layer alone.
 """
 
@@ -84,8 +84,9 @@ class Found(NamedTuple):
 class BudgetSearch:
     """One network on some images; several shares may be searched for.
 
+    `config` is the model's, with the settings that the last `run` took.
+
     model   with its weights, and a plan with layers that select tokens. Its own `keep_rate` is not read.
-    config  of `model`; `run` gives it the settings that it found the best.
     images  float [b height width c], normalised, b at least 1; 16 to 64 images are enough.
     read    one of `READ`. A network without a class token compares patches.
     cost    one of `COSTS`.

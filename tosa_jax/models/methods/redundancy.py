@@ -5,8 +5,8 @@ between its two branches. The patches with the most similar partners are bypasse
 of both. Every layer leaves fewer tokens. Unlike ToMe's merged tokens, bypassed ones get the updates of their partner
 and rejoin different from it. No attention map is read, and nothing is fitted.
 
-`redundancy_matching="ward"` chooses other pairs at the same cost: the nearest keys, not those of the nearest direction,
-rather of small groups than of large ones, and between the two colours of a chessboard.
+`redundancy_matching="ward"` chooses other pairs at the same cost. It goes by the distance of keys and not by their
+direction, prefers small groups to large ones, and has the two colours of a chessboard for the branches.
 """
 
 from dataclasses import dataclass
