@@ -39,7 +39,8 @@ Between = Callable[[Tokens, Any], tuple[Tokens, Any]]
 UNREAD = 1e-7
 """What a token that is not read counts beside one that is, where a gradient has to reach the choice."""
 
-token_init = nnx.initializers.normal(0.02)
+TOKEN_STD = 0.02
+token_init = nnx.initializers.normal(TOKEN_STD)
 """How DeiT starts linear weights, tokens and positions."""
 
 
@@ -87,6 +88,11 @@ def linear(config: ViTConfig, in_dim: int, out_dim: int, rngs: nnx.Rngs, **field
     return nnx.Linear(
         in_dim, out_dim, dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs, **fields
     )
+
+
+def linear_kernels(module: nnx.Module) -> list[nnx.Param]:
+    """The weights [in, out] of all linear layers in a module."""
+    return [part.kernel for _, part in nnx.iter_modules(module) if isinstance(part, nnx.Linear)]
 
 
 def convolution(

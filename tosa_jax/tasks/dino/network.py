@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from tosa_jax.models.factory import with_image_size
-from tosa_jax.models.layers import fan_in_init, linear
+from tosa_jax.models.layers import TOKEN_STD, fan_in_init, linear, linear_kernels
 from tosa_jax.models.vit import Output, VisionTransformer
 from tosa_jax.models.vit_config import ViTConfig, check
 from tosa_jax.ops.array_types import Images, Keys, Queries, Tokens
@@ -119,12 +119,11 @@ class DinoTransformer(VisionTransformer):
 
     def __init__(self, config: DinoConfig, *, rngs: nnx.Rngs) -> None:
         super().__init__(config, rngs=rngs)
-        # The ViT starts these with `token_init`, normal(.02).
-        started = [x.kernel for _, x in nnx.iter_modules(self.blocks) if isinstance(x, nnx.Linear)]
+        started = linear_kernels(self.blocks)
         if config.pos_embed:
             started.append(self.pos_embed)
         for param in started:
-            param[...] = param[...] * (config.init_std / 0.02)
+            param[...] = param[...] * (config.init_std / TOKEN_STD)
 
     def add_head(self, rngs: nnx.Rngs) -> None:
         super().add_head(rngs)

@@ -18,7 +18,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from tosa_jax.models.layers import AttentionFn, Block, layer_norm, linear, log_counts, token_init
+from tosa_jax.models.layers import (
+    TOKEN_STD,
+    AttentionFn,
+    Block,
+    layer_norm,
+    linear,
+    linear_kernels,
+    log_counts,
+    token_init,
+)
 from tosa_jax.models.plan import layer_specs
 from tosa_jax.models.vit import Output, VisionTransformer
 from tosa_jax.models.vit_config import ViTConfig, check
@@ -108,7 +117,11 @@ class Written(NamedTuple):
 
 
 class TextDecoder(nnx.Module):
-    """Blocks of a ViT on image tokens [b n e] and on labels [b m t]; positions count from 0 in each label."""
+    """Blocks of a ViT on image tokens [b n e] and on labels [b m t]; positions count from 0 in each label.
+
+    Weights start with a standard deviation of 1 / sqrt(inputs), so that what attention reads keeps its size at any
+    width. With a ViT's .02 and a width of 64 a label would get a fortieth of what it reads, and learn late.
+    """
 
     def __init__(self, config: NextTokenConfig, *, rngs: nnx.Rngs) -> None:
         own, vocabulary = config.decoder, vocabulary_of(config.labels)
@@ -121,6 +134,8 @@ class TextDecoder(nnx.Module):
         self.blocks = nnx.List(Block(own, rngs=rngs) for _ in range(own.depth))
         self.norm = layer_norm(own, rngs)
         self.head = linear(own, width, self.size, rngs)
+        for kernel in linear_kernels(self):
+            kernel[...] = kernel[...] * (len(kernel[...]) ** -0.5 / TOKEN_STD)
 
     def read_image(self, tokens: Tokens, weights: Scores | None) -> Prefix:
         """The prefix of image tokens [b n e]; `weights` [b n], how often each one counts, None: once."""
