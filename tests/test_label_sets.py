@@ -1,6 +1,7 @@
 """Several labels an image: the canvases, the data kind, and the plain head that predicts them."""
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -19,6 +20,7 @@ from tosa_jax.errors import ConfigError, DataError
 from tosa_jax.inference.predictor import Predictor
 from tosa_jax.models.vit import Output
 from tosa_jax.tasks import Classification, MultiLabel, create_model
+from tosa_jax.tasks.multi_label import MultiLabelOptions
 
 CLASSES = 5
 DIGITS = "several_digits/16-4-7-3"
@@ -125,22 +127,31 @@ def test_the_scores_of_a_plain_head_are_counted_by_hand():
     loss = -np.where(np.asarray(labels), np.log(shares), np.log(1 - shares)).mean(axis=1)
     np.testing.assert_allclose(found["loss"], loss, rtol=1e-5)
     assert found.keys() == wanted.keys() | {"loss"}
+    # From .8 on: {0}, none, {0, 1, 2}.
+    stricter = dataclasses.replace(task, choices=MultiLabelOptions(threshold=0.8))
+    np.testing.assert_allclose(stricter.metrics(out, batch)["f1"], [2 / 3, 1, 0.4], rtol=1e-6)
+    with pytest.raises(ConfigError, match="threshold=1 is not in"):
+        MultiLabelOptions(threshold=1)
 
 
-def test_predicted_labels_are_those_above_a_half_and_at_least_one():
+def test_predicted_labels_are_those_above_the_threshold_and_at_least_one():
     model = create_model(
         "vit", task="multi_label", num_classes=4, embed_dim=8, depth=1, num_heads=1, image_size=8,
         patch_size=4, in_chans=1, rngs=nnx.Rngs(0),
     )  # fmt: skip
     image = np.zeros((1, 8, 8, 1), np.uint8)
     args = dict.fromkeys(("top", "depth_dir", "truth", "depth_scale", "show_tokens"))
-    for bias, top, names in (
-        ([2.0, -2, 4, -3], None, ["c", "a"]),
-        ([-2.0, -1, -4, -3], None, ["b"]),
-        ([2.0, -2, 4, -3], 3, ["c", "a", "b"]),
+    for bias, top, threshold, names in (
+        ([2.0, -2, 4, -3], None, 0.5, ["c", "a"]),
+        ([2.0, -2, 4, -3], None, 0.1, ["c", "a", "b"]),
+        ([-2.0, -1, -4, -3], None, 0.5, ["b"]),
+        ([2.0, -2, 4, -3], 3, 0.5, ["c", "a", "b"]),
     ):
         model.head.bias[...] = jnp.array(bias)
-        predictor = Predictor(model, class_names=("a", "b", "c", "d"), mean=0.5, std=0.5)
+        predictor = Predictor(
+            model, class_names=("a", "b", "c", "d"), mean=0.5, std=0.5,
+            options=MultiLabelOptions(threshold=threshold),
+        )  # fmt: skip
         writer = MultiLabel.prediction_writer(predictor, argparse.Namespace(**args | {"top": top}), [])  # fmt: skip
         record = writer.record(Path("x.png"), image[0], predictor(image))
         assert [guess["name"] for guess in record["top"]] == names

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from tosa_jax.models.vit import Output, VisionTransformer
-from tosa_jax.models.vit_config import ViTConfig
+from tosa_jax.models.vit_config import ViTConfig, check
 from tosa_jax.ops.array_types import PerExample
 from tosa_jax.tasks.classification import Classification, ClassWriter, draw_labelled
 from tosa_jax.tasks.label_sets import set_scores
@@ -27,8 +27,18 @@ from tosa_jax.tasks.task import (
     input_fields,
 )
 
-THRESHOLD = 0.5
-"""A label is predicted from this probability on; the likeliest one always is."""
+
+@dataclass(frozen=True, kw_only=True)
+class MultiLabelOptions:
+    """Fields of the section `task`. Raises ConfigError for values out of range.
+
+    threshold  a label is predicted from this probability on, in (0, 1); the likeliest one always is.
+    """
+
+    threshold: float = 0.5
+
+    def __post_init__(self) -> None:
+        check(0 < self.threshold < 1, f"threshold={self.threshold} is not in (0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +63,8 @@ class MultiLabelWriter(ClassWriter):
         shares = 1 / (1 + np.exp(-prediction.logits[0].astype(np.float64)))
         order = np.argsort(-shares, kind="stable")
         ranked = [Guess(int(i), names[i], float(shares[i])) for i in order]
-        taken = max(sum(guess.probability >= THRESHOLD for guess in ranked), 1)
+        least = self.predictor.task.choices.threshold
+        taken = max(sum(guess.probability >= least for guess in ranked), 1)
         return ranked[: self.args.top or taken]
 
 
@@ -62,10 +73,13 @@ class MultiLabelWriter(ClassWriter):
 class MultiLabel(Task):
     """Binary cross-entropy in nats, the mean over classes."""
 
+    options: ClassVar[type] = MultiLabelOptions
     model_class: ClassVar[type[VisionTransformer]] = MultiLabelTransformer
     data_kind: ClassVar[str] = "label_sets"
     prediction_writer: ClassVar[type[PredictionWriter]] = MultiLabelWriter
     best_metric: ClassVar[str] = "f1"
+
+    choices: MultiLabelOptions = MultiLabelOptions()
 
     @classmethod
     def from_run(cls, run: RunSettings, stage: StageSettings) -> "MultiLabel":
@@ -75,7 +89,7 @@ class MultiLabel(Task):
     def of_model(
         cls, config: ViTConfig, options: Any, *, mean: tuple[float, ...], std: tuple[float, ...]
     ) -> "MultiLabel":
-        return cls(mean=mean, std=std)
+        return cls(choices=options, mean=mean, std=std)
 
     @classmethod
     def check_run(cls, run: Any) -> None:
@@ -100,10 +114,10 @@ class MultiLabel(Task):
         return optax.sigmoid_binary_cross_entropy(logits, labels).mean(axis=1)
 
     def metrics(self, out: Output, batch: Batch) -> dict[str, PerExample]:
-        """`set_scores` of the classes whose probability is at least `THRESHOLD`, and the likeliest; and `loss`."""
+        """`set_scores` of the classes whose probability is at least `threshold`, and the likeliest; and `loss`."""
         logits = out.logits.astype(jnp.float32)
         place = jnp.argsort(jnp.argsort(-logits, axis=1), axis=1)
-        taken = (jax.nn.sigmoid(logits) >= THRESHOLD) | (place == 0)
+        taken = (jax.nn.sigmoid(logits) >= self.choices.threshold) | (place == 0)
         scores = set_scores(batch["labels"] > 0, taken, place, batch["labels"])
         return scores | {"loss": self.loss(out, batch)}
 

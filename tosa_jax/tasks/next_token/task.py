@@ -14,11 +14,12 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool
 
 from tosa_jax.data.class_names import readable
 from tosa_jax.models.vit import Output, VisionTransformer
 from tosa_jax.models.vit_config import ViTConfig, check
-from tosa_jax.ops.array_types import PerExample
+from tosa_jax.ops.array_types import PerExample, Scores
 from tosa_jax.tasks.classification import ClassWriter, draw_labelled
 from tosa_jax.tasks.label_sets import set_scores
 from tosa_jax.tasks.losses import batch_weights
@@ -45,17 +46,22 @@ class NextTokenOptions:
     """Fields of the section `task`. Raises ConfigError for values out of range.
 
     labels_per_image  an update learns from at most so many labels of an image: of more, from random ones.
-    min_share         a text is predicted if its probability is at least this share of the likeliest text's, in (0, 1]:
-                      of m labels each one's first token has a probability of 1/m at best.
+    top_p             the likeliest texts are predicted, as few as hold this share, in (0, 1], of the probability of all
+                      that are written: of m labels each one's first token has a probability of 1/m at best.
     """
 
     labels_per_image: int = 8
-    min_share: float = 0.5
+    top_p: float = 0.7
 
     def __post_init__(self) -> None:
         check(self.labels_per_image >= 1,
               f"labels_per_image={self.labels_per_image} must be at least 1")  # fmt: skip
-        check(0 < self.min_share <= 1, f"min_share={self.min_share} is not in (0, 1]")
+        check(0 < self.top_p <= 1, f"top_p={self.top_p} is not in (0, 1]")
+
+    def predicted(self, shares: Scores) -> Bool[Array, "b k"]:
+        """Which texts are predicted, of k with the probabilities `shares` [b k], the likeliest first."""
+        before = jnp.cumsum(shares, axis=1) - shares
+        return (before < self.top_p * shares.sum(axis=1, keepdims=True)) & (shares > 0)
 
 
 class LabelWriter(ClassWriter):
@@ -66,8 +72,9 @@ class LabelWriter(ClassWriter):
         guesses = self.predictor.task.guesses(texts, shares)
         if self.args.top:
             return guesses[: self.args.top]
-        least = self.predictor.task.choices.min_share * max(shares)
-        return [guess for guess in guesses if guess.probability >= least]
+        shares = jnp.array([[guess.probability for guess in guesses]])
+        count = int(self.predictor.task.choices.predicted(shares).sum())
+        return guesses[:count]
 
 
 @register("next_token")
@@ -160,7 +167,7 @@ class NextToken(Task):
         """`set_scores` of the texts that one-shot sampling wrote.
 
         A text is right if it is one of the image's labels, character by character. Texts that were written twice count
-        once, and those without an end not at all. They are predicted as `NextTokenOptions.min_share` says.
+        once, and those without an end not at all. They are predicted as `NextTokenOptions.top_p` says.
         """
         shares = out.predictions["probability"]
         names, same = jax.vmap(self.vocabulary.label_of)(out.predictions["text"])
@@ -168,7 +175,7 @@ class NextToken(Task):
         before = jnp.tril(jnp.ones((k, k), bool), -1)[None]
         counts = (shares > 0) & ~(same & before).any(axis=2)
         place = jnp.where(counts, jnp.cumsum(counts, axis=1) - 1, k)
-        taken = counts & (shares >= self.choices.min_share * shares[:, :1])
+        taken = self.choices.predicted(jnp.where(counts, shares, 0))
         right = (names & (batch["labels"] > 0)[:, None]).any(axis=2) & counts
         return set_scores(right, taken, place, batch["labels"])
 
