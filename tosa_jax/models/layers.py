@@ -39,9 +39,8 @@ Between = Callable[[Tokens, Any], tuple[Tokens, Any]]
 UNREAD = 1e-7
 """What a token that is not read counts beside one that is, where a gradient has to reach the choice."""
 
-TOKEN_STD = 0.02
-token_init = nnx.initializers.normal(TOKEN_STD)
-"""How DeiT starts linear weights, tokens and positions."""
+token_init = nnx.initializers.normal(0.02)
+"""How DeiT starts tokens."""
 
 
 def plain_attention(query: Queries, key: Keys, value: Keys) -> tuple[Queries, None]:
@@ -83,16 +82,12 @@ class DropPath(NamedTuple):
 
 
 def linear(config: ViTConfig, in_dim: int, out_dim: int, rngs: nnx.Rngs, **fields) -> nnx.Linear:
-    """A linear layer with DeiT's initialisation and the configuration's dtypes."""
-    fields = {"kernel_init": token_init, "use_bias": True} | fields
+    """A linear layer that starts as the configuration says, with its dtypes."""
+    init = nnx.initializers.normal(config.init_std)
+    fields = {"kernel_init": init, "use_bias": True} | fields
     return nnx.Linear(
         in_dim, out_dim, dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs, **fields
     )
-
-
-def linear_kernels(module: nnx.Module) -> list[nnx.Param]:
-    """The weights [in, out] of all linear layers in a module."""
-    return [part.kernel for _, part in nnx.iter_modules(module) if isinstance(part, nnx.Linear)]
 
 
 def convolution(

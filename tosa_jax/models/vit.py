@@ -119,7 +119,8 @@ class VisionTransformer(nnx.Module):
             self.reg_token = nnx.Param(init(rngs.params(), shape, dtype))
         if config.pos_embed:
             shape = (1, config.num_positions, config.embed_dim)
-            self.pos_embed = nnx.Param(init(rngs.params(), shape, dtype))
+            start = nnx.initializers.normal(config.init_std)
+            self.pos_embed = nnx.Param(start(rngs.params(), shape, dtype))
         self.patch_embed = PatchEmbed(config, rngs=rngs)
         if config.pre_norm:
             self.norm_pre = layer_norm(config, rngs)

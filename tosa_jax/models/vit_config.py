@@ -219,6 +219,7 @@ class ViTConfig(metaclass=_TakesOptions):
     )
     global_pool: str = "token"  # what is classified: one of `POOLS`
     drop_path_rate: float = 0.0  # of the last layer; rises linearly from 0
+    init_std: float = 0.02  # of weights and positions; narrow networks need more
     dtype: Any = jnp.float32  # computes
     param_dtype: Any = jnp.float32  # stores
     plan: tuple[str, ...] = ()
@@ -248,6 +249,7 @@ class ViTConfig(metaclass=_TakesOptions):
         for name in ("patch_size", "in_chans", "embed_dim", "depth", "num_heads"):
             value = getattr(self, name)
             check(value >= 1, f"{name}={value!r} must be at least 1")
+        check(self.init_std > 0, f"init_std={self.init_std} must be above 0")
         check(self.depth <= MOST_LAYERS, f"depth={self.depth} must be at most {MOST_LAYERS}")
         check(self.num_classes >= 0, f"num_classes={self.num_classes} must be at least 0 (no head)")
         self._check_image_size()

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from tosa_jax.models.factory import with_image_size
-from tosa_jax.models.layers import TOKEN_STD, fan_in_init, linear, linear_kernels
+from tosa_jax.models.layers import fan_in_init, linear
 from tosa_jax.models.vit import Output, VisionTransformer
 from tosa_jax.models.vit_config import ViTConfig, check
 from tosa_jax.ops.array_types import Images, Keys, Queries, Tokens
@@ -32,9 +32,6 @@ class DinoConfig(ViTConfig):
     head_hidden       width of its two hidden layers (2,048).
     head_bottleneck   width of what its last layer reads (256).
     reference_points  reference tokens for each pair of crops, 0: plain DINO. Needs learned positions.
-    init_std          standard deviation with which the weights of the layers and the positions start (published: .02,
-                      for 384 channels). Narrow networks need more, else their class token starts almost the same for
-                      all images, and so does what there is to learn from.
     """
 
     task: ClassVar[str] = "dino"
@@ -44,14 +41,12 @@ class DinoConfig(ViTConfig):
     head_hidden: int = 512
     head_bottleneck: int = 128
     reference_points: int = 0
-    init_std: float = 0.02
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "num_classes", 0)
         super().__post_init__()
         for name in ("prototypes", "head_hidden", "head_bottleneck"):
             check(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
-        check(self.init_std > 0, f"init_std={self.init_std} must be above 0")
         check(self.reference_points >= 0, f"reference_points={self.reference_points} is negative")
         check(self.pos_embed or not self.reference_points,
               "reference_points needs learned positions (pos_embed=True), which this network has not")  # fmt: skip
@@ -116,14 +111,6 @@ class DinoTransformer(VisionTransformer):
 
     config: DinoConfig
     config_class: ClassVar[type[ViTConfig]] = DinoConfig
-
-    def __init__(self, config: DinoConfig, *, rngs: nnx.Rngs) -> None:
-        super().__init__(config, rngs=rngs)
-        started = linear_kernels(self.blocks)
-        if config.pos_embed:
-            started.append(self.pos_embed)
-        for param in started:
-            param[...] = param[...] * (config.init_std / TOKEN_STD)
 
     def add_head(self, rngs: nnx.Rngs) -> None:
         super().add_head(rngs)

@@ -19,12 +19,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from tosa_jax.models.layers import (
-    TOKEN_STD,
     AttentionFn,
     Block,
     layer_norm,
     linear,
-    linear_kernels,
     log_counts,
     token_init,
 )
@@ -134,8 +132,10 @@ class TextDecoder(nnx.Module):
         self.blocks = nnx.List(Block(own, rngs=rngs) for _ in range(own.depth))
         self.norm = layer_norm(own, rngs)
         self.head = linear(own, width, self.size, rngs)
-        for kernel in linear_kernels(self):
-            kernel[...] = kernel[...] * (len(kernel[...]) ** -0.5 / TOKEN_STD)
+        for _, part in nnx.iter_modules(self):
+            if isinstance(part, nnx.Linear):
+                scale = part.in_features**-0.5 / own.init_std
+                part.kernel[...] = part.kernel[...] * scale
 
     def read_image(self, tokens: Tokens, weights: Scores | None) -> Prefix:
         """The prefix of image tokens [b n e]; `weights` [b n], how often each one counts, None: once."""
