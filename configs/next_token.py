@@ -53,9 +53,9 @@ def get_config(variant: str = ""):
     training = {"clip_norm": 1.0, "checkpoint_epochs": 1.0}
     config.pretrain.update(
         epochs=0.0 if small else 60.0,
-        steps=1000 if small else 0,
+        steps=2000 if small else 0,
         warmup_steps=100,
-        learning_rate=1e-3,
+        learning_rate=2e-3 if small else 1e-3,
         ema_decay=0.99 if small else 0.999,
         **training,
     )
