@@ -76,9 +76,8 @@ def spread(run: RunConfig, model) -> float:
     """Root of the mean variance of labels over images of the test split, each box by itself."""
     graphdef, params = split(model)
     batch = next(iter(open_dataset(run.data).eval_batches(batch_size=200)))
-    images = (jnp.asarray(batch["image"], jnp.float32) / 255 - run.inputs.mean[0]) / run.inputs.std[
-        0
-    ]
+    mean, std = run.inputs.mean[0], run.inputs.std[0]
+    images = (jnp.asarray(batch["image"], jnp.float32) / 255 - mean) / std
     mixing = MixingConfig(cutmix=1.0, align_labels=True)
 
     @jax.jit

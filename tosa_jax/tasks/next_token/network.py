@@ -18,14 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from tosa_jax.models.layers import (
-    AttentionFn,
-    Block,
-    layer_norm,
-    linear,
-    log_counts,
-    token_init,
-)
+from tosa_jax.models.layers import AttentionFn, Block, layer_norm, linear, log_counts, token_init
 from tosa_jax.models.plan import layer_specs
 from tosa_jax.models.vit import Output, VisionTransformer
 from tosa_jax.models.vit_config import ViTConfig, check
