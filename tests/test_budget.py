@@ -1,14 +1,14 @@
 """Searching for the tokens that each layer keeps: running layers alone, the search itself, plan files, the command."""
 
+import functools
 import itertools
 import json
 import shlex
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import SIZES, random_images, small_model
+from small import SIZES, forward, random_images, small_model
 from trained import make_pictures
 
 import tosa_jax
@@ -17,23 +17,32 @@ from tosa_jax.errors import ConfigError
 from tosa_jax.models import cost
 from tosa_jax.models.budget_search import BudgetSearch
 from tosa_jax.models.layer_programs import LayerPrograms, schedule_of
+from tosa_jax.models.params import set_params, split
 from tosa_jax.models.plan import layer_specs, selections
 from tosa_jax.models.plan_file import read_plan, write_plan
 
 NETWORKS = {
     "in pairs": {"plan": "selective", "keep_rate": (0.7, 0.4)},
     "a group": {"plan": ("standard", "previous", "previous", "standard"), "keep_rate": 0.5},
-    "nested": {"plan": "redundancy", "keep_rate": 0.7, "budget": "linear"},
+    "nested": {"plan": "redundancy", "keep_rate": 0.7, "budget": "linear", "depth": 3},
     "nested, by cost": {
-        "plan": "redundancy", "keep_rate": (0.8, 0.8, 0.5, 0.3), "redundancy_matching": "ward",
+        "plan": "redundancy", "keep_rate": (0.8, 0.8, 0.5), "redundancy_matching": "ward", "depth": 3,
     },
-    "merged for good": {"plan": "tome", "keep_rate": 0.6, "budget": "linear"},
+    "merged for good": {"plan": "tome", "keep_rate": 0.6, "budget": "linear", "depth": 3},
     "dropped for good": {"plan": "evit", "keep_rate": 0.7},
     "nested, rotary, sizes": {
-        "plan": "redundancy", "keep_rate": (0.8, 0.8, 0.5, 0.3), "bypass_size_bias": True,
-        "rope": "dinov3", "pos_embed": False,
+        "plan": "redundancy", "keep_rate": (0.8, 0.8, 0.4), "bypass_size_bias": True,
+        "rope": "dinov3", "pos_embed": False, "depth": 3,
     },
 }  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def all_tokens(graphdef, params, images):
+    """The tokens after the last layer and the norm, all of them back in their places."""
+    model = set_params(graphdef, params)
+    state = model.layers(model.embed(images), key=None, train=False)
+    return model.norm(model.kinds[-1].restore(state).tokens)
 
 
 @pytest.mark.parametrize("fields", NETWORKS.values(), ids=NETWORKS.keys())
@@ -41,9 +50,7 @@ def test_layers_alone_compute_what_the_network_does(fields):
     model, images = small_model(**fields), random_images()
     layers = LayerPrograms(model, images)
     found = layers.tokens(schedule_of(model.config))
-    state = jax.jit(lambda x: model.layers(model.embed(x), key=None, train=False))(images)
-    wanted = model.norm(model.kinds[-1].restore(state).tokens)  # all tokens, back in their places
-    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    np.testing.assert_allclose(found, all_tokens(*split(model), images), atol=1e-5)
     patches = 16 * 2 * 2 * SIZES["embed_dim"]
     assert layers.macs(schedule_of(model.config)) == cost.macs(model) - patches - model.head_macs()
 
@@ -58,8 +65,8 @@ def test_what_was_run_before_changes_nothing():
     fresh = LayerPrograms(model, images).tokens(schedules[1])
     np.testing.assert_array_equal(found[1], fresh)
     np.testing.assert_array_equal(found[3], fresh)
-    assert float(jnp.abs(found[0] - found[1]).max()) > 1e-6
-    dense = jax.jit(lambda x: small_model()(x).tokens)(images)
+    assert np.abs(np.asarray(found[0]) - np.asarray(found[1])).max() > 1e-6
+    dense = forward(small_model(), images).tokens
     np.testing.assert_allclose(found[2], dense, atol=1e-5)
     ours, theirs = (np.asarray(x, np.float64) for x in (found[0], dense))
     near = (ours * theirs).sum(2) / np.linalg.norm(ours, axis=2) / np.linalg.norm(theirs, axis=2)

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from golden.pretrained_cases import undrawn
+from golden.pretrained_cases import quickly_drawn
 from small import SIZES, die_after_saving
 
 from tosa_jax.config import default_config, make_run_config
@@ -341,7 +341,7 @@ def test_a_run_that_writes_text_is_scored(digits_dir, tmp_path, one_device):
 
 @functools.cache
 def depth_network():
-    model = undrawn(
+    model = quickly_drawn(
         "vit", task="depth", image_size=16, patch_size=8, embed_dim=8, depth=1, num_heads=1,
         decoder_dim=4,
     )  # fmt: skip

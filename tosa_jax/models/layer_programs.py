@@ -92,6 +92,7 @@ class LayerPrograms:
         self._norm = jax.jit(lambda x: norm(x) if norm else x)
         self._restore = jax.jit(lambda reduction, tokens: reduction.restore(tokens))
         self._ran: tuple[tuple[Pair, ...], list[Passing]] = (), []
+        self._blocks: dict[tuple[str, tuple[Options, ...]], Any] = {}
         self._parts: dict[Pair, _Part] = {}
         self._programs: dict[Pair, Callable[[Params, Passing], Passing]] = {}
         self._seconds: dict[Pair, float] = {}
@@ -130,21 +131,26 @@ class LayerPrograms:
 
     def _part(self, step: Step, after: Step | None) -> _Part:
         if (step, after) not in self._parts:
-            kinds = layer_kinds()
-
-            def make(rngs: nnx.Rngs):
-                config = dataclasses.replace(self._config, options=step.options)
-                found = [kinds[x.kind](config, x.spec, rngs=rngs) for x in (step, after) if x]
-                return nnx.List([kinds[step.kind].build_block(config, rngs=rngs), *found])
-
-            modules = abstract(make)
-            block: Any = modules[0]
-            kind: Any = modules[1]
-            graphdef, params = split(modules)
+            block, kind = self._block(step.kind, step.options), self._kind(step)
+            following = [self._kind(after)] if after else []
+            graphdef, params = split(nnx.List([block, kind, *following]))
             macs = kind.block_macs(block) + kind.own_macs(block)
             found = _Part(graphdef, tuple(params), macs, kind.needs() is not None)
             self._parts[step, after] = found
         return self._parts[step, after]
+
+    def _block(self, name: str, options: tuple[Options, ...]) -> Any:
+        """The block of a layer kind, without numbers. No count is in it: all steps of the kind share it."""
+        if (name, options) not in self._blocks:
+            config = dataclasses.replace(self._config, options=options)
+            build = layer_kinds()[name].build_block
+            self._blocks[name, options] = abstract(lambda rngs: build(config, rngs=rngs))
+        return self._blocks[name, options]
+
+    def _kind(self, step: Step) -> Any:
+        config = dataclasses.replace(self._config, options=step.options)
+        make = layer_kinds()[step.kind]
+        return abstract(lambda rngs: make(config, step.spec, rngs=rngs))
 
     def _paths(self, layer: int, pair: Pair) -> dict[str, str]:
         """Paths of a layer's parameters: in its program -> in the model."""
