@@ -92,7 +92,8 @@ def test_processes_hold_contiguous_rows_of_the_same_batches(config, count):
     ids=str,
 )
 def test_batches_do_not_depend_on_how_they_are_read(config, change):
-    assert_same(take(dataclasses.replace(config, **change), 4), take(config, 4))
+    """Nor does it matter where reading begins."""
+    assert_same(take(dataclasses.replace(config, **change), 2, start_step=2), take(config, 4)[2:])
 
 
 def test_seeds_and_steps_differ_and_augmentation_keeps_the_order(config):
