@@ -292,7 +292,7 @@ def recipe(tmp_path, digits_dir):
     return [f"--config={path}", "--seeds=1", f"--out={tmp_path / 'out'}", "--target", "0.78"]
 
 
-def test_methods_are_trained_from_one_dense_network(recipe, tmp_path):
+def test_methods_are_trained_from_one_dense_network(recipe, tmp_path, one_device):
     argv = [*recipe, "--config.finetune.trainable=^head/", "--methods", "tosa"]
     assert compare.main(argv) == 0
     folder = tmp_path / "out" / "recipe" / "seed0"
