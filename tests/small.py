@@ -15,8 +15,9 @@ from tosa_jax.distributed.mesh import make_mesh
 from tosa_jax.models.params import Params, set_params, split
 from tosa_jax.models.vit import Output, VisionTransformer
 from tosa_jax.tasks import create_model
-from tosa_jax.train import runner
+from tosa_jax.train import loop, runner
 from tosa_jax.train.checkpoints import Checkpoints
+from tosa_jax.train.loop import jit_step
 
 SIZES = {
     "embed_dim": 16,
@@ -79,6 +80,18 @@ def die_after_saving(checkpoints: Checkpoints, step: int, monkeypatch: pytest.Mo
             raise KeyboardInterrupt
 
     monkeypatch.setattr(checkpoints, "save", save_and_die)
+
+
+def trace_steps_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage that is trained again, to resume it say, does not trace its step again, which takes longer than to run it."""
+    made = {}
+
+    def once(setup, shardings, mesh):
+        if setup not in made:
+            made[setup] = jit_step(setup, shardings, mesh)
+        return made[setup]
+
+    monkeypatch.setattr(loop, "jit_step", once)
 
 
 def small_run(data_dir: str, **sections) -> RunConfig:

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from PIL import Image
 from published import gelu, layers_of, softmax
-from small import SIZES, die_after_saving, small_model
+from small import SIZES, die_after_saving, forward, small_model, trace_steps_once
 from test_layer_kinds import noisy
 
 from tosa_jax import predict
@@ -38,14 +38,18 @@ CHOICES = DinoOptions(local_crops=2, local_size=4, teacher_temperature=0.06, war
 TASK = Dino(choices=CHOICES, size=(8, 8), points=3, prototypes=12, mean=(0.3,), std=(0.4,))
 
 
-@functools.cache
-def model():
-    return noisy(create_model("vit", task="dino", rngs=nnx.Rngs(0), **MODEL))
+draw_boxes = jax.jit(crops.draw_boxes, static_argnums=(1, 2, 4))
+shared_points = jax.jit(crops.shared_points, static_argnums=1)
 
 
 @functools.cache
-def compiled():
-    graphdef, _ = split(model())
+def model(depth=2):
+    return noisy(create_model("vit", task="dino", rngs=nnx.Rngs(0), **(MODEL | {"depth": depth})))
+
+
+@functools.cache
+def compiled(depth=2):
+    graphdef, _ = split(model(depth))
     return jax.jit(lambda p, x, at: set_params(graphdef, p)(x, at))
 
 
@@ -58,14 +62,14 @@ def test_a_crop_shows_at_a_point_what_the_image_has_there():
     rows, columns = (np.arange(64) + 0.5) / 64, (np.arange(48) + 0.5) / 48
     image = np.stack(np.broadcast_arrays(rows[:, None], columns[None]), axis=2).astype(np.float32)
     images = jnp.asarray(np.repeat(image[None], 6, axis=0))
-    a = crops.draw_boxes(jax.random.key(0), (6,), (0.4, 1.0))
-    b = crops.draw_boxes(jax.random.key(1), (6,), (0.1, 0.4), (a,), 0.01)
+    a = draw_boxes(jax.random.key(0), (6,), (0.4, 1.0))
+    b = draw_boxes(jax.random.key(1), (6,), (0.1, 0.4), (a,), 0.01)
     flips = jnp.array([0.0, 1, 0, 1, 0, 1])
-    points, shared = crops.shared_points(jax.random.key(2), 5, a, b)
+    points, shared = shared_points(jax.random.key(2), 5, a, b)
     assert (shared == 1).all()
     for box in (a, b):
         crop = np.asarray(jax.jit(crops.cut, static_argnums=2)(images, box, (32, 32), flips))
-        at = np.asarray(crops.seen_in(points, box, flips))
+        at = np.asarray(jax.jit(crops.seen_in)(points, box, flips))
         assert at.min() >= 0 and at.max() <= 1
         for i in range(6):
             for place, want in zip(at[i], np.asarray(points[i]), strict=True):
@@ -76,16 +80,18 @@ def test_a_crop_shows_at_a_point_what_the_image_has_there():
 
 
 def test_boxes_have_their_areas_and_overlap():
-    a = crops.draw_boxes(jax.random.key(0), (400,), (0.3, 0.6))
-    area = np.asarray(a[:, 2] * a[:, 3])
+    a = draw_boxes(jax.random.key(0), (400,), (0.3, 0.6))
+    boxes = np.asarray(a)
+    area = boxes[:, 2] * boxes[:, 3]
     assert 0.25 < area.min() < 0.33 and 0.57 < area.max() < 0.61
-    assert (np.asarray(a[:, :2]) >= 0).all() and (np.asarray(a[:, :2] + a[:, 2:]) <= 1.00001).all()
-    free, tied = (crops.draw_boxes(jax.random.key(1), (400,), (0.05, 0.1), others, 0.02)
+    assert (boxes[:, :2] >= 0).all() and (boxes[:, :2] + boxes[:, 2:] <= 1.00001).all()
+    free, tied = (draw_boxes(jax.random.key(1), (400,), (0.05, 0.1), others, 0.02)
                   for others in ((), (a,)))  # fmt: skip
-    shares = [np.asarray(jnp.prod(crops.overlap(a, x)[:, 2:], axis=1)) for x in (free, tied)]
+    overlap = jax.jit(crops.overlap)
+    shares = [np.asarray(overlap(a, x))[:, 2:].prod(axis=1) for x in (free, tied)]
     assert (shares[0] >= 0.02).mean() < 0.9 and (shares[1] >= 0.02).mean() > 0.99
-    nothing, _ = jnp.split(jnp.array([[0.0, 0, 0.2, 0.2], [0.5, 0.5, 0.2, 0.2]]), 2)
-    _, shared = crops.shared_points(jax.random.key(0), 2, nothing, nothing + 0.5)
+    nothing = np.array([[0.0, 0, 0.2, 0.2]], np.float32)
+    _, shared = shared_points(jax.random.key(0), 2, nothing, nothing + 0.5)
     assert shared.tolist() == [0.0]
 
 
@@ -141,7 +147,7 @@ def test_a_narrow_head_starts_with_outputs_as_large_as_its_inputs():
         head = ProjectionHead(config, rngs=nnx.Rngs(0))
         x, sizes = np.random.default_rng(0).normal(size=(64, config.embed_dim)), []
         for layer in (head.fc1, head.fc2, head.fc3):
-            x = np.asarray(layer(jnp.asarray(x, jnp.float32)))
+            x = x.astype(np.float32) @ np.asarray(layer.kernel[...]) + np.asarray(layer.bias[...])
             sizes.append(x.std())
             x = gelu(x)
         assert 0.3 < min(sizes) and max(sizes) < 1.3
@@ -167,27 +173,29 @@ def example():
 
 
 def test_the_loss_and_the_centres_are_the_published_ones():
-    graphdef, params = split(model())
+    graphdef, params = split(model(1))
     teacher = {k: x + 0.05 * np.sign(x) for k, x in jax.device_get(params).items()}
     shared = np.array(example()["shared"])
     shared[1, 0, 2] = 0.0
     batch = example() | {"shared": jnp.asarray(shared)}
-    state = {
-        "centre": jnp.linspace(-0.1, 0.1, 12), "reference_centre": jnp.linspace(0.2, -0.2, 12),
-        "updates": jnp.asarray(2, jnp.int32),
-    }  # fmt: skip
+    state = jax.device_put({
+        "centre": np.linspace(-0.1, 0.1, 12, dtype=np.float32),
+        "reference_centre": np.linspace(0.2, -0.2, 12, dtype=np.float32),
+        "updates": np.asarray(2, np.int32),
+    })  # fmt: skip
 
     def loss(params, teacher):
         models = (set_params(graphdef, x) for x in (params, teacher))
         student, guide = models
         keys = jax.random.split(jax.random.key(0), 3)
-        found = TASK.training_loss(student, batch, keys, guide, state)
+        found = TASK.training_loss(student, on_device, keys, guide, state)
         return found.values.mean(), found
 
     def outputs(params, crop, points):
-        out = compiled()(params, crop, points).predictions
+        out = compiled(1)(params, crop, points).predictions
         return np.asarray(out["prototypes"], np.float64), np.asarray(out["reference"], np.float64)
 
+    on_device, batch = batch, jax.device_get(batch)
     views = [batch["large"][:, 0], batch["large"][:, 1], batch["small"][:, 0], batch["small"][:, 1]]
     temperature = 0.04 + 0.02 * 2 / 8
     total, points_total, centre, reference_centre = np.zeros(3), np.zeros(3), [], []
@@ -206,15 +214,16 @@ def test_the_loss_and_the_centres_are_the_published_ones():
             if v < 2:
                 reference_centre.append(guide_at)
     both = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
-    (_, (values, statistics, *_)), (grads, to_teacher) = both(params, teacher)
+    (_, (values, statistics, *_)), (grads, to_teacher) = jax.device_get(both(params, teacher))
     np.testing.assert_allclose(values, (total + points_total) / 2, rtol=1e-4)
     np.testing.assert_allclose(statistics["centre"], np.mean(centre, axis=(0, 1)), atol=1e-6)
     want = np.mean(reference_centre, axis=(0, 1, 2))
     np.testing.assert_allclose(statistics["reference_centre"], want, atol=1e-6)
+    updated = jax.jit(TASK.update_state)
     # The published running mean starts at 0; here the first updates take the mean of all until then.
     for updates, kept in (0, 0.0), (2, 2 / 3), (20, 0.9):
-        before = state | {"updates": jnp.asarray(updates, jnp.int32)}
-        after = TASK.update_state(before, statistics)
+        before = state | {"updates": np.asarray(updates, np.int32)}
+        after = updated(before, statistics)
         assert after["updates"] == updates + 1
         centre = kept * np.linspace(0.2, -0.2, 12) + (1 - kept) * want
         np.testing.assert_allclose(after["reference_centre"], centre, atol=1e-6)
@@ -225,8 +234,8 @@ def test_the_loss_and_the_centres_are_the_published_ones():
 
 def test_points_of_pairs_are_the_same_places():
     """Teacher and student see a point of a pair at the place of the image that both crops show."""
-    views = TASK.views(3, jax.random.fold_in(jax.random.key(4), 0))
-    batch = example()
+    views = jax.jit(TASK.views, static_argnums=0)(3, jax.random.fold_in(jax.random.key(4), 0))
+    views, batch = jax.device_get((views, example()))
     for t in range(2):
         for v in range(4):
             seen = []
@@ -289,6 +298,7 @@ def test_a_run_resumes_exactly(digits_dir, tmp_path, monkeypatch):
             )[0]
             return jax.device_get(state)
 
+    trace_steps_once(monkeypatch)
     straight = train(tmp_path / "a")
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "b", die=True)
@@ -304,7 +314,7 @@ def test_a_backbone_starts_a_classifier_and_a_classifier_a_backbone(tmp_path):
     save_weights(pretrained, tmp_path / "dino.safetensors")
     classifier = small_model(depth=2, plan="selective", keep_rate=0.5)
     load_pretrained(classifier, tmp_path / "dino.safetensors", on_message=said.append)
-    theirs, ours = get_params(pretrained), get_params(classifier)
+    theirs, ours = jax.device_get((get_params(pretrained), get_params(classifier)))
     shared = theirs.keys() & ours.keys()
     assert len(shared) == len([k for k in ours if not k.startswith(("head/", "kinds/"))])
     assert all((theirs[k] == ours[k]).all() for k in shared)
@@ -312,7 +322,7 @@ def test_a_backbone_starts_a_classifier_and_a_classifier_a_backbone(tmp_path):
     save_weights(classifier, tmp_path / "classes.safetensors")
     again = noisy(pretrained)
     load_pretrained(again, tmp_path / "classes.safetensors", on_message=said.append)
-    after = get_params(again)
+    after = jax.device_get(get_params(again))
     assert all((after[k] == ours[k]).all() for k in shared)
     assert any("the projection stays as the model has it" in line for line in said)
 
@@ -325,7 +335,7 @@ def test_predict_prints_features(tmp_path, capsys):
     arguments = [f"--weights={tmp_path / 'a.safetensors'}", "--json", str(tmp_path / "a.png")]
     assert predict.main(arguments) == 0
     record = json.loads(capsys.readouterr().out)
-    out = model()(TASK.inputs(jnp.asarray(predictor.prepare(tmp_path / "a.png"))[None]))
+    out = forward(model(), TASK.inputs(jnp.asarray(predictor.prepare(tmp_path / "a.png"))[None]))
     np.testing.assert_allclose(record["features"], out.features[0], atol=1e-5)
     shares = softmax(np.asarray(out.predictions["prototypes"][0]) / CHOICES.student_temperature)
     assert record["confidence"] == pytest.approx(shares.max(), abs=1e-5)

@@ -11,7 +11,7 @@ import optax
 import pytest
 from flax import nnx
 from golden.pretrained_cases import quickly_drawn
-from small import SIZES, die_after_saving
+from small import SIZES, die_after_saving, trace_steps_once
 
 from tosa_jax.config import default_config, make_run_config
 from tosa_jax.distributed.mesh import MeshConfig, make_mesh, to_global, tree_shardings
@@ -283,6 +283,7 @@ def test_the_state_of_a_task_survives_a_restart_bit_for_bit(
             go = functools.partial(train_stage, stage_run, runner.run, runner.mesh)
             return go(checkpoints, writer, StopRequest())[0]
 
+    trace_steps_once(monkeypatch)
     straight = train(tmp_path / "a")
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "b", die=True)
