@@ -145,7 +145,7 @@ def test_it_computes_what_was_published(name):
     fields, statement = CASES[name]
     model, tokens = network(**fields), tokens_of()
     layers = published.layers_of(model)
-    few, grid = run(*split(model), tokens)
+    few, grid = jax.device_get(run(*split(model), tokens))
     for image, x in enumerate(np.asarray(tokens, np.float64)):
         left, owner = statement(layers, x)
         assert len(left) == few.shape[1] == layer_specs(model.config)[-1].count_out
@@ -160,7 +160,7 @@ def test_it_computes_what_was_published(name):
 def test_it_trains(name):
     """One of each way in which tokens become fewer; `test_a_learned_choice_masks_in_training` has two more."""
     model = network(**CASES[name][0])
-    grads = gradients(*split(model), np.asarray(tokens_of()))
+    grads = jax.device_get(gradients(*split(model), np.asarray(tokens_of())))
     assert all(np.isfinite(g).all() for g in grads.values())
     unmoved = [path for path, g in grads.items() if not np.abs(g).max()]
     assert not [path for path in unmoved if path.startswith(("blocks/", "kinds/"))]
@@ -172,7 +172,7 @@ def test_an_untrained_selector_tells_mctf_what_the_map_before_does():
     graphdef, params = split(model)
     params = params | {path: x for path, x in fresh.items() if path.startswith("kinds/")}
     tokens = tokens_of()
-    _, grid = run(graphdef, params, tokens)
+    _, grid = jax.device_get(run(graphdef, params, tokens))
     statement, layers = CASES["mctf, previous map"][1], published.layers_of(model)
     for image, x in enumerate(np.asarray(tokens, np.float64)):
         left, owner = statement(layers, x)
@@ -184,20 +184,24 @@ def test_tokens_that_mctf_merged_get_updates_where_that_is_wanted():
     """Not copies: what was not updated is as it was, and what became of a merged token is added to its members."""
     model = network(plan=("mctf", "standard"), removed=(5,), mctf_restore="update")
     copying = network(plan=("mctf", "standard"), removed=(5,))
-    tokens = tokens_of()
-    attended = jnp.ones(tokens.shape[:2])
+    tokens = np.asarray(tokens_of())
 
-    def fused(network):
-        return network.kinds[0].fused(TokenState(tokens), attended)
+    @jax.jit
+    def merged(tokens):
+        attended = jnp.ones(tokens.shape[:2])
+        state, groups = model.kinds[0].fused(TokenState(tokens), attended)
+        other, _ = copying.kinds[0].fused(TokenState(tokens), attended)
+        moved = jnp.arange(state.tokens.shape[1], dtype=jnp.float32)[None, :, None]
+        later = state._replace(tokens=state.tokens + moved)
+        left = state.tokens, other.tokens
+        back = (x.restored_grid().tokens for x in (state, other, later))
+        return left, tuple(back), groups.source.slot
 
-    (state, groups), (other, _) = fused(model), fused(copying)
-    np.testing.assert_array_equal(state.tokens, other.tokens)
-    np.testing.assert_allclose(state.restored_grid().tokens, tokens, atol=1e-6)
-    assert np.abs(other.restored_grid().tokens - tokens).max() > 0.1
-    moved = jnp.arange(state.tokens.shape[1], dtype=jnp.float32)[None, :, None]
-    later = state._replace(tokens=state.tokens + moved).restored_grid().tokens
-    wanted = tokens + np.asarray(groups.source.slot)[:, :, None]
-    np.testing.assert_allclose(later, wanted, atol=1e-5)
+    left, (same, copied, later), slot = jax.device_get(merged(tokens))
+    np.testing.assert_array_equal(*left)
+    np.testing.assert_allclose(same, tokens, atol=1e-6)
+    assert np.abs(copied - tokens).max() > 0.1
+    np.testing.assert_allclose(later, tokens + slot[:, :, None], atol=1e-5)
 
 
 @pytest.mark.parametrize("pool", ["avg", "map"])
@@ -214,7 +218,7 @@ def test_a_head_that_reads_all_tokens_counts_merged_ones_by_size(pool):
         logits = model(images).logits, model.classify(grid), model.classify(grid[:, :12])
         return logits, (model.features(images), model.pool(grid), model.pool(grid[:, :12]))
 
-    for found, wanted, other in both(params, random_images()):
+    for found, wanted, other in jax.device_get(both(params, random_images())):
         np.testing.assert_allclose(found, wanted, atol=1e-5)
         assert np.abs(other - wanted).max() > 1e-3
 
@@ -227,7 +231,7 @@ def test_in_bfloat16_it_is_finite_and_near(name):
     narrow = small_model(depth=2, **fields, dtype="bfloat16")
     few, grid = run(split(narrow)[0], params, tokens_of(jnp.bfloat16))
     wide, _ = run(graphdef, params, tokens)
-    few, grid = np.asarray(few, np.float32), np.asarray(grid, np.float32)
+    few, grid, wide = (np.asarray(x).astype(np.float32) for x in (few, grid, wide))
     assert np.isfinite(few).all() and np.isfinite(grid).all()
     # Near ties are decided otherwise: the class token says how near the whole is.
     error = np.linalg.norm(few[:, 0] - wide[:, 0]) / np.linalg.norm(wide[:, 0])
@@ -258,7 +262,7 @@ def test_the_predictor_of_dynamicvit_is_the_published_one():
     graphdef, params = split(model)
     found = jax.jit(lambda p, x: set_params(graphdef, p).kinds[0].scores(TokenState(x)))
     tokens = np.asarray(tokens_of())
-    scores = found(params, tokens)
+    scores = np.asarray(found(params, tokens))
     for image, x in enumerate(tokens.astype(np.float64)):
         wanted = published.predicted(published.layers_of(model)[0], x)
         np.testing.assert_allclose(scores[image, 1:], wanted, atol=1e-5)
@@ -271,16 +275,14 @@ def test_a_learned_choice_masks_in_training(name):
     graphdef, params = split(model)
 
     @jax.jit
-    def trained(params):
-        def loss(params, of_output):
-            model = set_params(graphdef, params)
-            state = model.layers(tokens, key=jax.random.key(3), train=True)
-            losses = Output({}, None, (), state.aux).layer_losses
-            read = jnp.tanh(state.tokens[:, 0] @ jnp.cos(jnp.arange(16.0)))
-            return of_output * read.sum() + (1 - of_output) * losses.mean(), (state, losses)
-
-        grads = [jax.grad(loss, has_aux=True)(params, part) for part in (0.0, 1.0)]
-        return [grad for grad, _ in grads], grads[0][1]
+    @functools.partial(jax.grad, has_aux=True)
+    def trained(params, of_output):
+        model = set_params(graphdef, params)
+        state = model.layers(tokens, key=jax.random.key(3), train=True)
+        losses = Output({}, None, (), state.aux).layer_losses
+        read = jnp.tanh(state.tokens[:, 0] @ jnp.cos(jnp.arange(16.0)))
+        loss = of_output * read.sum() + (1 - of_output) * losses.mean()
+        return loss, (state.tokens, state.policy, losses)
 
     layers = published.layers_of(model)
     if name == "as_vit":
@@ -288,15 +290,15 @@ def test_a_learned_choice_masks_in_training(name):
         first = np.asarray(tokens[0], np.float64)
         threshold = np.sort(published.head_weighted_row(layers[0], first))[8] - 1e-4
         params = params | {"kinds/1/threshold": jnp.asarray(threshold, jnp.float32)}
-    grads, (state, losses) = trained(params)
-    policy = np.asarray(state.policy)
+    parts = jax.device_get([trained(params, of_output) for of_output in (0.0, 1.0)])
+    grads, (left_tokens, policy, losses) = [grad for grad, _ in parts], parts[0][1]
     assert set(policy.ravel()) == {0.0, 1.0} and (policy[:, 0] == 1).all()
     share = policy[:, 1:].mean()
     missed = abs(share - (9 if name == "dynamicvit" else 10) / 16)  # .6 of them, rounded down or up
     np.testing.assert_allclose(losses, 2 * missed ** (2 if name == "dynamicvit" else 1), atol=1e-6)
     for image, x in enumerate(np.asarray(tokens, np.float64)):
         left = layers[1](layers[0](x)[policy[image] > 0])
-        np.testing.assert_allclose(state.tokens[image, 0], left[0], atol=2e-5)
+        np.testing.assert_allclose(left_tokens[image, 0], left[0], atol=2e-5)
     for grad in grads:
         learned = {path: g for path, g in grad.items() if path.startswith("kinds/1/")}
         assert learned and all(np.isfinite(g).all() and np.abs(g).max() for g in learned.values())
@@ -319,8 +321,8 @@ def test_the_best_patch_stays_where_all_would_go(plan, monkeypatch):
 
         return jax.grad(loss, has_aux=True)(params)
 
-    grads, policy = trained(params)
-    assert set(np.asarray(policy).ravel()) == {0.0, 1.0} and (policy.sum(axis=1) == 2).all()
+    grads, policy = jax.device_get(trained(params))
+    assert set(policy.ravel()) == {0.0, 1.0} and (policy.sum(axis=1) == 2).all()
     assert all(np.isfinite(g).all() for g in grads.values())
 
 
