@@ -1,5 +1,6 @@
 """The published depth decoder: released networks compute what transformers computes, and are loaded honestly."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 from golden import dpt_cases as cases
-from golden.pretrained_cases import random_weights
+from golden.pretrained_cases import random_weights, undrawn
 from PIL import Image
 from trained import make_pictures
 from weight_samples import GOLDEN, assert_refused, same, write
@@ -20,6 +21,7 @@ from tosa_jax import predict
 from tosa_jax.config import default_config, make_run_config
 from tosa_jax.errors import ConfigError
 from tosa_jax.models.params import get_params, set_params, split
+from tosa_jax.models.tracing import abstract
 from tosa_jax.models.weights.load import load_pretrained, save_weights
 from tosa_jax.models.weights.statements import WEIGHTS_FORMAT
 from tosa_jax.tasks.depth.dpt import DPTDecoder
@@ -52,12 +54,26 @@ def released(folder: Path, case: str, **changes) -> Path:
 
 
 def model_of(case: str, **fields):
-    return tosa_jax.create_model("vit", rngs=nnx.Rngs(0), **(FIELDS[case] | fields))
+    return set_params(*drawn(**(FIELDS[case] | fields)))
+
+
+@functools.cache
+def drawn(**fields):
+    return split(tosa_jax.create_model("vit", rngs=nnx.Rngs(0), **fields))
+
+
+def blank(case: str, **fields):
+    """`model_of`, whose weights are to be loaded."""
+    return undrawn("vit", **(FIELDS[case] | fields))
 
 
 def depth_of(model, size: tuple[int, int]):
-    graphdef, params = split(model)
-    return jax.jit(lambda p, x: set_params(graphdef, p)(x).depth)(params, cases.image_of(size))
+    return np.asarray(forward(*split(model), cases.image_of(size)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward(graphdef, params, images):
+    return set_params(graphdef, params)(images).depth
 
 
 @pytest.mark.parametrize("key", [k for case, sizes in cases.SIZES.items() for k in
@@ -65,7 +81,7 @@ def depth_of(model, size: tuple[int, int]):
 def test_depth_is_that_of_transformers(key: str, tmp_path: Path) -> None:
     case, _, size = key.partition("/")
     said: list[str] = []
-    model = load_pretrained(model_of(case), released(tmp_path, case), on_message=said.append)
+    model = load_pretrained(blank(case), released(tmp_path, case), on_message=said.append)
     assert not any("pos_resample" in line or "stays" in line for line in said)
     height, width = map(int, size.split("x"))
     found = depth_of(model, (height, width))
@@ -94,7 +110,7 @@ def test_depth_is_that_of_transformers(key: str, tmp_path: Path) -> None:
 def test_the_fields_of_another_decoder_are_named(case, fields, says, tmp_path) -> None:
     if fields.get("decoder") == "light":
         fields |= {"decoder_widths": (), "depth_estimation_type": "metric"}
-    assert_refused(model_of(case, **fields), released(tmp_path, case), says)
+    assert_refused(blank(case, **fields), released(tmp_path, case), says)
 
 
 def test_without_its_config_json_a_file_still_says_which_decoder_it_holds(tmp_path) -> None:
@@ -172,7 +188,7 @@ def test_tokens_are_selected_under_it_and_it_goes_through_a_file(tmp_path) -> No
     fields = {"plan": "selective", "keep_rate": 0.5}
     model = model_of("depth_anything_metric", **fields)
     save_weights(model, tmp_path / "w")
-    again = load_pretrained(model_of("depth_anything_metric", **fields), tmp_path / "w")
+    again = load_pretrained(blank("depth_anything_metric", **fields), tmp_path / "w")
     assert same(model, again)
     assert depth_of(again, (30, 44)).shape == (1, 30, 44)  # the patch divides neither side
     dense = model_of("depth_anything_metric", plan="selective", keep_rate=1.0)
@@ -183,8 +199,8 @@ def test_tokens_are_selected_under_it_and_it_goes_through_a_file(tmp_path) -> No
 def test_its_cost_is_what_xla_counts() -> None:
     """But for biases and interpolations, which are two products each, rows before columns."""
     fields = {"embed_dim": 256, "decoder_dim": 64, "decoder_widths": (16, 32, 64, 64)}
-    config = model_of("dpt", **fields).config
-    decoder, grid = DPTDecoder(config, rngs=nnx.Rngs(0)), (16, 16)
+    config = blank("dpt", **fields).config
+    decoder, grid = abstract(lambda rngs: DPTDecoder(config, rngs=rngs)), (16, 16)
     taps = [jnp.zeros((1, 257, 256))] * 4
     compiled = jax.jit(lambda d, x: d(x, grid, (256, 256))).lower(decoder, taps).compile()
     resized = [(8, 16, 64), (16, 32, 64), (32, 64, 64), (64, 128, 64), (128, 256, 32)]

@@ -4,7 +4,6 @@ import json
 import re
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -27,12 +26,13 @@ OWN, ODD = (24, 40), (21, 30)  # the patch, 8, does not divide the second
 
 def pixels(size: tuple[int, int], count: int = 1, seed: int = 0) -> np.ndarray:
     """Smooth pictures."""
-    coarse = np.random.default_rng(seed).uniform(0, 255, (count, 4, 5, 3))
-    return np.asarray(jax.image.resize(coarse, (count, *size, 3), "bilinear")).astype(np.uint8)
+    coarse = np.random.default_rng(seed).integers(0, 256, (count, 4, 5, 3), np.uint8)
+    fine = [Image.fromarray(x).resize(size[::-1], Image.Resampling.BILINEAR) for x in coarse]
+    return np.stack([np.asarray(x) for x in fine])
 
 
 def normalised(images: np.ndarray):
-    return (jnp.asarray(images, jnp.float32) / 255 - MEAN) / STD
+    return jnp.asarray(((images.astype(np.float32) / 255 - MEAN) / STD).astype(np.float32))
 
 
 def quiet(line: str) -> None:
@@ -40,15 +40,19 @@ def quiet(line: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
+def made(tmp_path_factory):
     path = tmp_path_factory.mktemp("rooms")
-    make_depth_workdir(path)
-    return path
+    return path, make_depth_workdir(path)
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return make_depth_workdir(tmp_path_factory.mktemp("same"))
+def workdir(made):
+    return made[0]
+
+
+@pytest.fixture(scope="module")
+def model(made):
+    return made[1]
 
 
 @pytest.fixture(scope="module")
