@@ -83,7 +83,7 @@ def die_after_saving(checkpoints: Checkpoints, step: int, monkeypatch: pytest.Mo
 
 
 def trace_steps_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stage that is trained again, to resume it say, does not trace its step again, which takes longer than to run it."""
+    """A stage that is trained again, to resume it say, does not trace its step again, which takes longer than a run."""
     made = {}
 
     def once(setup, shardings, mesh):

@@ -11,7 +11,7 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 from golden import dpt_cases as cases
-from golden.pretrained_cases import random_weights, undrawn
+from golden.pretrained_cases import quickly_drawn, random_weights
 from PIL import Image
 from trained import make_pictures
 from weight_samples import GOLDEN, assert_refused, same, write
@@ -64,7 +64,7 @@ def drawn(**fields):
 
 def blank(case: str, **fields):
     """`model_of`, whose weights are to be loaded."""
-    return undrawn("vit", **(FIELDS[case] | fields))
+    return quickly_drawn("vit", **(FIELDS[case] | fields))
 
 
 def depth_of(model, size: tuple[int, int]):

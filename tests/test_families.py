@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from golden import family_cases as cases
-from golden.pretrained_cases import undrawn
+from golden.pretrained_cases import quickly_drawn
 from weight_samples import GOLDEN, assert_refused, same, write
 
 import tosa_jax
@@ -67,7 +67,7 @@ def drawn(name: str, **fields):
 def blank(case: str, **fields):
     """`model_of`, whose weights are to be loaded."""
     name, own = MODELS[case]
-    return undrawn(name, **(own | fields))
+    return quickly_drawn(name, **(own | fields))
 
 
 @functools.partial(jax.jit, static_argnums=0)
