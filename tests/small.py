@@ -41,7 +41,8 @@ def small_model(seed: int = 0, **fields) -> VisionTransformer:
 
 @functools.lru_cache(maxsize=256)
 def _drawn(seed: int, **fields) -> tuple[nnx.GraphDef, Params]:
-    return split(create_model("vit", rngs=nnx.Rngs(seed), **(SIZES | fields)))
+    with jax.ensure_compile_time_eval():  # arrays, also where a caller is traced
+        return split(create_model("vit", rngs=nnx.Rngs(seed), **(SIZES | fields)))
 
 
 def forward(model: VisionTransformer, images: jax.Array, key: jax.Array | None = None) -> Output:
