@@ -41,8 +41,10 @@ def small_model(seed: int = 0, **fields) -> VisionTransformer:
 
 @functools.lru_cache(maxsize=256)
 def _drawn(seed: int, **fields) -> tuple[nnx.GraphDef, Params]:
-    with jax.ensure_compile_time_eval():  # arrays, also where a caller is traced
-        return split(create_model("vit", rngs=nnx.Rngs(seed), **(SIZES | fields)))
+    graphdef, params = split(create_model("vit", rngs=nnx.Rngs(seed), **(SIZES | fields)))
+    traced = any(isinstance(x, jax.core.Tracer) for x in params.values())
+    assert not traced, "what is kept must not be traced: make the model outside of jit"
+    return graphdef, params
 
 
 def forward(model: VisionTransformer, images: jax.Array, key: jax.Array | None = None) -> Output:
