@@ -56,7 +56,7 @@ set_up() {
     echo "launch: installing into .venv, once" >&2
     # The pins hold a jax that compiles badly for CUDA: see pyproject.toml.
     if [[ $extras == *cuda* ]]; then pins=(); fi
-    # Python compiles a module when it is first imported; compiling all of them now takes longer than any run.
+    # Python compiles a module when it is first imported. Most of those installed here never are.
     .venv/bin/python -m pip install --disable-pip-version-check --no-compile "${pins[@]}" \
         -e ".$extras" >&2
     # Last, so that a failed install is repeated.

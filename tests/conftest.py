@@ -72,7 +72,7 @@ def _compile_once(backend, module, devices, options, callbacks, *rest):
     return _programs[key]
 
 
-if _compile is not None:
+if _compile is not None and hasattr(mlir, "module_to_bytecode"):
     compiler.compile_or_get_cached = _compile_once
 
 # Flax asks of each value that a module gets, several times, whether it is a reference to an array. JAX answers slowly.

@@ -34,7 +34,7 @@ _context.set_forkserver_preload(
         "tosa_jax.train.runner",
         "tosa_jax.train.workdir",
         "tests.forks",
-    ]  # fmt: skip
+    ]
 )
 # Ends the server and waits for it, so that its time is part of that of the tests.
 atexit.register(lambda: forkserver._forkserver._stop())
