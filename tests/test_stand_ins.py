@@ -108,6 +108,24 @@ def test_of_a_chessboard_the_fields_leave_that_cost_least_to_merge():
             np.testing.assert_allclose(scores[b, i], 1 - 1 / (1 + cost(i, nearest[i])), rtol=1e-4)
 
 
+@pytest.mark.parametrize("by_cost", [False, True])
+def test_padding_leaves_first_and_represents_nobody(by_cost):
+    """The last three of nine patches are padding, and one of them is what every other patch resembles most."""
+    features = np.array(random(8, 2, 10, 5))
+    features[:, [1, 3, 5]] = features[:, [8]]
+    present = jnp.arange(20).reshape(2, 10) % 10 < 7
+    sizes = jnp.ones((2, 10)) if by_cost else None
+    selection, scores = token_matching.bipartite_matching(
+        jnp.asarray(features), 7, 1, present=present, sizes=sizes
+    )
+    for b in range(2):
+        kept = np.asarray(selection.indices)[b].tolist()
+        gone = [i for i in range(10) if i not in kept]
+        assert gone[1:] == [7, 9] and gone[0] in (1, 3, 5)
+        assert kept[int(selection.slot[b, gone[0]])] in (2, 4, 6)
+        assert np.asarray(scores)[b, [7, 9]].tolist() == [-1, -1]
+
+
 @pytest.mark.parametrize("rows", [2, 3, 4, 6])
 def test_of_a_chessboard_with_gaps_both_colours_are_there(rows):
     for patches in range(2, 4 * rows):
