@@ -26,22 +26,6 @@ TINY = [
 ]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def settings():
-    """compile_check is an entry: what it sets for the process must not reach other tests.
-
-    JAX decides once whether it uses the cache of programs, and cannot read back those of devices that are not there.
-    """
-    import jax
-    from jax.experimental.compilation_cache import compilation_cache
-
-    before = jax.config.jax_enable_compilation_cache
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_enable_compilation_cache", before)
-    compilation_cache.reset_cache()
-
-
 GRADIENTS = 2 * 12 * 256**2 * 4
 """Bytes of the gradients of TINY's layers, but for vectors."""
 
