@@ -17,7 +17,6 @@ from tosa_jax.models.vit import Output, VisionTransformer
 from tosa_jax.tasks import create_model
 from tosa_jax.train import loop, runner
 from tosa_jax.train.checkpoints import Checkpoints
-from tosa_jax.train.loop import jit_step
 
 SIZES = {
     "embed_dim": 16,
@@ -33,15 +32,20 @@ SIZES = {
 
 def small_model(seed: int = 0, **fields) -> VisionTransformer:
     """Four layers of 16 channels on 8x8 grey images: 16 patches."""
+    return drawn_model("vit", seed, **(SIZES | fields))
+
+
+def drawn_model(name: str, seed: int = 0, **fields) -> VisionTransformer:
+    """A new model of `create_model`; its random weights are drawn once for all calls with the same arguments."""
     try:
-        return set_params(*_drawn(seed, **fields))
+        return set_params(*_drawn(name, seed, **fields))
     except TypeError:  # a list, say, which is no key of a cache
-        return create_model("vit", rngs=nnx.Rngs(seed), **(SIZES | fields))
+        return create_model(name, rngs=nnx.Rngs(seed), **fields)
 
 
 @functools.lru_cache(maxsize=256)
-def _drawn(seed: int, **fields) -> tuple[nnx.GraphDef, Params]:
-    graphdef, params = split(create_model("vit", rngs=nnx.Rngs(seed), **(SIZES | fields)))
+def _drawn(name: str, seed: int, **fields) -> tuple[nnx.GraphDef, Params]:
+    graphdef, params = split(create_model(name, rngs=nnx.Rngs(seed), **fields))
     traced = any(isinstance(x, jax.core.Tracer) for x in params.values())
     assert not traced, "what is kept must not be traced: make the model outside of jit"
     return graphdef, params
@@ -86,8 +90,8 @@ def die_after_saving(checkpoints: Checkpoints, step: int, monkeypatch: pytest.Mo
 
 
 def trace_steps_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stage that is trained again, to resume it say, does not trace its step again, which takes longer than a run."""
-    made = {}
+    """A stage that is trained again, to resume it say, takes the step that was traced before."""
+    made, jit_step = {}, loop.jit_step
 
     def once(setup, shardings, mesh):
         if setup not in made:

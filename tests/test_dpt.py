@@ -1,6 +1,5 @@
 """The published depth decoder: released networks compute what transformers computes, and are loaded honestly."""
 
-import functools
 import json
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from flax import nnx
 from golden import dpt_cases as cases
 from golden.pretrained_cases import quickly_drawn, random_weights
 from PIL import Image
+from small import drawn_model, forward
 from trained import make_pictures
 from weight_samples import GOLDEN, assert_refused, same, write
 
@@ -20,7 +20,7 @@ import tosa_jax
 from tosa_jax import predict
 from tosa_jax.config import default_config, make_run_config
 from tosa_jax.errors import ConfigError
-from tosa_jax.models.params import get_params, set_params, split
+from tosa_jax.models.params import get_params
 from tosa_jax.models.tracing import abstract
 from tosa_jax.models.weights.load import load_pretrained, save_weights
 from tosa_jax.models.weights.statements import WEIGHTS_FORMAT
@@ -54,12 +54,7 @@ def released(folder: Path, case: str, **changes) -> Path:
 
 
 def model_of(case: str, **fields):
-    return set_params(*drawn(**(FIELDS[case] | fields)))
-
-
-@functools.cache
-def drawn(**fields):
-    return split(tosa_jax.create_model("vit", rngs=nnx.Rngs(0), **fields))
+    return drawn_model("vit", **(FIELDS[case] | fields))
 
 
 def blank(case: str, **fields):
@@ -68,12 +63,7 @@ def blank(case: str, **fields):
 
 
 def depth_of(model, size: tuple[int, int]):
-    return np.asarray(forward(*split(model), cases.image_of(size)))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def forward(graphdef, params, images):
-    return set_params(graphdef, params)(images).depth
+    return np.asarray(forward(model, cases.image_of(size)).depth)
 
 
 @pytest.mark.parametrize("key", [k for case, sizes in cases.SIZES.items() for k in

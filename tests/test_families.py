@@ -1,6 +1,5 @@
 """CLIP, SigLIP, DINOv3, EVA-02, DINOv2's classifiers compute what transformers or timm does, dense and selective."""
 
-import functools
 import json
 import re
 from pathlib import Path
@@ -9,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from golden import family_cases as cases
 from golden.pretrained_cases import quickly_drawn
+from small import drawn_model, forward
 from weight_samples import GOLDEN, assert_refused, same, write
 
 import tosa_jax
@@ -56,12 +55,7 @@ def released(folder: Path, case: str, **changes) -> Path:
 
 def model_of(case: str, **fields):
     name, own = MODELS[case]
-    return set_params(*drawn(name, **(own | fields)))
-
-
-@functools.cache
-def drawn(name: str, **fields):
-    return split(tosa_jax.create_model(name, rngs=nnx.Rngs(0), **fields))
+    return drawn_model(name, **(own | fields))
 
 
 def blank(case: str, **fields):
@@ -70,14 +64,9 @@ def blank(case: str, **fields):
     return quickly_drawn(name, **(own | fields))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def forward(graphdef, params, images):
-    return set_params(graphdef, params)(images)
-
-
 def run(model, images) -> dict[str, np.ndarray]:
     """What the head gives, and the tokens."""
-    out = forward(*split(model), images)
+    out = forward(model, images)
     (head,) = out.predictions.values()
     return {"head": np.asarray(head), "tokens": np.asarray(out.tokens)}
 

@@ -10,18 +10,17 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from golden.pretrained_cases import quickly_drawn
 from small import SIZES, die_after_saving, trace_steps_once
 
 from tosa_jax.config import default_config, make_run_config
 from tosa_jax.distributed.mesh import MeshConfig, make_mesh, to_global, tree_shardings
 from tosa_jax.distributed.preemption import StopRequest
-from tosa_jax.models.factory import MODEL_CLASSES
+from tosa_jax.models.factory import MODEL_CLASSES, structure
 from tosa_jax.models.layers import linear
-from tosa_jax.models.params import set_params, split
+from tosa_jax.models.params import set_params
 from tosa_jax.models.vit import Output, VisionTransformer
 from tosa_jax.models.vit_config import ViTConfig
-from tosa_jax.tasks import TASKS, register
+from tosa_jax.tasks import TASKS, model_config, register
 from tosa_jax.tasks.depth.task import Depth
 from tosa_jax.tasks.losses import soft_cross_entropy
 from tosa_jax.tasks.task import AverageTeacher, Loss, Task, input_fields
@@ -342,14 +341,13 @@ def test_a_run_that_writes_text_is_scored(digits_dir, tmp_path, one_device):
 
 @functools.cache
 def depth_network():
-    model = quickly_drawn(
-        "vit", task="depth", image_size=16, patch_size=8, embed_dim=8, depth=1, num_heads=1,
-        decoder_dim=4,
+    config = model_config(
+        "depth", "vit", image_size=16, patch_size=8, embed_dim=8, depth=1, num_heads=1, decoder_dim=4,
     )  # fmt: skip
-    graphdef, params = split(model)
+    graphdef, shapes = structure(config)
     rng = np.random.default_rng(0)
     return graphdef, {
-        path: rng.normal(0, 0.2, x.shape).astype(np.float32) for path, x in params.items()
+        path: rng.normal(0, 0.2, x.shape).astype(np.float32) for path, x in shapes.items()
     }
 
 
