@@ -1,6 +1,6 @@
 """Labels written as text beside a plain head of sigmoids: the same backbone, canvases, order of examples and updates.
 
-    python results/next_token.py --seeds=3 --source_dir=DIR
+    python results/next_token.py --seeds=6 --source_dir=DIR
 
 DIR holds Fashion-MNIST's four gz files. Both are the recipe `configs/next_token.py` (`:cpu` and `:cpu_head`) without
 its selective stages: 1 to 4 items on a canvas, 2000 test canvases. The last tenth of the training canvases is held out;
