@@ -66,6 +66,17 @@ def test_groups_are_summed_and_spread_and_each_is_the_others_transpose():
     np.testing.assert_allclose(grads, expected, atol=1e-5)
 
 
+@pytest.fixture(params=["default", "tpu"])
+def form(request, monkeypatch):
+    """Matching as on a CPU, and by products as on a TPU."""
+
+    def take(*args, tpu=None, default=None, **_):
+        return ((request.param == "tpu" and tpu) or default)(*args)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", take)
+
+
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize(("n", "count", "prefix"), [(9, 7, 1), (9, 5, 1), (10, 6, 2), (5, 5, 1)])
 def test_the_most_redundant_candidates_leave_to_their_nearest(n, count, prefix):
     features = random(7, 3, n, 5)
@@ -84,6 +95,7 @@ def test_the_most_redundant_candidates_leave_to_their_nearest(n, count, prefix):
             np.testing.assert_allclose(scores[b, i], 1 - similar[i].max(), atol=1e-5)
 
 
+@pytest.mark.usefixtures("form")
 def test_of_a_chessboard_the_fields_leave_that_cost_least_to_merge():
     """Four rows of four patches, of which some stand for several; the number in a row tells the colour."""
     keys, sizes = random(7, 3, 17, 5), 1 + jnp.arange(51).reshape(3, 17) % 4
@@ -108,6 +120,7 @@ def test_of_a_chessboard_the_fields_leave_that_cost_least_to_merge():
             np.testing.assert_allclose(scores[b, i], 1 - 1 / (1 + cost(i, nearest[i])), rtol=1e-4)
 
 
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("by_cost", [False, True])
 def test_padding_leaves_first_and_represents_nobody(by_cost):
     """The last three of nine patches are padding, and one of them is what every other patch resembles most."""

@@ -230,6 +230,13 @@ def test_moving_tokens_by_matrix_products_is_the_same(as_tpu, monkeypatch):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, wanted)
 
 
+def test_lengths_in_bfloat16_are_those_of_float32():
+    x = normal(0, 2, 5, 64, dtype=jnp.bfloat16)
+    found = token_matching._squared_lengths(x)[:, :, 0]
+    wanted = np.square(np.asarray(x, np.float64)).sum(axis=2)
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+
+
 def test_a_projection_in_parts_has_the_gradient_of_the_whole(as_tpu):
     x, kernel, bias = normal(0, 2, 5, 4), normal(1, 4, 12), normal(2, 12)
     grads = tuple(normal(i, 2, 5, 4) for i in range(3, 6))

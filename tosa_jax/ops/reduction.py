@@ -63,7 +63,8 @@ class Reduction(NamedTuple):
         if self.weights is None or totals is None:
             return gather_tokens(values, self.source)
         total = sum_groups(values * self.weights[:, :, None].astype(values.dtype), self.source)
-        return total / totals[:, :, None].astype(values.dtype)
+        # One division a group, not one a channel.
+        return (total.astype(jnp.float32) * (1 / totals)[:, :, None]).astype(values.dtype)
 
     def representatives(self) -> Indices:
         """The old token that represents each new one: the selected token, or the one with the largest weight."""

@@ -4,6 +4,8 @@ A selected token and the bypassed tokens that it represents are a group. Similar
 gradient passes through a choice.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,12 +16,14 @@ from tosa_jax.ops.platforms import by_platform
 from tosa_jax.ops.token_selection import (
     Selection,
     complement,
+    counts,
     gather_tokens,
-    one_hot_slots,
+    ranks,
     select_tokens,
     take,
     take_slots,
 )
+from tosa_jax.ops.tpu_kernels import SUBLANES
 
 SIZE_POWER = 0.3
 """How much sizes count in `merging_costs`. It was chosen on photographs that no result of this project is scored on."""
@@ -34,8 +38,13 @@ def sum_groups(values: Tokens, selection: Selection) -> Float[Array, "b s d"]:
     """values [b n d] -> the sum over each group [b s d]."""
 
     def in_one_product(values, selection):
-        hot = one_hot_slots(selection, values.dtype)
-        return jnp.einsum("bns,bnd->bsd", hot, values, precision="highest")
+        count = selection.indices.shape[1]
+        hot = selection.slot[:, None] == np.arange(count, dtype=np.int32)[None, :, None]
+        width = values.shape[2]
+        if width == 1:  # XLA would turn a product with one column into a sum
+            values = jnp.broadcast_to(values, (*values.shape[:2], SUBLANES))
+        sums = jnp.einsum("bsn,bnd->bsd", hot.astype(values.dtype), values, precision="highest")
+        return sums[:, :, :width]
 
     def apart(values, selection):
         sums = gather_tokens(values, selection)
@@ -128,12 +137,14 @@ def merging_costs(
     stands for. With power 1 it is the criterion of Ward (1963, "Hierarchical grouping to optimize an objective
     function"), and with power 0 sizes do not count.
     """
-    a, b, sizes_a, sizes_b = (
-        jax.lax.stop_gradient(x).astype(jnp.float32) for x in (a, b, sizes_a, sizes_b)
+    a, b, sizes_a, sizes_b = map(jax.lax.stop_gradient, (a, b, sizes_a, sizes_b))
+    # Exact products: what is subtracted is about as large.
+    products = jnp.einsum(
+        "bnf,bmf->bnm", a, b, precision="highest", preferred_element_type=jnp.float32
     )
-    squares = (a * a).sum(axis=2)[:, :, None] + (b * b).sum(axis=2)[:, None]
-    distance = jnp.maximum(squares - 2 * jnp.einsum("bnf,bmf->bnm", a, b), 0)
-    x, y = sizes_a[:, :, None], sizes_b[:, None]
+    of_a, of_b = (jnp.square(x.astype(jnp.float32)).sum(axis=2) for x in (a, b))
+    distance = jnp.maximum(of_a[:, :, None] + of_b[:, None] - 2 * products, 0)
+    x, y = (x.astype(jnp.float32) for x in (sizes_a[:, :, None], sizes_b[:, None]))
     return distance * (x * y / jnp.maximum(x + y, 1e-12)) ** SIZE_POWER
 
 
@@ -226,27 +237,115 @@ def bipartite_matching(
     bypassed, -1 for padding among them, and 3 for all other tokens.
     """
     n = features.shape[1]
-    places = np.arange(n)
     may_leave = candidates(n, num_prefix_tokens, first, rows)
-    number = np.where(may_leave, may_leave.cumsum() - 1, 0)  # among those that may
-    leave, stay = places[may_leave], places[~may_leave]
+    forms = (
+        functools.partial(form, count=count, num_prefix_tokens=num_prefix_tokens, leave=may_leave)
+        for form in (_match_by_product, _match_by_index)
+    )
+    arrays = (features, present, sizes)
+    chosen, scores = by_platform(*arrays, tpu=next(forms), default=next(forms))
+    return Selection(*chosen), scores
+
+
+def _match_by_index(features, present, sizes, *, count, num_prefix_tokens, leave):
+    places = np.arange(features.shape[1])
+    number = np.where(leave, leave.cumsum() - 1, 0)  # among those that may leave
+    stay = places[~leave]
     if sizes is None:
-        similarity = cosines(features[:, leave], features[:, stay])
+        similarity = cosines(features[:, leave], features[:, ~leave])
     else:
         costs = merging_costs(
-            features[:, leave], features[:, stay], sizes[:, leave], sizes[:, stay]
+            features[:, leave], features[:, ~leave], sizes[:, leave], sizes[:, ~leave]
         )
         similarity = 1 / (1 + costs)
     if present is not None:
         similarity = jnp.where(present[:, stay][:, None], similarity, -2.0)
     likeness = similarity[:, :, num_prefix_tokens:].max(axis=-1)
-    scores = jnp.where(may_leave[None], 1 - likeness[:, number], 3.0)
+    scores = jnp.where(leave[None], 1 - likeness[:, number], 3.0)
     if present is not None:
-        scores = jnp.where(may_leave[None] & ~present, -1.0, scores)
+        scores = jnp.where(leave[None] & ~present, -1.0, scores)
     selection = select_tokens(scores, count, num_prefix_tokens)
     nearest = jnp.asarray(stay)[_argmax_patch(similarity, num_prefix_tokens)]
     owner = jnp.where(selection.mask, places[None], nearest[:, number])
-    return selection._replace(slot=take(selection.slot, owner)), scores
+    return (selection.indices, selection.mask, take(selection.slot, owner)), scores
+
+
+def _match_by_product(features, present, sizes, *, count, num_prefix_tokens, leave):
+    """The same without rows that are collected one by one, which a TPU is slow at.
+
+    What is collected comes by products with constant matrices of ones and zeros. Only the tokens that may leave are
+    compared with each other, and they stand side by side in all arrays: then nothing is turned around.
+    """
+    place = np.arange(features.shape[1])
+    leaving, staying = place[leave], place[~leave]
+    to_leaving, to_staying = (
+        _ones_where(x[:, None] == place, jnp.float32) for x in (leaving, staying)
+    )
+    exact = functools.partial(jnp.einsum, precision="highest")
+
+    if sizes is None:
+        unit = _unit_by_product(features)
+        own, other = (
+            jnp.einsum("ln,bnf->blf", x.astype(unit.dtype), unit) for x in (to_leaving, to_staying)
+        )
+        similarity = jnp.einsum("bsf,blf->bsl", other, own, preferred_element_type=jnp.float32)
+    else:
+        own, other = (
+            exact("ln,bnf->blf", x.astype(features.dtype), features)
+            for x in (to_leaving, to_staying)
+        )
+        of_own, of_other = (exact("bn,ln->bl", sizes, x) for x in (to_leaving, to_staying))
+        similarity = 1 / (1 + merging_costs(other, own, of_other, of_own))
+    if present is not None:
+        there = exact("bn,sn->bs", present.astype(jnp.float32), to_staying) > 0.5
+        similarity = jnp.where(there[:, :, None], similarity, -2.0)
+    is_patch = np.arange(len(staying)) >= num_prefix_tokens
+    similarity = jnp.where(is_patch[None, :, None], similarity, -jnp.inf)
+    score, nearest = 1 - similarity.max(axis=1), similarity.argmax(axis=1).astype(jnp.int32)
+    if present is not None:
+        there = exact("bn,ln->bl", present.astype(jnp.float32), to_leaving) > 0.5
+        score = jnp.where(there, score, -1.0)
+    kept = ranks(score, jnp.ones(len(leaving), bool)) < count - len(staying)
+
+    # A token's slot is the number of those before it that stay in any case, and of the kept ones before it.
+    row = kept.astype(jnp.bfloat16)
+    stays_before = np.searchsorted(staying, leaving).astype(np.int32)
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    of_nearest = nearest + counts(row, stays_before[None, :, None] <= nearest[:, None])
+    of_kept = stays_before[None] + product(
+        "bm,ml->bl", row, _ones_where(leaving[:, None] < leaving)
+    )
+    of_staying = product("bm,ms->bs", row, _ones_where(leaving[:, None] < staying))
+    of_staying += np.arange(len(staying))[None]
+    slot = exact("bl,ln->bn", jnp.where(kept, of_kept, of_nearest), to_leaving)
+    slot = (slot + exact("bs,sn->bn", of_staying, to_staying)).astype(jnp.int32)
+    mask = (product("bl,ln->bn", row, _ones_where(leaving[:, None] == place)) > 0.5) | ~leave[None]
+    here = mask[:, None] & (slot[:, None] == np.arange(count)[None, :, None])
+    indices = jnp.where(here, place[None, None], 0).sum(axis=2, dtype=jnp.int32)
+    scores = jnp.where(leave[None], exact("bl,ln->bn", score, to_leaving), 3.0)
+    return (indices, mask, slot), scores
+
+
+def _ones_where(mask, dtype=jnp.bfloat16):
+    return jnp.asarray(mask, dtype)
+
+
+def _unit_by_product(x):
+    """Rows of x [b n f] divided by their lengths."""
+    return (x.astype(jnp.float32) * jax.lax.rsqrt(_squared_lengths(x) + 1e-12)).astype(x.dtype)
+
+
+def _squared_lengths(x):
+    """Of rows of x [b n f], float32 beside each channel, as a product with ones gives them."""
+    squares = jnp.square(x.astype(jnp.float32))
+    if x.dtype != jnp.bfloat16:
+        return squares.sum(axis=2, keepdims=True)
+    # The square of a bfloat16 number is the sum of two.
+    high = squares.astype(jnp.bfloat16)
+    low = (squares - high.astype(jnp.float32)).astype(jnp.bfloat16)
+    ones = jnp.ones((x.shape[2], x.shape[2]), jnp.bfloat16)
+    product = functools.partial(jnp.einsum, "bnf,fg->bng", preferred_element_type=jnp.float32)
+    return product(high, ones) + product(low, ones)
 
 
 @jax.named_scope("selection")

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from tosa_jax.ops.array_types import PerExample, Scores, Tokens
 from tosa_jax.ops.platforms import by_platform
+from tosa_jax.ops.tpu_kernels import SUBLANES
 
 
 class Selection(NamedTuple):
@@ -93,22 +94,41 @@ def _select_by_rank(scores: Scores, count: int, num_prefix_tokens: int) -> tuple
     count = min(count, scores.shape[1])  # as where sorted places are cut off
     place = jnp.arange(scores.shape[1], dtype=jnp.int32)
     scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
-    other, own = scores[:, :, None], scores[:, None, :]
     first = place[:, None] < place[None, :]
     is_patch = place >= num_prefix_tokens
-    better = ((other > own) | ((other == own) & first[None])) & is_patch[None, :, None]
-    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    # Counts are products with ones, which are exact: a TPU takes longer to add up what it compares. Eight rows of ones,
-    # because XLA turns a product with one row into a sum again.
-    ones = jnp.ones((8, len(place)), jnp.bfloat16)
-    rank = product("km,bmn->bkn", ones, better.astype(jnp.bfloat16))[:, 0]
+    rank = ranks(scores, is_patch)
     mask = ~is_patch[None] | (rank < count - num_prefix_tokens)
-    slot = product("bm,mn->bn", mask.astype(jnp.bfloat16), first.astype(jnp.bfloat16))
-    slot = slot.astype(jnp.int32)
+    slot = jnp.einsum(
+        "bm,mn->bn", mask.astype(jnp.bfloat16), first.astype(jnp.bfloat16),
+        preferred_element_type=jnp.float32,
+    ).astype(jnp.int32)  # fmt: skip
     here = mask[:, :, None] & (slot[:, :, None] == jnp.arange(count)[None, None])
     indices = jnp.where(here, place[None, :, None], 0).sum(axis=1, dtype=jnp.int32)
     # As from sorted indices: a bypassed token has the slot of the selected one before it.
     return indices, mask, jnp.maximum(jnp.where(mask, slot, slot - 1), 0)
+
+
+def ranks(scores: Scores, counted: Bool[Array, " n"]) -> Float[Array, "b n"]:
+    """How many of the counted scores are higher than each one, or equal and before it: whole numbers, float32.
+
+    Counts are products with ones, which are exact: a TPU takes longer to add up what it compares.
+    """
+    place = jnp.arange(scores.shape[1])
+    other, own = scores[:, :, None], scores[:, None, :]
+    first = place[:, None] < place[None, :]
+    higher = ((other > own) | ((other == own) & first[None])) & counted[None, :, None]
+    ones = jnp.ones((scores.shape[0], len(place)), jnp.bfloat16)
+    return counts(ones, higher)
+
+
+def counts(weights: Float[Array, "b m"], pairs: Bool[Array, "b m n"]) -> Float[Array, "b n"]:
+    """The sum of weights [b m] over the true ones of each column of `pairs`, by a product, float32.
+
+    Weights are 0 or 1. They stand in several rows, because XLA turns a product with one row into a sum again.
+    """
+    rows = jnp.broadcast_to(weights[:, None], (weights.shape[0], SUBLANES, weights.shape[1]))
+    rows, pairs = rows.astype(jnp.bfloat16), pairs.astype(jnp.bfloat16)
+    return jnp.einsum("bkm,bmn->bkn", rows, pairs, preferred_element_type=jnp.float32)[:, 0]
 
 
 def take(values: Int32[Array, "b n"], places: Int32[Array, "b m"]) -> Int32[Array, "b m"]:
