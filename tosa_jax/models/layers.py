@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from tosa_jax.errors import ConfigError
 from tosa_jax.models.vit_config import ViTConfig
 from tosa_jax.ops.array_types import AttnMap, Heads, Images, Keys, Queries, Scores, Tokens
-from tosa_jax.ops.attention import NOT_READ, attention, attention_logits
+from tosa_jax.ops.attention import NOT_READ, attention, attention_logits, mixed_values
 from tosa_jax.ops.platforms import by_platform
 from tosa_jax.ops.rotary import Rotary, turn
 from tosa_jax.ops.tpu_kernels import SUBLANES
@@ -186,8 +186,7 @@ class Attention(nnx.Module):
     def mix(self, x: Tokens, attn_map: AttnMap) -> Float[Array, "b q d"]:
         """The values of x [b n d], mixed by a given map [b h q n] and projected."""
         value = self._part(x, 2)
-        out = jnp.einsum("bhqk,bkhc->bqhc", attn_map.astype(value.dtype), value)
-        return self._projected(out)
+        return self._projected(mixed_values(attn_map, value))
 
     def _projected(self, mixed: Heads) -> Float[Array, "b q d"]:
         """The values that each head mixed, [b q h dh], joined, normalised where the network does so, and projected."""
@@ -482,7 +481,7 @@ class AttentionPool(nnx.Module):
         if weights is not None:
             logits += log_counts(weights)[:, None, None]
         attn_map = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-        pooled = self.proj(jnp.einsum("bhqk,bkhc->bqhc", attn_map, value).reshape(b, 1, d))
+        pooled = self.proj(mixed_values(attn_map, value).reshape(b, 1, d))
         return (pooled + self.mlp(self.norm(pooled)))[:, 0]
 
     def macs(self, n: int) -> int:

@@ -18,6 +18,7 @@ from tosa_jax.ops.token_selection import (
     complement,
     counts,
     gather_tokens,
+    has_slot,
     ranks,
     select_tokens,
     take,
@@ -38,12 +39,11 @@ def sum_groups(values: Tokens, selection: Selection) -> Float[Array, "b s d"]:
     """values [b n d] -> the sum over each group [b s d]."""
 
     def in_one_product(values, selection):
-        count = selection.indices.shape[1]
-        hot = selection.slot[:, None] == np.arange(count, dtype=np.int32)[None, :, None]
         width = values.shape[2]
         if width == 1:  # XLA would turn a product with one column into a sum
             values = jnp.broadcast_to(values, (*values.shape[:2], SUBLANES))
-        sums = jnp.einsum("bsn,bnd->bsd", hot.astype(values.dtype), values, precision="highest")
+        hot = has_slot(selection).astype(values.dtype)
+        sums = jnp.einsum("bsn,bnd->bsd", hot, values, precision="highest")
         return sums[:, :, :width]
 
     def apart(values, selection):

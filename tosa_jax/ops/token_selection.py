@@ -182,16 +182,17 @@ def scatter_tokens(
     return _scatter(base, selected, selection)
 
 
-def one_hot_slots(selection: Selection, dtype: jnp.dtype) -> Float[Array, "b n s"]:
-    """1 where a token, selected or not, has its slot."""
-    return jax.nn.one_hot(selection.slot, selection.indices.shape[1], dtype=dtype)
+def has_slot(selection: Selection) -> Bool[Array, "b s n"]:
+    """Which slot each token has, selected or not."""
+    slots = jnp.arange(selection.indices.shape[1], dtype=jnp.int32)
+    return selection.slot[:, None] == slots[None, :, None]
 
 
 @jax.custom_vjp
 def _gather(tokens, selection):
     def by_product(tokens, selection):
-        hot = jnp.where(selection.mask[:, :, None], one_hot_slots(selection, tokens.dtype), 0)
-        return jnp.einsum("bns,bnd->bsd", hot, tokens, precision="highest")
+        hot = (has_slot(selection) & selection.mask[:, None]).astype(tokens.dtype)
+        return jnp.einsum("bsn,bnd->bsd", hot, tokens, precision="highest")
 
     def by_index(tokens, selection):
         return jnp.take_along_axis(
@@ -221,8 +222,8 @@ def take_slots(values: Float[Array, "b s d"], selection: Selection) -> Tokens:
     """
 
     def by_product(values, selection):
-        hot = one_hot_slots(selection, values.dtype)
-        return jnp.einsum("bns,bsd->bnd", hot, values, precision="highest")
+        hot = has_slot(selection).astype(values.dtype)
+        return jnp.einsum("bsn,bsd->bnd", hot, values, precision="highest")
 
     def by_index(values, selection):
         return jnp.take_along_axis(
