@@ -119,6 +119,10 @@ class TokenSelector(nnx.Module):
 
         No gradient goes back to the logits: a loss on the prediction does not train the layer that they come from.
         """
+        return jax.nn.log_softmax(self._predicted(logits, read), axis=-1)
+
+    def _predicted(self, logits: AttnLogits, read: Bool[Array, "b k"] | None) -> AttnLogits:
+        """Logits of the predicted map."""
         logits = jax.lax.stop_gradient(logits)
         there = None if read is None else read[:, None, None]
         if there is not None:
@@ -127,8 +131,7 @@ class TokenSelector(nnx.Module):
             found = self._convolve(logits)
         else:
             found = by_platform(logits, cpu=self._mix_heads, default=self._convolve)
-        found = found if there is None else jnp.where(there, found, NOT_READ)
-        return jax.nn.log_softmax(found, axis=-1)
+        return found if there is None else jnp.where(there, found, NOT_READ)
 
     def attention_and_sums(
         self,
@@ -146,9 +149,10 @@ class TokenSelector(nnx.Module):
 
         read = None if key_bias is None else is_read(key_bias)
 
-        def summarise(logits, attn_map, counts):
+        @jax.named_scope("selector")
+        def summarise(logits, counts):
             # Probabilities are summed, not their logarithms, which would be ruled by the smallest ones.
-            return column_sums(jnp.exp(self(logits, read)), counts)
+            return column_sums(self._predicted(logits, read), counts)
 
         def walked(query, key, value, *_):
             rows = query[:, :: self.query_stride]
