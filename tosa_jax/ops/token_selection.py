@@ -191,7 +191,9 @@ def has_slot(selection: Selection) -> Bool[Array, "b s n"]:
 @jax.custom_vjp
 def _gather(tokens, selection):
     def by_product(tokens, selection):
-        hot = (has_slot(selection) & selection.mask[:, None]).astype(tokens.dtype)
+        # Bypassed tokens get a slot that there is not: to leave them out of the matrix would take another walk over it.
+        slot = jnp.where(selection.mask, selection.slot, selection.indices.shape[1])
+        hot = has_slot(selection._replace(slot=slot)).astype(tokens.dtype)
         return jnp.einsum("bsn,bnd->bsd", hot, tokens, precision="highest")
 
     def by_index(tokens, selection):
