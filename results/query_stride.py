@@ -21,7 +21,7 @@ from tosa_jax.data.image_files import find_images
 from tosa_jax.distributed.devices import describe_device, versions
 from tosa_jax.models import cost
 from tosa_jax.models.params import set_params, split
-from tosa_jax.ops import attention
+from tosa_jax.ops.attention import walk_map
 from tosa_jax.ops.token_selection import overlap
 from tosa_jax.performance.comparison import features
 
@@ -33,11 +33,11 @@ def column_sums(model, images):
     tokens, found = model.embed(images), []
 
     def attend(query, key, value):
-        def summarise(logits, _):
-            parts = [attention.column_sums(logits[:, :, ::stride]) for stride in STRIDES]
-            return jnp.stack(parts).mean(axis=2)
+        def summarise(logits, attn_map, _):
+            parts = [attn_map[:, :, ::stride].sum(axis=2).mean(axis=1) for stride in STRIDES]
+            return jnp.stack(parts)
 
-        return attention.walk_map(query, key, value, summarise)
+        return walk_map(query, key, value, summarise)
 
     for block in model.blocks:
         tokens, sums = block(tokens, attend)

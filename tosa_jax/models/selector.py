@@ -119,10 +119,6 @@ class TokenSelector(nnx.Module):
 
         No gradient goes back to the logits: a loss on the prediction does not train the layer that they come from.
         """
-        return jax.nn.log_softmax(self._predicted(logits, read), axis=-1)
-
-    def _predicted(self, logits: AttnLogits, read: Bool[Array, "b k"] | None) -> AttnLogits:
-        """Logits of the predicted map."""
         logits = jax.lax.stop_gradient(logits)
         there = None if read is None else read[:, None, None]
         if there is not None:
@@ -131,7 +127,8 @@ class TokenSelector(nnx.Module):
             found = self._convolve(logits)
         else:
             found = by_platform(logits, cpu=self._mix_heads, default=self._convolve)
-        return found if there is None else jnp.where(there, found, NOT_READ)
+        found = found if there is None else jnp.where(there, found, NOT_READ)
+        return jax.nn.log_softmax(found, axis=-1)
 
     def attention_and_sums(
         self,
@@ -149,10 +146,9 @@ class TokenSelector(nnx.Module):
 
         read = None if key_bias is None else is_read(key_bias)
 
-        @jax.named_scope("selector")
-        def summarise(logits, counts):
+        def summarise(logits, attn_map, counts):
             # Probabilities are summed, not their logarithms, which would be ruled by the smallest ones.
-            return column_sums(self._predicted(logits, read), counts)
+            return column_sums(jnp.exp(self(logits, read)), counts)
 
         def walked(query, key, value, *_):
             rows = query[:, :: self.query_stride]

@@ -30,21 +30,10 @@ def pool_heads(values: Float[Array, "b h n"], how: str) -> Scores:
 
 
 def column_sums(
-    logits: AttnLogits, rows: Float[Array, "b q"] | Int[Array, "b q"] | None = None
+    attn_map: AttnMap, rows: Float[Array, "b q"] | Int[Array, "b q"] | None = None
 ) -> Float[Array, "b h k"]:
-    """How much attention each token is paid in the map of these logits, float32.
-
-    rows  [b q], how often each query row counts; None: once.
-    """
-    weights, totals = _softmax_parts(logits)
-    shares = 1 / totals if rows is None else rows[:, None] / totals
-    return (weights * shares[..., None]).sum(axis=2)
-
-
-def _softmax_parts(logits: AttnLogits) -> tuple[AttnMap, Float[Array, "b h q"]]:
-    """A map whose rows do not sum to 1, and the sums of its rows. To divide by these later saves a walk over it."""
-    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
-    return weights, weights.sum(axis=-1)
+    """How much attention each token is paid by these query rows, each counted `rows` [b q] times; None: once."""
+    return (attn_map if rows is None else attn_map * rows[:, None, :, None]).sum(axis=2)
 
 
 def attention(
@@ -69,29 +58,23 @@ def attention(
 
 
 def _xla_attention(query, key, value, key_bias=None):
-    return _softmax_mixed(_biased(attention_logits(query, key), key_bias), value)
-
-
-def _softmax_mixed(logits, value):
-    weights, totals = _softmax_parts(logits)
-    mixed = _mixed(weights, value, jnp.float32) / totals[..., None]
-    return mixed.transpose(0, 2, 1, 3).astype(value.dtype)
+    logits = _biased(attention_logits(query, key), key_bias)
+    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
+    # To divide what is mixed, and not the map, leaves out a walk over the map.
+    mixed = _mixed(weights, value, jnp.float32) / weights.sum(axis=-1, keepdims=True)
+    return mixed.transpose(0, 2, 1, 3).astype(query.dtype)
 
 
 def _heads_first(x: Heads) -> Float[Array, "b h n c"]:
-    """x [b n h c], whose heads are put together in memory on a CPU.
+    """x [b n h c], whose heads XLA for CPUs is made to put together in memory.
 
-    XLA multiplies the matrices of heads that lie between each other at a third of the speed there.
+    It multiplies the matrices of heads that lie between each other at a third of the speed.
     """
-    return _in_memory(x.transpose(0, 2, 1, 3))
 
+    def copied(x):
+        return jax.lax.optimization_barrier(x.transpose(0, 2, 1, 3))
 
-def _in_memory(arrays: PyTree) -> PyTree:
-    """The arrays, which on a CPU are all worked out before anything that reads them begins.
-
-    XLA works an array out again for each reader there, and several readers at once, which is slower for a map's logits.
-    """
-    return by_platform(arrays, cpu=jax.lax.optimization_barrier, default=lambda arrays: arrays)
+    return by_platform(x, cpu=copied, default=lambda x: x.transpose(0, 2, 1, 3))
 
 
 def mixed_values(attn_map: AttnMap, value: Keys) -> Queries:
@@ -145,7 +128,7 @@ def walk_map(
     query: Queries,
     key: Keys,
     value: Keys,
-    summarise: Callable[[AttnLogits, Any], PyTree],
+    summarise: Callable[[AttnLogits, AttnMap, Any], PyTree],
     *,
     rows: PyTree = None,
     chunk: int | None = None,
@@ -153,18 +136,17 @@ def walk_map(
 ) -> tuple[Queries, PyTree]:
     """Exact attention, and a sum over its map, without the map ever leaving this function.
 
-    The walk goes over query rows in chunks. `summarise(logits, rows)` sees the float32 logits `[b h q k]` of a chunk
-    with the same rows of `rows` (a tree of `[b n ...]`), and returns a tree of arrays that are added up over the
-    chunks. Memory is `h * chunk * n` an example, also backward, where each chunk is computed again (Rabe and Staats
-    2021, arXiv 2112.05682); `chunk=None` takes all rows at once and recomputes nothing. `key_bias` is added to the
-    logits, as in `attention`.
+    The walk goes over query rows in chunks. `summarise(logits, attn_map, rows)` sees the float32 logits and map
+    `[b h q k]` of a chunk with the same rows of `rows` (a tree of `[b n ...]`), and returns a tree of arrays
+    that are added up over the chunks. Memory is `h * chunk * n` an example, also backward, where each chunk
+    is computed again (Rabe and Staats 2021, arXiv 2112.05682); `chunk=None` takes all rows at once and recomputes
+    nothing. `key_bias` is added to the logits, as in `attention`.
     """
 
     def step(query_rows, other_rows):
         logits = _biased(attention_logits(query_rows, key), key_bias)
-        logits = _in_memory(logits)
-        logits, summary = _in_memory((logits, summarise(logits, other_rows)))
-        return _softmax_mixed(logits, value), summary
+        attn_map = jax.nn.softmax(logits, axis=-1)
+        return mixed_values(attn_map, value), summarise(logits, attn_map, other_rows)
 
     num_rows = query.shape[1]
     if chunk is None or chunk >= num_rows:
@@ -212,7 +194,8 @@ def attention_and_column_sums(
     def walked(query, key, value):
         counts = None if key_bias is None else is_read(key_bias).astype(jnp.float32)
         out, sums = walk_map(
-            query, key, value, column_sums, rows=counts, chunk=chunk, key_bias=key_bias,
+            query, key, value, lambda _, attn_map, rows: column_sums(attn_map, rows), rows=counts,
+            chunk=chunk, key_bias=key_bias,
         )  # fmt: skip
         return out, jax.lax.stop_gradient(sums)
 

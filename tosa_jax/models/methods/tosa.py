@@ -113,16 +113,16 @@ class SelectiveFit(Selective):
         # The rows that scores are summed over.
         read = jnp.where(place % selector.query_stride, 0, 1)
 
-        def summarise(logits, rows):
+        def summarise(logits, attn_map, rows):
             before_rows, read = rows
             own_logits = attention_logits(before_rows, before_key)
             found = selector(own_logits)
-            logits = jax.lax.stop_gradient(logits)
+            logits, attn_map = jax.lax.stop_gradient((logits, attn_map))
             return {
                 "kl": map_kl(logits, found),
-                "true": column_sums(logits),
-                "found": column_sums(found, read),
-                "own": column_sums(own_logits),
+                "true": column_sums(attn_map),
+                "found": column_sums(jnp.exp(found), read),
+                "own": column_sums(jax.nn.softmax(own_logits, axis=-1)),
             }
 
         rows = before_query, jnp.broadcast_to(read, query.shape[:2])
