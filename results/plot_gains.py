@@ -72,7 +72,7 @@ def tuned_points() -> tuple[float, dict[str, list[tuple[float, float, float, flo
 
 def speed_points() -> dict[str, list[tuple[float, float]]]:
     """On two CPU cores: times fewer multiply-adds, times faster."""
-    forward = read("bench_deit_s_cpu_redundancy")["rows"]
+    forward = read("bench_deit_s_cpu")["rows"]
     training = read("bench_deit_s_cpu_train")["rows"]
     depth = [r for r in read("depth_bench_cpu")["rows"] if not r["train"]]
 
