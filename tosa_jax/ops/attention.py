@@ -58,6 +58,7 @@ def attention(
 
 
 def _xla_attention(query, key, value, key_bias=None):
+    """As `jax.nn.dot_product_attention`, which leaves heads between each other: see `_heads_first`."""
     logits = _biased(attention_logits(query, key), key_bias)
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
     # To divide what is mixed, and not the map, leaves out a walk over the map.

@@ -19,6 +19,7 @@ from tosa_jax.ops.token_selection import (
     counts,
     gather_tokens,
     has_slot,
+    indices_of,
     ranks,
     select_tokens,
     take,
@@ -238,12 +239,10 @@ def bipartite_matching(
     """
     n = features.shape[1]
     may_leave = candidates(n, num_prefix_tokens, first, rows)
-    forms = (
-        functools.partial(form, count=count, num_prefix_tokens=num_prefix_tokens, leave=may_leave)
-        for form in (_match_by_product, _match_by_index)
-    )
-    arrays = (features, present, sizes)
-    chosen, scores = by_platform(*arrays, tpu=next(forms), default=next(forms))
+    fields = {"count": count, "num_prefix_tokens": num_prefix_tokens, "leave": may_leave}
+    by_product = functools.partial(_match_by_product, **fields)
+    by_index = functools.partial(_match_by_index, **fields)
+    chosen, scores = by_platform(features, present, sizes, tpu=by_product, default=by_index)
     return Selection(*chosen), scores
 
 
@@ -276,58 +275,67 @@ def _match_by_product(features, present, sizes, *, count, num_prefix_tokens, lea
     What is collected comes by products with constant matrices of ones and zeros. Only the tokens that may leave are
     compared with each other, and they stand side by side in all arrays: then nothing is turned around.
     """
-    place = np.arange(features.shape[1])
-    leaving, staying = place[leave], place[~leave]
-    to_leaving, to_staying = (
-        _ones_where(x[:, None] == place, jnp.float32) for x in (leaving, staying)
+    score, nearest = _nearest_by_product(features, present, sizes, num_prefix_tokens, leave)
+    kept = ranks(score, jnp.ones(score.shape[1], bool)) < count - (~leave).sum()
+    slot, mask = _slots_by_product(kept, nearest, leave)
+    to_leaving = jnp.asarray(np.eye(len(leave))[leave], jnp.float32)
+    scores = jnp.where(
+        leave[None], jnp.einsum("bl,ln->bn", score, to_leaving, precision="highest"), 3.0
     )
-    exact = functools.partial(jnp.einsum, precision="highest")
+    return (indices_of(mask, slot, count), mask, slot), scores
 
+
+def _nearest_by_product(features, present, sizes, num_prefix_tokens, leave):
+    """For the tokens that may leave: their scores [b l], and which of the others is most like each [b l]."""
+    every = np.eye(len(leave), dtype=np.float32)
+    to_leaving, to_staying = jnp.asarray(every[leave]), jnp.asarray(every[~leave])
+    exact = functools.partial(jnp.einsum, precision="highest")
+    values = _unit_by_product(features) if sizes is None else features
+    own, other = (
+        exact("ln,bnf->blf", x.astype(values.dtype), values) for x in (to_leaving, to_staying)
+    )
     if sizes is None:
-        unit = _unit_by_product(features)
-        own, other = (
-            jnp.einsum("ln,bnf->blf", x.astype(unit.dtype), unit) for x in (to_leaving, to_staying)
-        )
         similarity = jnp.einsum("bsf,blf->bsl", other, own, preferred_element_type=jnp.float32)
     else:
-        own, other = (
-            exact("ln,bnf->blf", x.astype(features.dtype), features)
-            for x in (to_leaving, to_staying)
-        )
         of_own, of_other = (exact("bn,ln->bl", sizes, x) for x in (to_leaving, to_staying))
         similarity = 1 / (1 + merging_costs(other, own, of_other, of_own))
     if present is not None:
-        there = exact("bn,sn->bs", present.astype(jnp.float32), to_staying) > 0.5
-        similarity = jnp.where(there[:, :, None], similarity, -2.0)
-    is_patch = np.arange(len(staying)) >= num_prefix_tokens
+        own_there, other_there = (
+            exact("bn,ln->bl", present.astype(jnp.float32), x) > 0.5
+            for x in (to_leaving, to_staying)
+        )
+        similarity = jnp.where(other_there[:, :, None], similarity, -2.0)
+    is_patch = np.arange(len(to_staying)) >= num_prefix_tokens
     similarity = jnp.where(is_patch[None, :, None], similarity, -jnp.inf)
-    score, nearest = 1 - similarity.max(axis=1), similarity.argmax(axis=1).astype(jnp.int32)
+    score = 1 - similarity.max(axis=1)
     if present is not None:
-        there = exact("bn,ln->bl", present.astype(jnp.float32), to_leaving) > 0.5
-        score = jnp.where(there, score, -1.0)
-    kept = ranks(score, jnp.ones(len(leaving), bool)) < count - len(staying)
+        score = jnp.where(own_there, score, -1.0)
+    return score, similarity.argmax(axis=1).astype(jnp.int32)
 
-    # A token's slot is the number of those before it that stay in any case, and of the kept ones before it.
-    row = kept.astype(jnp.bfloat16)
+
+def _slots_by_product(kept, nearest, leave):
+    """`Selection.slot` and `.mask`, from which of those that may leave are kept and what each is most like.
+
+    A token's slot is the number of those before it that stay in any case, and of the kept ones before it.
+    """
+    place = np.arange(len(leave))
+    leaving, staying = place[leave], place[~leave]
     stays_before = np.searchsorted(staying, leaving).astype(np.int32)
+    every = np.eye(len(leave), dtype=np.float32)
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    exact = functools.partial(jnp.einsum, precision="highest")
+    row = kept.astype(jnp.bfloat16)
+
+    def kept_before(places):
+        return product("bl,lm->bm", row, jnp.asarray(leaving[:, None] < places, jnp.bfloat16))
+
+    of_kept = stays_before[None] + kept_before(leaving)
     of_nearest = nearest + counts(row, stays_before[None, :, None] <= nearest[:, None])
-    of_kept = stays_before[None] + product(
-        "bm,ml->bl", row, _ones_where(leaving[:, None] < leaving)
-    )
-    of_staying = product("bm,ms->bs", row, _ones_where(leaving[:, None] < staying))
-    of_staying += np.arange(len(staying))[None]
-    slot = exact("bl,ln->bn", jnp.where(kept, of_kept, of_nearest), to_leaving)
-    slot = (slot + exact("bs,sn->bn", of_staying, to_staying)).astype(jnp.int32)
-    mask = (product("bl,ln->bn", row, _ones_where(leaving[:, None] == place)) > 0.5) | ~leave[None]
-    here = mask[:, None] & (slot[:, None] == np.arange(count)[None, :, None])
-    indices = jnp.where(here, place[None, None], 0).sum(axis=2, dtype=jnp.int32)
-    scores = jnp.where(leave[None], exact("bl,ln->bn", score, to_leaving), 3.0)
-    return (indices, mask, slot), scores
-
-
-def _ones_where(mask, dtype=jnp.bfloat16):
-    return jnp.asarray(mask, dtype)
+    of_staying = np.arange(len(staying))[None] + kept_before(staying)
+    slot = exact("bl,ln->bn", jnp.where(kept, of_kept, of_nearest), every[leave])
+    slot = (slot + exact("bs,sn->bn", of_staying, every[~leave])).astype(jnp.int32)
+    mask = product("bl,ln->bn", row, jnp.asarray(every[leave], jnp.bfloat16)) > 0.5
+    return slot, mask | ~leave[None]
 
 
 def _unit_by_product(x):
@@ -336,7 +344,7 @@ def _unit_by_product(x):
 
 
 def _squared_lengths(x):
-    """Of rows of x [b n f], float32 beside each channel, as a product with ones gives them."""
+    """Of rows of x [b n f], float32: beside each channel, as a product with ones gives them, or once a row."""
     squares = jnp.square(x.astype(jnp.float32))
     if x.dtype != jnp.bfloat16:
         return squares.sum(axis=2, keepdims=True)

@@ -93,32 +93,40 @@ def _select_by_rank(scores: Scores, count: int, num_prefix_tokens: int) -> tuple
     """The same without sorting, which takes a TPU longer than to compare every score with every other one."""
     count = min(count, scores.shape[1])  # as where sorted places are cut off
     place = jnp.arange(scores.shape[1], dtype=jnp.int32)
-    scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
     first = place[:, None] < place[None, :]
     is_patch = place >= num_prefix_tokens
-    rank = ranks(scores, is_patch)
-    mask = ~is_patch[None] | (rank < count - num_prefix_tokens)
+    mask = ~is_patch[None] | (ranks(scores, is_patch) < count - num_prefix_tokens)
     slot = jnp.einsum(
         "bm,mn->bn", mask.astype(jnp.bfloat16), first.astype(jnp.bfloat16),
         preferred_element_type=jnp.float32,
     ).astype(jnp.int32)  # fmt: skip
-    here = mask[:, :, None] & (slot[:, :, None] == jnp.arange(count)[None, None])
-    indices = jnp.where(here, place[None, :, None], 0).sum(axis=1, dtype=jnp.int32)
     # As from sorted indices: a bypassed token has the slot of the selected one before it.
-    return indices, mask, jnp.maximum(jnp.where(mask, slot, slot - 1), 0)
+    slot = jnp.maximum(jnp.where(mask, slot, slot - 1), 0)
+    return indices_of(mask, slot, count), mask, slot
 
 
 def ranks(scores: Scores, counted: Bool[Array, " n"]) -> Float[Array, "b n"]:
     """How many of the counted scores are higher than each one, or equal and before it: whole numbers, float32.
 
-    Counts are products with ones, which are exact: a TPU takes longer to add up what it compares.
+    A score that is no number is lower than all others. Counts are products with ones, which are exact: a TPU takes
+    longer to add up what it compares.
     """
+    scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
     place = jnp.arange(scores.shape[1])
     other, own = scores[:, :, None], scores[:, None, :]
     first = place[:, None] < place[None, :]
     higher = ((other > own) | ((other == own) & first[None])) & counted[None, :, None]
     ones = jnp.ones((scores.shape[0], len(place)), jnp.bfloat16)
     return counts(ones, higher)
+
+
+def indices_of(
+    mask: Bool[Array, "b n"], slot: Int32[Array, "b n"], count: int
+) -> Int32[Array, "b s"]:
+    """`Selection.indices` of `count` selected tokens, from `Selection.mask` and `.slot`, without sorting."""
+    here = mask[:, None] & (slot[:, None] == jnp.arange(count)[None, :, None])
+    places = jnp.arange(mask.shape[1], dtype=jnp.int32)
+    return jnp.where(here, places[None, None], 0).sum(axis=2, dtype=jnp.int32)
 
 
 def counts(weights: Float[Array, "b m"], pairs: Bool[Array, "b m n"]) -> Float[Array, "b n"]:
