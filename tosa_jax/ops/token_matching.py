@@ -290,9 +290,11 @@ def _nearest_by_product(features, present, sizes, num_prefix_tokens, leave):
     every = np.eye(len(leave), dtype=np.float32)
     to_leaving, to_staying = jnp.asarray(every[leave]), jnp.asarray(every[~leave])
     exact = functools.partial(jnp.einsum, precision="highest")
+    # Cosines are of rounded rows in any case, as in `cosines`; distances are not.
     values = _unit_by_product(features) if sizes is None else features
+    product = jnp.einsum if sizes is None else exact
     own, other = (
-        exact("ln,bnf->blf", x.astype(values.dtype), values) for x in (to_leaving, to_staying)
+        product("ln,bnf->blf", x.astype(values.dtype), values) for x in (to_leaving, to_staying)
     )
     if sizes is None:
         similarity = jnp.einsum("bsf,blf->bsl", other, own, preferred_element_type=jnp.float32)
